@@ -1,0 +1,69 @@
+"""Which backend runs an op, and why."""
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+
+OPS = ("attention", "layer_norm", "patch_embed", "pool", "pos_embed")
+BACKENDS = ("cuda", "flash_attn", "cpu", "triton", "reference")  # tried in this order
+FORCED = os.environ.get("REVIT_BACKEND")
+
+
+@cache
+def load(op: str, backend: str) -> ModuleType | str:
+    """The module `ops/<op>/<backend>.py`, or the reason it cannot be had here."""
+    name = f"revit_kernels.ops.{op}.{backend}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        return f"there is no {backend} kernel of {op}" if error.name == name else str(error)
+    except (ImportError, OSError, AttributeError) as error:
+        return str(error)
+
+
+def refusal(op: str, backend: str, *args) -> str | None:
+    """Why `backend` cannot run `op` on these arguments; None if it can."""
+    module = load(op, backend)
+    return module if isinstance(module, str) else module.refusal(*args)
+
+
+def choose(op: str, backend: str | None, *args) -> ModuleType:
+    """The backend named, or the first that takes these arguments. A named one never falls back."""
+    backend = backend or FORCED
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    refusals = {}
+    for name in (backend,) if backend else BACKENDS:
+        why = refusal(op, name, *args)
+        if why is None:
+            return load(op, name)
+        refusals[name] = why
+    raise NotImplementedError(f"{op}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
+
+
+def register(op: str, step: str, schema: str, fake):
+    """The torch op `revit_kernels::<op>_<step>`, run by the function `<step>` of the backend chosen.
+
+    The last argument of the schema must be `str? backend`.
+    """
+    name = f"{op}_{step}"
+    torch.library.define(f"revit_kernels::{name}", schema)
+    torch.library.register_fake(f"revit_kernels::{name}", fake)
+
+    @torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd")
+    def run(*args):
+        *args, backend = args
+        return getattr(choose(op, backend, *args), step)(*args)
+
+    return getattr(torch.ops.revit_kernels, name).default
+
+
+def one_device(**tensors) -> None:
+    """Raise ValueError unless all tensors (None is passed over) are on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, got {places}")

@@ -1,0 +1,1 @@
+"""What is computed: one folder per op, one file per backend."""

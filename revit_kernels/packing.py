@@ -1,0 +1,187 @@
+"""Packing: which token belongs to which image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Grid = tuple[int, int]
+
+
+def _check_grid(name: str, grid) -> Grid:
+    try:
+        h, w = (int(n) for n in grid)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a pair (rows, columns) of patches, got {grid!r}") from None
+    if h < 1 or w < 1:
+        raise ValueError(f"{name} must be at least (1, 1), got {(h, w)}")
+    return h, w
+
+
+def _distinct(grids: Sequence[Grid]) -> tuple[Grid, ...]:
+    """The menu of these grids: each once, longest first."""
+    return tuple(sorted(set(grids), key=lambda grid: (-grid[0] * grid[1], grid)))
+
+
+@dataclass(eq=False)
+class Packing:
+    """Where each image's tokens lie in one packed buffer of tokens.
+
+    Image i owns the rows cu_seqlens[i] to cu_seqlens[i + 1]: its prefix tokens first, then its patches, row by row.
+    Rows beyond cu_seqlens[-1] belong to no image: every op writes zeros there and never reads them.
+
+    cu_seqlens:   (images + 1,) int32, on the device
+    length_index: (images,) int32, on the device: the row of `menu` that each image is given
+    image:        (capacity,) int32, on the device: the image that each token belongs to, -1 for none
+    menu:         the grids (rows, columns) that occur, longest first; known to the host
+    prefix:       prefix tokens (class, distillation, register) of each image
+    capacity:     rows of the packed buffer
+    grids:        the grid of each image, or None where the device chose them
+    full:         whether the host knows that no row is unused
+
+    Build one with `from_grids` or `from_choice`.
+    """
+
+    cu_seqlens: Tensor
+    length_index: Tensor
+    image: Tensor
+    menu: tuple[Grid, ...]
+    prefix: int
+    capacity: int
+    grids: tuple[Grid, ...] | None
+    full: bool
+
+    @classmethod
+    def from_grids(
+        cls,
+        grids: Sequence[Grid],
+        prefix: int = 1,
+        *,
+        menu: Sequence[Grid] | None = None,
+        capacity: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Packing:
+        """From one grid per image, known to the host.
+
+        grids:    (rows, columns) of patches for each image
+        prefix:   prefix tokens of each image
+        menu:     the grids in the order of a model's menu; the distinct grids, longest first, if not given
+        capacity: rows of the packed buffer; exactly as many as there are tokens, if not given
+
+        Raises ValueError for a grid below (1, 1) or not on the menu, and a capacity that is too small.
+        """
+        grids = tuple(_check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids))
+        menu = _distinct(grids) if menu is None else tuple(_check_grid("menu", grid) for grid in menu)
+        if prefix < 0:
+            raise ValueError(f"prefix must be at least 0, got {prefix}")
+        row = {grid: i for i, grid in enumerate(menu)}
+        for i, grid in enumerate(grids):
+            if grid not in row:
+                raise ValueError(f"grids[{i}] is {grid}, which is not on the menu {menu}")
+        lengths = [prefix + h * w for h, w in grids]
+        total = sum(lengths)
+        capacity = total if capacity is None else capacity
+        if capacity < total:
+            raise ValueError(f"capacity must hold all {total} tokens, got {capacity}")
+        image = torch.repeat_interleave(torch.arange(len(grids)), torch.tensor(lengths, dtype=torch.long))
+        image = torch.cat([image, image.new_full((capacity - total,), -1)])
+        return cls(
+            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device),
+            torch.tensor([row[grid] for grid in grids], dtype=torch.int32).to(device),
+            image.to(torch.int32).to(device),
+            menu,
+            prefix,
+            capacity,
+            grids,
+            capacity == total,
+        )
+
+    @classmethod
+    def from_choice(cls, choice: Tensor, menu: Sequence[Grid], prefix: int = 1, *, capacity: int) -> Packing:
+        """From a choice made on the device (an assigner's, say), without waiting for the device.
+
+        choice:   (images,) integer, the row of `menu` that each image is given
+        menu:     the grids to choose from
+        capacity: rows of the packed buffer. Images are packed in order while they fit; from the first that does not,
+                  an image gets no tokens, and its results are zeros (see `fits`).
+        """
+        menu = tuple(_check_grid("menu", grid) for grid in menu)
+        if not menu:
+            raise ValueError("menu must name at least one grid")
+        if choice.ndim != 1 or choice.is_floating_point() or choice.dtype == torch.bool:
+            raise ValueError(f"choice must be (images,) of an integer dtype, got {tuple(choice.shape)} {choice.dtype}")
+        if prefix < 0 or capacity < 1:
+            raise ValueError(f"prefix must be at least 0 and capacity at least 1, got {prefix} and {capacity}")
+        lengths = torch.tensor([prefix + h * w for h, w in menu], device=choice.device)
+        choice = choice.clamp(0, len(menu) - 1)
+        ends = lengths[choice.long()].cumsum(0)
+        ends = torch.where(ends <= capacity, ends, 0).cummax(0).values if len(choice) else ends
+        cu_seqlens = torch.cat([ends.new_zeros(1), ends])
+        image = torch.searchsorted(ends, torch.arange(capacity, device=choice.device), right=True)
+        image = torch.where(image < len(choice), image, -1)
+        return cls(cu_seqlens.int(), choice.int(), image.int(), menu, prefix, capacity, None, False)
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return self.length_index.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.cu_seqlens.device
+
+    @property
+    def max_seqlen(self) -> int:
+        """The most tokens an image of this menu can have, prefix tokens counted. Never read back from the device."""
+        return self.prefix + max((h * w for h, w in self.menu), default=0)
+
+    @property
+    def fits(self) -> Tensor:
+        """(images,) bool, on the device: whether the image found room in the buffer."""
+        return self.cu_seqlens[1:] > self.cu_seqlens[:-1]
+
+    @property
+    def row(self) -> Tensor:
+        """(capacity,) int32: the row of the menu that each token's image is given, -1 for a token of no image."""
+        if self.images == 0:
+            return self.image
+        return torch.where(self.image >= 0, self.length_index[self.image.clamp(min=0).long()], -1)
+
+    @property
+    def placement(self) -> Tensor:
+        """(images, 3) int32: rows and columns of each image's grid, and where that grid starts in a table that
+        lists the cells of every grid of the menu, in order."""
+        starts = accumulate((h * w for h, w in self.menu), initial=0)
+        table = [[h, w, start] for (h, w), start in zip(self.menu, starts)] or [[0, 0, 0]]
+        return torch.tensor(table, dtype=torch.int32).to(self.device)[self.length_index.long()]
+
+    def without_prefix(self) -> tuple[Packing, Tensor]:
+        """The packing of the patch tokens alone, and (tokens,) int64: the row of each in this packing.
+
+        Only for packings whose grids the host knows. Raises ValueError otherwise.
+        """
+        if self.grids is None:
+            raise ValueError("prefix tokens can be left out only where the host knows the grids")
+        packing = Packing.from_grids(self.grids, 0, menu=self.menu, device=self.device)
+        shift = self.prefix * (packing.image.long() + 1)
+        return packing, torch.arange(packing.capacity, device=self.device) + shift
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """One view (length, ...) per image of a packed tensor (capacity, ...). The host must know the grids."""
+        if self.grids is None:
+            raise ValueError("tokens can be split by image only where the host knows the grids")
+        lengths = [self.prefix + h * w for h, w in self.grids]
+        return torch.split(tokens[: sum(lengths)], lengths) if lengths else ()
+
+
+pytree.register_pytree_node(
+    Packing,
+    lambda p: ([p.cu_seqlens, p.length_index, p.image], (p.menu, p.prefix, p.capacity, p.grids, p.full)),
+    lambda tensors, host: Packing(*tensors, *host),
+    serialized_type_name="revit_kernels.Packing",
+)

@@ -1,0 +1,48 @@
+"""Builds csrc/<op>/cpu.cpp into revit_kernels/_cpu.so and, where nvcc is found, csrc/<op>/cuda.cu into _cuda.so.
+
+Both use only PyTorch's stable ABI: one build serves every torch >= 2.10, and needs no GPU nor a CUDA build of torch.
+REVIT_CUDA_ARCHS ("80;90a" by default) names the GPUs to build for; empty leaves the CUDA kernels out.
+Without a C++ compiler the package still installs: its Triton and reference backends need none.
+"""
+
+import os
+import shutil
+from glob import glob
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils.cpp_extension import include_paths, library_paths
+
+FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
+# Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
+CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
+ARCHS = os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";")
+CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=2"]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS if arch]
+CXX = os.environ.get("CXX", "g++")
+
+
+class Build(build_ext):
+    """Compiles and links each library in one call of its own compiler."""
+
+    def build_extension(self, ext):
+        compiler = ["nvcc", *CUDA_FLAGS] if ext.name.endswith("cuda") else [CXX, *CPU_FLAGS]
+        output = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(output), exist_ok=True)
+        torch = [f"-I{p}" for p in include_paths()] + [f"-L{p}" for p in library_paths()] + ["-ltorch_cpu"]
+        self.spawn([*compiler, "-shared", *ext.sources, *torch, "-o", output])
+
+    def get_ext_filename(self, name):
+        return f"{name.replace('.', '/')}.so"
+
+
+def extension(device, sources, compiler):
+    files = sorted(glob(sources))
+    headers = glob("csrc/common/*.h")
+    if not files or not shutil.which(compiler):
+        return []
+    return [Extension(f"revit_kernels._{device}", files, depends=headers)]
+
+
+cuda = extension("cuda", "csrc/*/cuda.cu", "nvcc") if any(ARCHS) else []
+setup(ext_modules=[*extension("cpu", "csrc/*/cpu.cpp", CXX), *cuda], cmdclass={"build_ext": Build})

@@ -1,0 +1,69 @@
+"""What every backend of every op must satisfy."""
+
+import pytest
+import torch
+
+from revit_kernels.dispatch import BACKENDS, refusal
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def assert_close(name, actual, exact, rough):
+    """The error against fp64 is at most twice that of the reference run in the same dtype, plus rounding."""
+    assert actual.shape == rough.shape and actual.dtype == rough.dtype, name
+    assert torch.isfinite(actual).all(), f"{name} is not finite"
+    if actual.numel():
+        rounding = torch.finfo(actual.dtype).eps * exact.abs().max()
+        allowed = 2 * ((rough - exact).abs().max() + rounding)
+        error = (actual - exact).abs().max()
+        assert error <= allowed, f"{name}: error {error:.2e} exceeds {allowed:.2e}"
+
+
+def _cast(value, dtype, gradients):
+    """The value in `dtype` where it is a floating-point tensor; lists of tensors alike."""
+    if isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) for v in value):
+        return [_cast(v, dtype, gradients) for v in value]
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    value = value.detach().to(dtype or value.dtype)
+    return value.requires_grad_() if gradients else value
+
+
+def run(op, inputs, backend, dtype=None, constant=()):
+    """The outputs of the op and the gradient of each floating-point input not named in `constant`, by name."""
+    inputs = {k: _cast(v, dtype, k not in constant) for k, v in inputs.items()}
+    floats = {k: v for k, v in inputs.items() if isinstance(v, torch.Tensor) and v.requires_grad}
+    outputs = op(**inputs, backend=backend)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    seeds = [torch.cos(torch.arange(o.numel(), device=o.device) * (i + 1.0)).view_as(o) for i, o in enumerate(outputs)]
+    result = {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+    if floats:
+        loss = sum((o * seed.to(o)).sum() for o, seed in zip(outputs, seeds))
+        grads = torch.autograd.grad(loss, list(floats.values()))
+        result |= {f"grad of {k}": grad for k, grad in zip(floats, grads)}
+    return result
+
+
+def require(op_name, backend, *args):
+    """Skip the test, with the backend's own reason, if the backend refuses these arguments."""
+    if why := refusal(op_name, backend, *args):
+        pytest.skip(f"{backend}: {why}")
+
+
+def check(op, inputs, backend, constant=()):
+    """Forward and every gradient against fp64, by the rule of `assert_close`; skips where the backend refuses."""
+    try:
+        actual = run(op, inputs, backend, constant=constant)
+    except NotImplementedError as refused:
+        pytest.skip(str(refused))
+    rough = run(op, inputs, "reference", constant=constant)
+    exact = run(op, inputs, "reference", torch.float64, constant=constant)
+    for name in actual:
+        assert_close(name, actual[name], exact[name], rough[name])
+    again = run(op, inputs, backend, constant=constant)
+    for name in actual:
+        assert torch.equal(actual[name], again[name]), f"{name} differs from run to run"
