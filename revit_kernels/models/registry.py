@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from revit_kernels.models.checkpoints import description, load_checkpoint
-from revit_kernels.models.vit import VarLenViT, VarLenViTDistilled
+from revit_kernels.models.distilled import VarLenViTDistilled
+from revit_kernels.models.vit import VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
 ROPE = ("eva", "rope", "dinov3")  # what timm's eva.py calls its models
