@@ -1,1 +1,5 @@
 """What is computed: one folder per op, one file per backend."""
+
+from revit_kernels.ops.layer_norm import layer_norm
+
+__all__ = ["layer_norm"]
