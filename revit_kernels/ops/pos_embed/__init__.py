@@ -58,7 +58,7 @@ def pos_embed(
     interpolation: "bicubic" or "bilinear"
     antialias:     low-pass where a grid is smaller than the table, as timm does
     align_corners: as in F.interpolate; only without antialias
-    offset:        DINOv2's interpolate_offset (0.1 in its models): the scale factor passed is (rows + offset) / table rows
+    offset:        DINOv2's interpolate_offset (0.1 in its models): the scale is that of grid + offset over table
 
     Returns (cells, dim) in the dtype of the table: the cells of every grid, one grid after the other, row by row.
     Computed in fp32; where a grid is the table's own, the rows are the table's.
