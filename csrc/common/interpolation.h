@@ -47,7 +47,8 @@ REVIT_EVERYWHERE inline Window window(const Axis& axis, int32_t target) {
   return {static_cast<int32_t>(std::floor(centre)) - (axis.cubic ? 1 : 0), axis.cubic ? 4 : 2, centre};
 }
 
-// The filter at a distance in units of its stretch: Keys' cubic, a = -0.5 if antialiased and -0.75 if not; or a triangle.
+// The filter at a distance in units of its stretch: Keys' cubic, a = -0.5 if antialiased and -0.75 if not; or a
+// triangle.
 REVIT_EVERYWHERE inline double filter(double x, bool cubic, bool antialias) {
   x = x < 0 ? -x : x;
   if (!cubic) return x < 1 ? 1 - x : 0;
@@ -60,14 +61,7 @@ REVIT_EVERYWHERE inline double filter(double x, bool cubic, bool antialias) {
 
 #if !defined(__CUDACC__)
 #include <algorithm>
-#include <cstring>
 #include <vector>
-
-#if defined(__x86_64__)
-#define REVIT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define REVIT_CLONES
-#endif
 
 namespace revit {
 
@@ -102,55 +96,6 @@ inline Taps taps(const Axis& axis) {
     for (int32_t k = 0; k <= last - first; ++k) taps.weight[i * taps.width + k] = static_cast<float>(weight[k] / sum);
   }
   return taps;
-}
-
-typedef float Vector __attribute__((vector_size(64), aligned(4), may_alias));
-
-// y[i] = sum of weight[k] * x[k * stride + i] over k < count, for i < n. k is added in order, for every i alike.
-REVIT_CLONES static void weighted_sum(float* y, const float* x, int64_t stride, const float* weight, int64_t count,
-                                      int64_t n) {
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-    Vector a = {}, b = {}, c = {}, d = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const Vector* row = reinterpret_cast<const Vector*>(x + k * stride + i);
-      a += weight[k] * row[0], b += weight[k] * row[1], c += weight[k] * row[2], d += weight[k] * row[3];
-    }
-    Vector* out = reinterpret_cast<Vector*>(y + i);
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-  }
-  for (; i + 16 <= n; i += 16) {
-    Vector a = {};
-    for (int64_t k = 0; k < count; ++k) a += weight[k] * *reinterpret_cast<const Vector*>(x + k * stride + i);
-    *reinterpret_cast<Vector*>(y + i) = a;
-  }
-  for (; i < n; ++i) {
-    float a = 0;
-    for (int64_t k = 0; k < count; ++k) a = a + weight[k] * x[k * stride + i];
-    y[i] = a;
-  }
-}
-
-// y[i] += weight * x[i]
-REVIT_CLONES static void add_scaled(float* y, const float* x, float weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += weight * x[i];
-}
-
-REVIT_CLONES static void widen(float* y, const uint16_t* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(x[i]) << 16;
-    std::memcpy(y + i, &bits, 4);
-  }
-}
-
-// To the nearest bfloat16, ties to even; NaN stays NaN.
-REVIT_CLONES static void narrow(uint16_t* y, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, x + i, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    y[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-  }
 }
 
 }  // namespace revit

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/bfloat16.h"
 #include "common/interpolation.h"
 
 using torch::headeronly::ScalarType;
@@ -20,6 +21,36 @@ struct Grid {
   bool same;                     // as the table's own
   revit::Taps down, across;
 };
+
+// y[i] = sum of weight[k] * x[k * stride + i] over k < count, for i < n. k is added in order, for every i alike.
+REVIT_CLONES void weighted_sum(float* y, const float* x, int64_t stride, const float* weight, int64_t count,
+                               int64_t n) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    revit::Vector a = {}, b = {}, c = {}, d = {};
+    for (int64_t k = 0; k < count; ++k) {
+      const revit::Vector* row = reinterpret_cast<const revit::Vector*>(x + k * stride + i);
+      a += weight[k] * row[0], b += weight[k] * row[1], c += weight[k] * row[2], d += weight[k] * row[3];
+    }
+    revit::Vector* out = reinterpret_cast<revit::Vector*>(y + i);
+    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
+  }
+  for (; i + 16 <= n; i += 16) {
+    revit::Vector a = {};
+    for (int64_t k = 0; k < count; ++k) a += weight[k] * *reinterpret_cast<const revit::Vector*>(x + k * stride + i);
+    *reinterpret_cast<revit::Vector*>(y + i) = a;
+  }
+  for (; i < n; ++i) {
+    float a = 0;
+    for (int64_t k = 0; k < count; ++k) a = a + weight[k] * x[k * stride + i];
+    y[i] = a;
+  }
+}
+
+// y[i] += weight * x[i]
+REVIT_CLONES void add_scaled(float* y, const float* x, float weight, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += weight * x[i];
+}
 
 std::vector<Grid> make_grids(int64_t rows, int64_t columns, const std::vector<int64_t>& sizes, const std::string& mode,
                              bool antialias, bool align_corners, double offset) {
@@ -76,12 +107,11 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
       for (int64_t d = 0; d < dim; d += kBlock) {
         const int64_t n = std::min(kBlock, dim - d);
         for (int64_t c = 0; c < columns; ++c)
-          revit::weighted_sum(&middle[c * n], x + (down.first[r] * columns + c) * dim + d, columns * dim,
-                              &down.weight[r * down.width], down.count[r], n);
+          weighted_sum(&middle[c * n], x + (down.first[r] * columns + c) * dim + d, columns * dim,
+                       &down.weight[r * down.width], down.count[r], n);
         for (int64_t q = 0; q < grid.columns; ++q) {
           float* result = bf16 ? out.data() : reinterpret_cast<float*>(to) + q * dim + d;
-          revit::weighted_sum(result, &middle[across.first[q] * n], n, &across.weight[q * across.width],
-                              across.count[q], n);
+          weighted_sum(result, &middle[across.first[q] * n], n, &across.weight[q * across.width], across.count[q], n);
           if (bf16) revit::narrow(reinterpret_cast<uint16_t*>(to) + q * dim + d, result, n);
         }
       }
@@ -109,18 +139,17 @@ Tensor pos_embed_backward_cpu(const Tensor& grad, int64_t rows, int64_t columns,
         for (int64_t r = 0; r < grid.rows; ++r) {
           const float* from = g + (grid.start + r * grid.columns) * dim + d;
           if (grid.same) {
-            for (int64_t q = 0; q < columns; ++q) revit::add_scaled(&sum[(r * columns + q) * n], from + q * dim, 1, n);
+            for (int64_t q = 0; q < columns; ++q) add_scaled(&sum[(r * columns + q) * n], from + q * dim, 1, n);
             continue;
           }
           const revit::Taps &down = grid.down, &across = grid.across;
           std::fill(middle.begin(), middle.end(), 0.0f);
           for (int64_t q = 0; q < grid.columns; ++q)
             for (int64_t k = 0; k < across.count[q]; ++k)
-              revit::add_scaled(&middle[(across.first[q] + k) * n], from + q * dim, across.weight[q * across.width + k],
-                                n);
+              add_scaled(&middle[(across.first[q] + k) * n], from + q * dim, across.weight[q * across.width + k], n);
           for (int64_t k = 0; k < down.count[r]; ++k)
-            revit::add_scaled(&sum[(down.first[r] + k) * columns * n], middle.data(), down.weight[r * down.width + k],
-                              columns * n);
+            add_scaled(&sum[(down.first[r] + k) * columns * n], middle.data(), down.weight[r * down.width + k],
+                       columns * n);
         }
       for (int64_t c = 0; c < rows * columns; ++c)
         if (bf16)
