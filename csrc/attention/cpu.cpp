@@ -37,10 +37,7 @@ constexpr float kLog2E = 1.44269504088896341f;
 #define REVIT_BF16 0
 #define REVIT_LANES 4
 namespace plain {
-#include "backward.h"
-#include "forward.h"
-#include "product.h"
-#include "vector.h"
+#include "kernels.h"
 }  // namespace plain
 
 #if REVIT_X86
@@ -49,10 +46,7 @@ namespace plain {
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
-#include "backward.h"
-#include "forward.h"
-#include "product.h"
-#include "vector.h"
+#include "kernels.h"
 }  // namespace avx2
 #pragma GCC pop_options
 
@@ -61,10 +55,7 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
-#include "backward.h"
-#include "forward.h"
-#include "product.h"
-#include "vector.h"
+#include "kernels.h"
 }  // namespace avx512
 #pragma GCC pop_options
 
@@ -73,10 +64,7 @@ namespace avx512 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
 namespace avx512_bf16 {
-#include "backward.h"
-#include "forward.h"
-#include "product.h"
-#include "vector.h"
+#include "kernels.h"
 }  // namespace avx512_bf16
 #pragma GCC pop_options
 #endif

@@ -125,7 +125,7 @@ def attention(
     q: (tokens, heads, head_dim); like k and v it may be a strided view, of a fused qkv say
     k: (tokens, heads, head_dim), or (key tokens, heads, head_dim) with cu_seqlens_k
     v: like k
-    cu_seqlens: (images + 1,) int32, where each image's queries begin and end; and its keys, unless cu_seqlens_k is given
+    cu_seqlens: (images + 1,) int32, where each image's queries (and its keys, without cu_seqlens_k) begin and end
     max_seqlen: at least the queries of the longest image, known to the host
     cu_seqlens_k, max_seqlen_k: the same for the keys, for cross attention
     scale:  head_dim ** -0.5 if not given; must not be negative
