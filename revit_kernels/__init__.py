@@ -1,1 +1,8 @@
 """Vision Transformers on images of different token lengths: one packed batch, no padding."""
+
+from revit_kernels import ops
+from revit_kernels.models.vit import PackedTokens, VarLenViT
+from revit_kernels.packing import Packing
+
+__version__ = "0.1.0"
+__all__ = ["PackedTokens", "Packing", "VarLenViT", "ops"]

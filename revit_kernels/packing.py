@@ -38,22 +38,26 @@ class Packing:
     cu_seqlens:   (images + 1,) int32, on the device
     length_index: (images,) int32, on the device: the row of `menu` that each image is given
     image:        (capacity,) int32, on the device: the image that each token belongs to, -1 for none
+    row:          (capacity,) int32, on the device: the row of `menu` that each token's image is given, -1 for none
+    first_row:    (capacity,) int32 like `row`, but 0 for every token of an image: for a module with one affine.
+                  None where `full`: then no token needs to be told apart
     menu:         the grids (rows, columns) that occur, longest first; known to the host
     prefix:       prefix tokens (class, distillation, register) of each image
     capacity:     rows of the packed buffer
-    grids:        the grid of each image, or None where the device chose them
     full:         whether the host knows that no row is unused
 
-    Build one with `from_grids` or `from_choice`.
+    Build one with `from_grids`, `uniform` or `from_choice`.
     """
 
     cu_seqlens: Tensor
     length_index: Tensor
     image: Tensor
+    row: Tensor
+    first_row: Tensor | None
     menu: tuple[Grid, ...]
     prefix: int
     capacity: int
-    grids: tuple[Grid, ...] | None
+    host_grids: tuple[Grid, ...] | None
     full: bool
 
     @classmethod
@@ -88,17 +92,40 @@ class Packing:
         capacity = total if capacity is None else capacity
         if capacity < total:
             raise ValueError(f"capacity must hold all {total} tokens, got {capacity}")
+        index = torch.tensor([row[grid] for grid in grids], dtype=torch.int32)
         image = torch.repeat_interleave(torch.arange(len(grids)), torch.tensor(lengths, dtype=torch.long))
-        image = torch.cat([image, image.new_full((capacity - total,), -1)])
+        unused = image.new_full((capacity - total,), -1)
+        token_row = torch.cat([index[image], unused.int()]).to(device)
         return cls(
             torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device),
-            torch.tensor([row[grid] for grid in grids], dtype=torch.int32).to(device),
-            image.to(torch.int32).to(device),
+            index.to(device),
+            torch.cat([image, unused]).int().to(device),
+            token_row,
+            None if capacity == total else token_row.clamp(max=0),
             menu,
             prefix,
             capacity,
             grids,
             capacity == total,
+        )
+
+    @classmethod
+    def uniform(cls, images: int, grid: Grid, prefix: int = 1, *, device: torch.device | str | None = None) -> Packing:
+        """One grid for every image: a dense batch seen as a packing. `images` may be symbolic, as in torch.export."""
+        grid = _check_grid("grid", grid)
+        length = prefix + grid[0] * grid[1]
+        tokens = torch.arange(images * length, dtype=torch.int32, device=device)
+        return cls(
+            torch.arange(images + 1, dtype=torch.int32, device=device) * length,
+            torch.zeros(images, dtype=torch.int32, device=device),
+            torch.div(tokens, length, rounding_mode="floor"),
+            torch.zeros_like(tokens),
+            None,
+            (grid,),
+            prefix,
+            images * length,
+            None,
+            True,
         )
 
     @classmethod
@@ -123,8 +150,10 @@ class Packing:
         ends = torch.where(ends <= capacity, ends, 0).cummax(0).values if len(choice) else ends
         cu_seqlens = torch.cat([ends.new_zeros(1), ends])
         image = torch.searchsorted(ends, torch.arange(capacity, device=choice.device), right=True)
-        image = torch.where(image < len(choice), image, -1)
-        return cls(cu_seqlens.int(), choice.int(), image.int(), menu, prefix, capacity, None, False)
+        unused = image >= len(choice)
+        row = torch.cat([choice, choice.new_full((1,), -1)])[image].int()
+        image = torch.where(unused, -1, image).int()
+        return cls(cu_seqlens.int(), choice.int(), image, row, row.clamp(max=0), menu, prefix, capacity, None, False)
 
     @property
     def images(self) -> int:
@@ -146,11 +175,11 @@ class Packing:
         return self.cu_seqlens[1:] > self.cu_seqlens[:-1]
 
     @property
-    def row(self) -> Tensor:
-        """(capacity,) int32: the row of the menu that each token's image is given, -1 for a token of no image."""
-        if self.images == 0:
-            return self.image
-        return torch.where(self.image >= 0, self.length_index[self.image.clamp(min=0).long()], -1)
+    def grids(self) -> tuple[Grid, ...] | None:
+        """The grid of each image, or None where the device chose them."""
+        if self.host_grids is None and self.full and len(self.menu) == 1:
+            return self.menu * self.images
+        return self.host_grids
 
     @property
     def placement(self) -> Tensor:
@@ -181,7 +210,10 @@ class Packing:
 
 pytree.register_pytree_node(
     Packing,
-    lambda p: ([p.cu_seqlens, p.length_index, p.image], (p.menu, p.prefix, p.capacity, p.grids, p.full)),
+    lambda p: (
+        [p.cu_seqlens, p.length_index, p.image, p.row, p.first_row],
+        (p.menu, p.prefix, p.capacity, p.host_grids, p.full),
+    ),
     lambda tensors, host: Packing(*tensors, *host),
     serialized_type_name="revit_kernels.Packing",
 )

@@ -17,6 +17,7 @@ def test_from_grids():
     assert packing.row.tolist() == [1, 1] + [0] * 7 + [1, 1] + [-1] * 3
     assert packing.placement.tolist() == [[1, 1, 6], [3, 2, 0], [1, 1, 6]]
     assert packing.max_seqlen == 7
+    assert packing.first_row.tolist() == [0] * 11 + [-1] * 3
     assert not packing.full
     assert packing.fits.all()
 
@@ -35,6 +36,15 @@ def test_images_that_do_not_fit_get_no_tokens():
     assert packing.cu_seqlens.tolist() == [0, 7, 7, 7]
     assert packing.fits.tolist() == [True, False, False]
     assert packing.image.tolist() == [0] * 7 + [-1] * 3
+
+
+def test_uniform_is_a_dense_batch():
+    uniform = Packing.uniform(3, (2, 3), prefix=2, device=DEVICE)
+    listed = Packing.from_grids([(2, 3)] * 3, prefix=2, device=DEVICE)
+    for name in ("cu_seqlens", "length_index", "image", "row", "placement"):
+        assert torch.equal(getattr(uniform, name), getattr(listed, name)), name
+        assert getattr(uniform, name).dtype == getattr(listed, name).dtype, name
+    assert uniform.grids == listed.grids and uniform.capacity == listed.capacity and uniform.first_row is None
 
 
 def test_no_image():
@@ -75,7 +85,7 @@ def test_compiles_and_is_a_pytree():
     compiled = torch.compile(lambda p, x: x * p.row[:, None], fullgraph=True, backend="eager")
     assert torch.equal(compiled(packing, torch.ones(7, 1))[:, 0], packing.row.float())
     leaves, spec = torch.utils._pytree.tree_flatten(packing)
-    assert len(leaves) == 3 and torch.utils._pytree.tree_unflatten(leaves, spec).menu == packing.menu
+    assert len(leaves) == 5 and torch.utils._pytree.tree_unflatten(leaves, spec).menu == packing.menu
 
 
 def test_choosing_on_the_device_never_reads_it_back():

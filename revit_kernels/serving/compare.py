@@ -64,7 +64,7 @@ def compare(model, sample: Sample, batch_tokens: int, rounds: int = 3) -> tuple[
 
     Each starts at decoded images and ends at logits. Padded and dense batches hold images resized (bicubic,
     antialiased) and normalised one by one, then batched up to the same number of tokens, in the order given. Padding
-    goes up to the longest image of a batch and is masked out (its positions cost what they must, but are no image's own).
+    goes up to the longest image of a batch and is masked out (its positions are no image's own, but cost the same).
     """
     dense, name = rival(model)
     indices = range(len(sample.pixels))

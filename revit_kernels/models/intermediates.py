@@ -1,0 +1,130 @@
+"""timm's feature extraction: the tokens after chosen blocks, of a dense or a mixed batch."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from revit_kernels.modules.layer_norm import normalise
+
+
+def take_indices(count: int, indices) -> tuple[list[int], int]:
+    """Block numbers to take of `count`, and the largest: the last n for an int, all for None, else those listed."""
+    if indices is None:
+        indices = count
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices must be between 1 and {count} blocks, got {indices}")
+        taken = list(range(count - indices, count))
+    else:
+        taken = [count + i if i < 0 else i for i in indices]
+        for index in taken:
+            if not 0 <= index < count:
+                raise ValueError(f"indices must be within {count} blocks, got {index}")
+    return taken, max(taken)
+
+
+class Intermediates:
+    """The methods of VarLenViT that give intermediate features."""
+
+    def forward_intermediates(
+        self,
+        x,
+        indices=None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask=None,
+        is_causal: bool = False,
+        *,
+        grids=None,
+        packing=None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ):
+        """The tokens after chosen blocks, as timm gives them: a list, (features, list), or a dict.
+
+        For a dense batch each entry is (images, dim, rows, columns), or (images, patches, dim) with output_fmt "NLC";
+        for a mixed one it is a tuple with one such tensor, without the images' dimension, per image.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken, last = take_indices(len(self.blocks), indices)
+        images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        patches, prefixes = [], []
+
+        def visit(i, tokens, packing):
+            if i in taken:
+                tokens = normalise(self.norm, tokens, packing)[0] if norm else tokens
+                patch, prefix = self._apart(tokens, packing, dense, output_fmt == "NCHW")
+                patches.append(patch)
+                prefixes.append(prefix)
+
+        depth = last + 1 if stop_early else None
+        features, packing = self._features(images, packing, dense, channels_last, mask, visit, depth)
+        features = features if dense else self._packed_tokens(features, packing)
+        has_prefix = bool(self.num_prefix_tokens) and return_prefix_tokens
+        if output_dict:
+            result = {"image_intermediates": patches}
+            if has_prefix:
+                result["image_intermediates_prefix"] = prefixes
+            return result if intermediates_only else result | {"image_features": features}
+        if has_prefix:
+            patches = list(zip(patches, prefixes))
+        return patches if intermediates_only else (features, patches)
+
+    def _packed_tokens(self, tokens, packing):
+        from revit_kernels.models.vit import PackedTokens
+
+        return PackedTokens(tokens, packing)
+
+    def _apart(self, tokens, packing, dense: bool, maps: bool):
+        """Patches and prefix tokens apart; patches as maps (dim, rows, columns) if asked."""
+        prefix = self.num_prefix_tokens
+        if dense:
+            patches = tokens[:, prefix:]
+            if maps:
+                patches = patches.unflatten(1, packing.menu[0]).permute(0, 3, 1, 2).contiguous()
+            return patches, tokens[:, :prefix]
+        parts = packing.split(tokens)
+        patches = tuple(part[prefix:] for part in parts)
+        if maps:
+            grids = packing.grids
+            patches = tuple(p.unflatten(0, g).permute(2, 0, 1).contiguous() for p, g in zip(patches, grids))
+        return patches, tuple(part[:prefix] for part in parts)
+
+    def get_intermediate_layers(
+        self,
+        x,
+        n=1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask=None,
+        **inputs,
+    ):
+        """DINO's interface to `forward_intermediates`."""
+        return self.forward_intermediates(
+            x,
+            n,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt="NCHW" if reshape else "NLC",
+            intermediates_only=True,
+            attn_mask=attn_mask,
+            **inputs,
+        )
+
+    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+        """Drop the blocks after the last one asked for, and the norm and head if told so."""
+        taken, last = take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, "")
+        return taken

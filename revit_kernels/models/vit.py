@@ -1,0 +1,407 @@
+"""VarLenViT: timm's VisionTransformer on images of any token lengths, in one packed batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revit_kernels import modules, ops
+from revit_kernels.grids import native_grid
+from revit_kernels.models import adopt
+from revit_kernels.models.intermediates import Intermediates
+from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
+from revit_kernels.models.surgery import Surgery
+from revit_kernels.modules.attention import dense_packing
+from revit_kernels.modules.layer_norm import add, normalise
+from revit_kernels.modules.linear import is_plain, linear
+from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
+from revit_kernels.packing import Packing
+
+
+class PackedTokens(NamedTuple):
+    """Tokens of images of several lengths, and which of them belongs to which image.
+
+    tokens:  (capacity, dim)
+    packing: where each image's tokens lie
+    """
+
+    tokens: Tensor
+    packing: Packing
+
+    def split(self) -> tuple[Tensor, ...]:
+        """One view (length, dim) per image."""
+        return self.packing.split(self.tokens)
+
+
+class VarLenViT(Intermediates, Surgery, nn.Module):
+    """A Vision Transformer (Dosovitskiy et al., arXiv:2010.11929) that takes images at different token lengths.
+
+    Constructor, module tree, state_dict keys, methods and attributes are those of timm 1.0.31's `VisionTransformer`;
+    a tensor of images in gives timm's output out. Layers may also be named: norm_layer "layernorm" or "rmsnorm", or
+    {"name": "layernorm", "eps": 1e-5}; act_layer "gelu", "gelu_tanh", "quick_gelu", "silu"; mlp_layer, block_fn and
+    embed_layer by their class names.
+
+    Calling the model:
+        model(x)                        x: (images, channels, height, width) float -> (images, classes)
+        model(x, grids=[(7, 7), ...])   the same images, each resized to its own grid of patches
+        model([image, ...])             images (channels, height, width) of any sizes: each keeps its aspect, with at
+                                        most `max_tokens` patches (by default as many as the model was made for)
+        model([image, ...], grids=...)  images of any sizes, each resized to its own grid
+        model(images, packing=...)      where a Packing, made on the device perhaps, says the grids
+    Float images come normalised, as timm takes them; uint8 images are normalised with the model's mean and std, and may
+    be (height, width, channels) with channels_last=True.
+
+    Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        scale_attn_norm: bool = False,
+        scale_mlp_norm: bool = False,
+        proj_bias: bool = True,
+        init_values: float | None = None,
+        class_token: bool = True,
+        pos_embed: str = "learn",
+        no_embed_class: bool = False,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        final_norm: bool = True,
+        fc_norm: bool | None = None,
+        pool_include_prefix: bool = False,
+        dynamic_img_size: bool = False,
+        dynamic_img_pad: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        patch_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        weight_init: str = "",
+        fix_init: bool = False,
+        embed_layer=None,
+        embed_norm_layer=None,
+        norm_layer=None,
+        act_layer=None,
+        block_fn=None,
+        mlp_layer=None,
+        attn_layer="attn",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        kwargs = {"device": device, "dtype": dtype}
+        self._check_pool(global_pool, class_token)
+        if pos_embed not in ("", "none", "learn"):
+            raise ValueError(f"pos_embed must be '', 'none' or 'learn', got {pos_embed!r}")
+        use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
+        norm_layer = layer("norm_layer", norm_layer, NORMS, modules.LayerNorm)
+        act_layer = layer("act_layer", act_layer, ACTIVATIONS, nn.GELU)
+        embed_norm_layer = layer("embed_norm_layer", embed_norm_layer, NORMS)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = int(class_token) + reg_tokens
+        self.num_reg_tokens = reg_tokens
+        self.has_class_token = class_token
+        self.no_embed_class = no_embed_class
+        self.pool_include_prefix = pool_include_prefix or global_pool == "prr"
+        self.dynamic_img_size = dynamic_img_size
+        self.grad_checkpointing = False
+
+        embed_args = {"strict_img_size": False, "output_fmt": "NHWC"} if dynamic_img_size else {}
+        if embed_norm_layer is not None:
+            embed_args["norm_layer"] = embed_norm_layer
+        self.patch_embed = layer("embed_layer", embed_layer, EMBEDS, modules.PatchEmbed)(
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            bias=not pre_norm,
+            dynamic_img_pad=dynamic_img_pad,
+            **embed_args,
+            **kwargs,
+        )
+        reduction = self.patch_embed.feat_ratio()
+
+        def tokens(count):
+            return nn.Parameter(torch.empty(1, count, embed_dim, **kwargs)) if count else None
+
+        self.cls_token = tokens(int(class_token))
+        self.reg_token = tokens(reg_tokens)
+        embed_len = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
+        self.pos_embed = tokens(embed_len if pos_embed == "learn" else 0)
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+        self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
+        self.norm_pre = norm_layer(embed_dim, **kwargs) if pre_norm else nn.Identity()
+        block_fn = layer("block_fn", block_fn, BLOCKS, modules.Block)
+        mlp_layer = layer("mlp_layer", mlp_layer, MLPS, modules.Mlp)
+        self.blocks = nn.Sequential(
+            *(
+                block_fn(
+                    dim=embed_dim,
+                    num_heads=num_heads,
+                    mlp_ratio=mlp_ratio,
+                    qkv_bias=qkv_bias,
+                    qk_norm=qk_norm,
+                    scale_attn_norm=scale_attn_norm,
+                    scale_mlp_norm=scale_mlp_norm,
+                    proj_bias=proj_bias,
+                    init_values=init_values,
+                    proj_drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    drop_path=drop_path_rate * i / max(depth - 1, 1),
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    mlp_layer=mlp_layer,
+                    attn_layer=attn_layer,
+                    depth=i,
+                    **kwargs,
+                )
+                for i in range(depth)
+            )
+        )
+        self.feature_info = [
+            {"module": f"blocks.{i}", "num_chs": embed_dim, "reduction": reduction} for i in range(depth)
+        ]
+        self.norm = norm_layer(embed_dim, **kwargs) if final_norm and not use_fc_norm else nn.Identity()
+        self.attn_pool = None
+        if global_pool == "map":
+            self.attn_pool = modules.AttentionPoolLatent(
+                embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                norm_layer=norm_layer,
+                act_layer=act_layer,
+                **kwargs,
+            )
+        elif global_pool == "prr":
+            pool_type = "token" if class_token else "avg"
+            self.attn_pool = modules.AttentionPoolPrr(
+                embed_dim, num_heads=num_heads, pool_type=pool_type, norm_layer=norm_layer, **kwargs
+            )
+        self.fc_norm = norm_layer(embed_dim, **kwargs) if final_norm and use_fc_norm else nn.Identity()
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **kwargs) if num_classes > 0 else nn.Identity()
+        self.weight_init_mode = "reset" if weight_init == "skip" else weight_init
+        self.fix_init = fix_init
+        self._set_preprocessing()
+        if weight_init != "skip":
+            self.init_weights(needs_reset=False)
+
+    def _set_preprocessing(self) -> None:
+        """What timm's models do not have: how images become patches, and positions fit another grid."""
+        if not hasattr(self, "pretrained_cfg"):
+            self.pretrained_cfg = self.default_cfg = {"mean": (0.5,) * self.in_chans, "std": (0.5,) * self.in_chans}
+        self.patch_method = "resize"  # or "patch": the patch kernel is resized (FlexiViT), the image is not
+        self.pos_interpolation = "bicubic"
+        self.pos_antialias = True
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> VarLenViT:
+        """The same model, packed: shares the parameters and leaf modules of a timm VisionTransformer, copies nothing.
+
+        Raises NotImplementedError for a model of another family (Eva, NaFlexVit, ...), by name.
+        """
+        return adopt.adopt_model(model)
+
+    # ------------------------------------------------------------------ images to tokens
+
+    def _inputs(self, x, grids, packing, max_tokens, channels_last) -> tuple[Tensor | list[Tensor], Packing, bool]:
+        """The images, their packing, and whether the result is a dense batch, as timm gives it."""
+        prefix, device = self.num_prefix_tokens, self._device()
+        if isinstance(x, Tensor):
+            if x.ndim != 4:
+                raise ValueError(f"images must be a tensor (images, channels, height, width), got {tuple(x.shape)}")
+            if grids is None and packing is None and max_tokens is None:
+                channels = x.shape[3 if channels_last else 1]
+                if channels != self.in_chans:
+                    raise ValueError(f"expected images of {self.in_chans} channels, got {channels}")
+                if channels_last:
+                    size = x.shape[1:3]
+                else:
+                    x = self.patch_embed.padded(x)
+                    size = x.shape[2:]
+                grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
+                return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
+        elif not isinstance(x, list | tuple) or not all(isinstance(image, Tensor) and image.ndim == 3 for image in x):
+            raise ValueError("images must be a tensor, or a list of tensors (channels, height, width)")
+        images = len(x)
+        if packing is not None:
+            if grids is not None:
+                raise ValueError("give grids or packing, not both")
+            if packing.prefix != prefix:
+                raise ValueError(f"the packing has {packing.prefix} prefix tokens an image, the model {prefix}")
+        elif grids is None:
+            limit = max_tokens or self.patch_embed.num_patches
+            at = slice(0, 2) if channels_last else slice(1, 3)
+            grids = [native_grid(tuple(image.shape[at]), self.patch_embed.patch_size, limit) for image in x]
+        elif len(grids) != images:
+            raise ValueError(f"grids must name one grid per image: {images} images, {len(grids)} grids")
+        packing = packing or Packing.from_grids(grids, prefix, device=device)
+        if packing.images != images:
+            raise ValueError(f"the packing is of {packing.images} images, got {images}")
+        return (list(x) if not isinstance(x, Tensor) else x), packing, False
+
+    def _device(self) -> torch.device:
+        return next(self.patch_embed.parameters()).device
+
+    def _positions(self, packing: Packing) -> tuple[Tensor | None, Tensor | None]:
+        """Position rows for every cell of the packing's menu, and the prefix tokens with theirs added."""
+        parts = [t[0] for t in (self.cls_token, getattr(self, "dist_token", None), self.reg_token) if t is not None]
+        prefix = torch.cat(parts) if parts else None
+        if self.pos_embed is None:
+            return None, prefix
+        table = self.pos_embed[0]
+        if not self.no_embed_class and prefix is not None:
+            prefix = prefix + table[: self.num_prefix_tokens]
+            table = table[self.num_prefix_tokens :]
+        table = table.view(*self.patch_embed.grid_size, -1)
+        rows = ops.pos_embed(table, packing.menu, interpolation=self.pos_interpolation, antialias=self.pos_antialias)
+        return rows, prefix
+
+    def _embed(self, images, packing: Packing, channels_last: bool) -> tuple[Tensor, Packing]:
+        """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout."""
+        pos, prefix = self._positions(packing)
+        first = images if isinstance(images, Tensor) else images[0] if images else None
+        statistics = {}
+        if first is not None and first.dtype == torch.uint8:
+            statistics = {"mean": self.pretrained_cfg["mean"], "std": self.pretrained_cfg["std"]}
+        x = self.patch_embed.pack(
+            images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
+        )
+        x = self.pos_drop(x)
+        if self.training and not isinstance(self.patch_drop, nn.Identity):
+            x, packing = drop_patches(x, packing, self.patch_drop.prob)
+        return x, packing
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """timm's step of this name, on dense patches (images, patches, dim) or (images, rows, columns, dim)."""
+        grid = tuple(x.shape[1:3]) if x.ndim == 4 else self.patch_embed.grid_size
+        pos, prefix = self._positions(Packing.uniform(0, grid, self.num_prefix_tokens, device=x.device))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x if pos is None else x + pos
+        return self.pos_drop(x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1))
+
+    # ------------------------------------------------------------------ tokens to features
+
+    def _features(self, images, packing, dense, channels_last, mask, visit=None, depth=None) -> tuple[Tensor, Packing]:
+        """Through the embedding, `depth` blocks and the final norm; `visit` sees the stream after each block."""
+        x, packing = self._embed(images, packing, channels_last)
+        if dense:  # hooks then see what timm shows them
+            x = x.view(packing.images, packing.max_seqlen, -1)
+        x, _ = normalise(self.norm_pre, x, packing)
+        stream = (x, None, None)
+        for i, block in enumerate(self.blocks[:depth] if depth else self.blocks):
+            stream = self._run_block(block, stream, packing, mask)
+            if visit is not None:
+                stream = (add(*stream), None, None)
+                visit(i, stream[0], packing)
+        x, branch, gamma = stream
+        return normalise(self.norm, x, packing, branch, gamma)[0], packing
+
+    def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
+        if not isinstance(block, tuple(BLOCKS.values())):
+            return adopt.run_foreign_block(block, add(*stream), packing, mask), None, None
+        if is_plain(block, *STREAMING):
+            if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
+                return checkpoint(block.stream, stream, packing, use_reentrant=False)
+            return block.stream(stream, packing, **mask)
+        if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
+            return checkpoint(block, add(*stream), packing=packing, use_reentrant=False), None, None
+        return block(add(*stream), packing=packing, **mask), None, None
+
+    def forward_features(
+        self,
+        x,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        grids=None,
+        packing: Packing | None = None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ):
+        """Tokens after the last block and norm: (images, length, dim) for a dense batch, else PackedTokens."""
+        images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        x, packing = self._features(images, packing, dense, channels_last, mask)
+        return x if dense else PackedTokens(x, packing)
+
+    # ------------------------------------------------------------------ features to answers
+
+    def _packed(self, x) -> tuple[Tensor, Packing]:
+        """Tokens (capacity, dim) and packing, of PackedTokens or of a dense batch (images, length, dim)."""
+        if isinstance(x, PackedTokens):
+            return x.tokens, x.packing
+        packing = dense_packing(x)
+        prefix = min(self.num_prefix_tokens, x.shape[1])
+        packing = Packing.uniform(x.shape[0], (1, x.shape[1] - prefix), prefix, device=x.device) if prefix else packing
+        return x.reshape(-1, x.shape[-1]), packing
+
+    def pool(self, x, pool_type: str | None = None):
+        """(images, dim) from (images, length, dim) or PackedTokens; the tokens themselves for pool type ''."""
+        if self.attn_pool is not None:
+            tokens, packing = self._packed(x)
+            if not self.pool_include_prefix and self.num_prefix_tokens:
+                packing, rows = packing.without_prefix()
+                tokens = tokens[rows]
+            return self.attn_pool(tokens, packing=packing)
+        pool_type = self.global_pool if pool_type is None else pool_type
+        if not pool_type:
+            return x
+        tokens, packing = self._packed(x)
+        return ops.pool(
+            tokens,
+            packing.cu_seqlens,
+            pool_type,
+            prefix=self.num_prefix_tokens,
+            include_prefix=self.pool_include_prefix,
+        )
+
+    def forward_head(self, x, pre_logits: bool = False):
+        """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
+        x = self.pool(x)
+        if isinstance(x, PackedTokens):  # no pooling: an answer per token
+            head = self.head_drop(self.fc_norm(x.tokens))
+            return PackedTokens(head if pre_logits else linear(self.head, head), x.packing)
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
+
+    def forward(
+        self,
+        x,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        grids=None,
+        packing: Packing | None = None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ):
+        """(images, classes), one row per image in the order given."""
+        features = self.forward_features(
+            x,
+            attn_mask,
+            is_causal,
+            grids=grids,
+            packing=packing,
+            max_tokens=max_tokens,
+            channels_last=channels_last,
+        )
+        return self.forward_head(features)

@@ -1,0 +1,163 @@
+"""VarLenViT beyond what timm can do: mixed batches, packings made on the device, training, and wrong use."""
+
+import pytest
+import torch
+from contract import DEVICE
+
+from revit_kernels import Packing, PackedTokens, VarLenViT
+
+GRIDS = [(2, 3), (4, 4), (1, 1), (3, 2)]
+
+
+def make(**kwargs):
+    torch.manual_seed(0)
+    options = dict(img_size=64, patch_size=16, embed_dim=64, depth=2, num_heads=2, num_classes=7, init_values=0.3)
+    model = VarLenViT(**(options | kwargs)).to(DEVICE).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def images(grids=GRIDS, patch=16, channels=3):
+    torch.manual_seed(1)
+    return [torch.randn(channels, h * patch, w * patch, device=DEVICE) for h, w in grids]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_image_is_the_same_in_any_company(dtype):
+    model = make().to(dtype)
+    batch = images()
+    together = model(batch)
+    for i, image in enumerate(batch):
+        if DEVICE == "cpu":
+            assert torch.equal(model([image])[0], together[i]), f"image {i} alone"
+    backwards = model(batch[::-1])
+    assert torch.equal(backwards.flip(0), together)
+    tokens = model.forward_features(batch).split()
+    for part, alone in zip(tokens, (model.forward_features([image]).tokens for image in batch)):
+        if DEVICE == "cpu":
+            assert torch.equal(part, alone)
+
+
+@torch.no_grad()
+def test_a_packing_made_on_the_device():
+    model = make()
+    menu = [(4, 4), (2, 2)]
+    x = torch.randn(3, 3, 64, 64, device=DEVICE)
+    choice = torch.tensor([1, 0, 1], device=DEVICE)
+    chosen = model(x, packing=Packing.from_choice(choice, menu, model.num_prefix_tokens, capacity=40))
+    listed = model(x, grids=[menu[i] for i in choice.tolist()])
+    torch.testing.assert_close(chosen, listed)
+    assert torch.equal(chosen, listed) or DEVICE == "cuda"
+
+
+@torch.no_grad()
+def test_nan_beyond_the_last_token_reaches_nothing():
+    model = make()
+    packing = Packing.from_grids(GRIDS, model.num_prefix_tokens, capacity=64, device=DEVICE)
+    exact = model(images(), grids=GRIDS)
+    features = model.forward_features(images(), packing=packing)
+    assert features.tokens.shape[0] == 64
+    assert torch.equal(features.tokens[packing.cu_seqlens[-1] :], torch.zeros_like(features.tokens[-1:]).expand(29, -1))
+    spoiled = features.tokens.clone()
+    spoiled[packing.cu_seqlens[-1] :] = float("nan")
+    torch.testing.assert_close(model.forward_head(PackedTokens(spoiled, packing)), exact)
+
+
+@torch.no_grad()
+def test_native_aspect_under_a_token_limit():
+    model = make()
+    sizes = [(100, 37), (16, 16), (1, 1), (1200, 20)]
+    batch = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, device=DEVICE) for size in sizes]
+    packing = model.forward_features(batch, max_tokens=9).packing
+    assert all(h * w <= 9 for h, w in packing.grids)
+    assert packing.grids[1] == (1, 1) and packing.grids[3][1] == 1
+    assert model(batch, max_tokens=9).shape == (4, 7)
+    rows = [image.permute(1, 2, 0).contiguous() for image in batch]
+    assert torch.equal(model(rows, max_tokens=9, channels_last=True), model(batch, max_tokens=9))
+
+
+@torch.no_grad()
+def test_uint8_is_normalised_by_the_models_own_statistics():
+    model = make()
+    model.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
+    pixels = torch.randint(0, 256, (2, 3, 64, 32), dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(model.pretrained_cfg[k], device=DEVICE).view(3, 1, 1) for k in ("mean", "std"))
+    torch.testing.assert_close(model(pixels), model((pixels / 255 - mean) / std))
+
+
+@pytest.mark.parametrize("kwargs", [dict(patch_drop_rate=0.5), dict(drop_path_rate=0.5), dict(attn_drop_rate=0.3)])
+def test_training_options_on_a_mixed_batch(kwargs):
+    model = make(**kwargs).train()
+    out = model(images())
+    out.square().sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    model.eval()
+    plain = make()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), plain(images()))
+
+
+def test_drop_path_leaves_out_whole_images():
+    from revit_kernels.modules import DropPath
+    from revit_kernels.modules.block import drop_path
+
+    packing = Packing.from_grids(GRIDS * 20, 1, device=DEVICE)
+    kept = drop_path(DropPath(0.5).train(), torch.ones(packing.capacity, 3, device=DEVICE), packing)
+    per_image = [part.unique().tolist() for part in packing.split(kept)]
+    assert all(len(values) == 1 for values in per_image)
+    assert {values[0] for values in per_image} == {0.0, 2.0}
+
+
+def test_patch_dropout_keeps_prefix_tokens_and_order():
+    from revit_kernels.modules.patch_dropout import drop_patches
+
+    packing = Packing.from_grids(GRIDS, 2, device=DEVICE)
+    rows = torch.arange(packing.capacity, device=DEVICE, dtype=torch.float32)[:, None]
+    kept, shorter = drop_patches(rows, packing, 0.5)
+    assert [h * w for h, w in shorter.grids] == [3, 8, 1, 3]
+    for before, after in zip(packing.split(rows), shorter.split(kept)):
+        assert torch.equal(after[:2], before[:2])
+        assert set(after.flatten().tolist()) <= set(before.flatten().tolist())
+        assert len(after.unique()) == len(after)
+
+
+def test_image_gradients_step_aside_to_plain_torch():
+    model = make()
+    x = torch.randn(2, 3, 64, 64, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.isfinite(grad).all() and grad.abs().max() > 0
+    torch.testing.assert_close(model(x), model(x.detach()))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m(torch.randn(1, 2, 64, 64, device=DEVICE)), "expected images of 3 channels, got 2"),
+        (lambda m: m([torch.randn(2, 64, 64, device=DEVICE)]), "3 channels, got 2"),
+        (lambda m: m(torch.randn(1, 3, 60, 64, device=DEVICE)), r"\(60, 64\) must be a multiple of the patch size"),
+        (lambda m: m(images(), grids=[(2, 2)]), "4 images, 1 grids"),
+        (lambda m: m(images([(2, 2)]), grids=[(0, 0)]), r"grids\[0\] must be at least \(1, 1\), got \(0, 0\)"),
+        (lambda m: m(images([(2, 2)]), grids=[(-1, 2)]), r"grids\[0\] must be at least \(1, 1\), got \(-1, 2\)"),
+        (lambda m: m([image.double() for image in images()]), "float64"),
+        (lambda m: m(torch.randn(3, 64, 64, device=DEVICE)), r"must be a tensor \(images, channels, height, width\)"),
+        (lambda m: m(["photo.jpg"]), "a list of tensors"),
+        (lambda m: m(images(), packing=Packing.from_grids(GRIDS, 0)), "0 prefix tokens an image, the model 1"),
+        (lambda m: m(images(), packing=Packing.from_grids(GRIDS[:2], 1)), "the packing is of 2 images, got 4"),
+        (lambda m: m([torch.randn(3, 64, 64, device="meta")]), "one device|on another device|meta"),
+        (lambda m: m(images(), is_causal=True), "need a dense batch"),
+        (lambda m: m([torch.zeros(3, 0, 5, device=DEVICE)]), "at least 1 x 1 pixels"),
+        (lambda m: m(images(), max_tokens=-1), "max_tokens must be at least 1"),
+        (lambda m: VarLenViT(global_pool="best"), "global_pool must be one of"),
+        (lambda m: VarLenViT(norm_layer="batchnorm"), "norm_layer must be one of"),
+        (lambda m: VarLenViT(class_token=False), "needs the class token"),
+        (lambda m: VarLenViT.from_timm(torch.nn.Linear(2, 2)), "got Linear"),
+    ],
+)
+def test_wrong_use_gets_one_clear_sentence(call, message):
+    with pytest.raises((ValueError, NotImplementedError), match=message) as caught:
+        call(make())
+    assert len(str(caught.value).splitlines()) == 1
