@@ -13,14 +13,14 @@ _kept = WeakIdKeyDictionary()  # weight: (its version and address when it was pa
 def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's inner product takes these: on a CPU it is up to twice F.linear in fp32, and equal in bf16."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # the compiler chooses, and fuses, by itself
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
     )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from revit_kernels.models.registry import create_model, list_models, pretrained_cfg, registry, resolve
 from revit_kernels.models.distilled import VarLenViTDistilled
+from revit_kernels.models.registry import create_model, list_models, pretrained_cfg, registry, resolve
 from revit_kernels.models.vit import VarLenViT
 
 NAMES = list_models()

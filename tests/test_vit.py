@@ -161,3 +161,24 @@ def test_wrong_use_gets_one_clear_sentence(call, message):
     with pytest.raises((ValueError, NotImplementedError), match=message) as caught:
         call(make())
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_exports_with_any_number_of_images():
+    model = make()
+    x = torch.randn(3, 3, 64, 64, device=DEVICE)
+    images_dim = torch.export.Dim("images", min=2, max=64)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: images_dim}}).module()
+    other = torch.randn(5, 3, 64, 64, device=DEVICE)
+    torch.testing.assert_close(exported(other), model(other))
+
+
+def test_compiles_whole_on_a_mixed_batch():
+    model = make()
+    compiled = torch.compile(model, fullgraph=True)
+    packing = Packing.from_grids(GRIDS, model.num_prefix_tokens, device=DEVICE)
+    torch.testing.assert_close(compiled(images(), packing=packing), model(images(), packing=packing))
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(model(images(), packing=packing).square().sum(), parameters)
+    actual = torch.autograd.grad(compiled(images(), packing=packing).square().sum(), parameters)
+    for name, a, e in zip(dict(model.named_parameters()), actual, expected):
+        torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")

@@ -61,7 +61,7 @@ class _PatchEmbed(torch.autograd.Function):
 
 
 def _check_images(images, weight, packing, channels_last):
-    """The images as a list (a batch stays one tensor), and (height, width) of each."""
+    """The images as a list (a batch stays one tensor), and (height, width) of each tensor in it."""
     if isinstance(images, Tensor) and images.ndim != 4:
         layout = "(images, height, width, channels)" if channels_last else "(images, channels, height, width)"
         raise ValueError(f"images must be {layout} or a list of images, got {tuple(images.shape)}")
@@ -88,8 +88,7 @@ def _check_images(images, weight, packing, channels_last):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, and patch_embed has no gradient for images")
         one_device(**{name: x, "weight": weight})
-    sizes = [x.shape[-3:-1] if channels_last else x.shape[-2:] for x in images]
-    return images, sizes * count if batch else sizes
+    return images, [x.shape[-3:-1] if channels_last else x.shape[-2:] for x in images]
 
 
 def _check_parameters(weight, bias, packing, pos, prefix, mean, std, interpolation):
@@ -164,10 +163,11 @@ def patch_embed(
 
 def _embed(images, sizes, weight, bias, packing, pos, prefix, mean, std, interpolation, channels_last, backend):
     ph, pw = weight.shape[2:]
-    if packing.grids is not None:
-        resize = any((h * ph, w * pw) != tuple(size) for (h, w), size in zip(packing.grids, sizes))
-    else:
-        resize = any((h * ph, w * pw) != tuple(size) for h, w in packing.menu for size in sizes)
+    if len(sizes) == packing.images and packing.grids is not None:
+        pairs = zip(packing.grids, sizes)
+    else:  # one tensor for all images, however many: their number may be symbolic
+        pairs = ((grid, size) for grid in packing.menu for size in sizes)
+    resize = any((h * ph, w * pw) != tuple(size) for (h, w), size in pairs)
     return _PatchEmbed.apply(
         weight,
         bias,
@@ -193,6 +193,7 @@ def _resized_patches(images, sizes, weight, bias, packing, options):
     """One call per patch size, each with its own weight, then the images in the packing's order."""
     if packing.grids is None:
         raise ValueError("method='patch' needs a packing whose grids the host knows")
+    sizes = sizes if len(sizes) == packing.images else sizes * packing.images
     groups = {}
     for i, ((height, width), (h, w)) in enumerate(zip(sizes, packing.grids)):
         if height % h or width % w:
