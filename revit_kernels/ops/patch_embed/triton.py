@@ -9,10 +9,12 @@ import triton.language as tl
 
 PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it multiplies the bits of bfloat16, not the values
+
 
 def refusal(x, y, *_):
     """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if not y.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if not (y.is_cuda or INTERPRETED):
         return f"needs CUDA tensors, got one on {y.device}"
     if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {y.dtype}"
@@ -128,6 +130,7 @@ def _forward_kernel(
     prefix,
     FUSED: tl.constexpr,
     PIXEL: tl.constexpr,
+    OPERAND: tl.constexpr,  # what is multiplied: the weight's dtype
     HAS_BIAS: tl.constexpr,
     HAS_POS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
@@ -172,7 +175,7 @@ def _forward_kernel(
             mask=(col < dim)[None, :] & (k < WIDTH)[:, None],
             other=0.0,
         )  # [BLOCK_WIDTH, BLOCK_DIM]
-        total = tl.dot(x, weight, total, input_precision="ieee")
+        total = tl.dot(x.to(OPERAND), weight.to(OPERAND), total, input_precision="ieee")
     if HAS_BIAS:
         total += tl.load(bias_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :]
     inside = (col < dim)[None, :]
@@ -245,7 +248,7 @@ def _affine(images, channels, mean, std, device):
 
 def _tiles(dtype):
     if dtype == torch.float32:
-        return dict(BLOCK_TOKENS=64, BLOCK_DIM=64, BLOCK_WIDTH=32, num_warps=4, num_stages=2)
+        return dict(BLOCK_TOKENS=64, BLOCK_DIM=64, BLOCK_WIDTH=16, num_warps=4, num_stages=2)
     return dict(BLOCK_TOKENS=128, BLOCK_DIM=128, BLOCK_WIDTH=64, num_warps=8, num_stages=3)
 
 
@@ -314,6 +317,7 @@ def forward(
         prefix_tokens,
         FUSED=fused,
         PIXEL=pixel,
+        OPERAND=tl.float32 if INTERPRETED else PIXELS[weight.dtype],
         HAS_BIAS=bias is not None,
         HAS_POS=pos is not None,
         HAS_PREFIX=prefix is not None,
@@ -370,6 +374,7 @@ def offline():
             "constexprs": {
                 "FUSED": fused,
                 "PIXEL": pixel,
+                "OPERAND": PIXELS[names[dtype]],
                 "HAS_BIAS": True,
                 "HAS_POS": True,
                 "HAS_PREFIX": True,
