@@ -18,6 +18,8 @@ def refusal(*args):
         return f"needs a CUDA tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {x.dtype}"
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers"
     if x.shape[2] > 256:
         return f"head_dim must be at most 256, got {x.shape[2]}"
     return None
@@ -256,16 +258,20 @@ def _pieces(dim):
 
 def _tiles(dim, dtype, step):
     """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
-    width = sum(_pieces(dim))
+    wide = sum(_pieces(dim)) > 128
     if dtype == torch.float32:
-        rows, keys, warps = (32, 32, 4) if width > 64 or step == "backward" else (64, 32, 4)
+        queries, keys, warps, stages = (32, 32, 4, 1) if step == "forward" and not wide else (16, 16, 4, 1)
+        if step != "forward" and not wide:
+            keys = 32
+    elif wide:
+        queries, keys, warps, stages = 32, 32, 4, 1
     elif step == "forward":
-        rows, keys, warps = (64, 64, 4)
+        queries, keys, warps, stages = 64, 64, 4, 2
+    elif step == "backward_q":
+        queries, keys, warps, stages = 64, 32, 4, 2
     else:
-        rows, keys, warps = (64, 64, 8) if width > 64 else (64, 64, 4)
-    if width > 128:
-        rows, keys, warps = 32, 32, 4
-    return {"BLOCK_QUERIES": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": 1 if width > 128 else 2}
+        queries, keys, warps, stages = 32, 64, 8 if _pieces(dim)[1] else 4, 2
+    return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _aligned(*tensors):
@@ -305,14 +311,16 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     images = cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    launch = _launch(dim, q.dtype, "backward", _aligned(q, k, v, grad))
+    aligned = _aligned(q, k, v, grad)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
+        launch = _launch(dim, q.dtype, "backward_q", aligned)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
+        launch = _launch(dim, q.dtype, "backward_kv", aligned)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
             grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, scale,
             *strides, **launch,
@@ -322,11 +330,14 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
 
 def offline():
     """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    for dtype, name in names.items():
-        for dim in (32, 64, 72, 80, 88, 96, 128) if dtype == torch.bfloat16 else (64, 80):
-            for kernel in (_forward_kernel, _backward_q_kernel, _backward_kv_kernel):
-                launch = _launch(dim, dtype, "forward" if kernel is _forward_kernel else "backward", True)
+    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
+    for dtype, name, dims in (
+        (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
+        (torch.float32, "fp32", (64, 80, 128)),
+    ):
+        for dim in dims:
+            for step, kernel in kernels.items():
+                launch = _launch(dim, dtype, step, True)
                 options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
                 signature = {}
                 for parameter in kernel.arg_names:
