@@ -18,33 +18,52 @@ def refusal(*args):
         return f"needs a CUDA tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {x.dtype}"
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers"
     if x.shape[2] > 256:
         return f"head_dim must be at most 256, got {x.shape[2]}"
     return None
 
 
 @triton.jit
-def _split(row_ptr, rows, inside, stride, dim, MAIN: tl.constexpr, REST: tl.constexpr):
+def _split(
+    row_ptr, rows, inside, stride, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr
+):
     """Rows of a (tokens, dim) view in two pieces, zeros outside."""
     cols = tl.arange(0, MAIN)
-    offsets = rows.to(tl.int64)[:, None] * stride
-    main = tl.load(row_ptr + offsets + cols[None, :], mask=inside[:, None] & (cols < dim)[None, :], other=0.0)
+    starts = row_ptr + rows.to(tl.int64)[:, None] * stride
+    if ALIGNED:
+        starts = tl.multiple_of(starts, [16, 16])
+    main = tl.load(starts + cols[None, :], mask=inside[:, None] & (cols < DIM)[None, :], other=0.0)
     rest = main
     if REST > 0:
         more = MAIN + tl.arange(0, REST)
-        rest = tl.load(row_ptr + offsets + more[None, :], mask=inside[:, None] & (more < dim)[None, :], other=0.0)
+        rest = tl.load(starts + more[None, :], mask=inside[:, None] & (more < DIM)[None, :], other=0.0)
     return main, rest
 
 
 @triton.jit
-def _store(row_ptr, rows, inside, stride, dim, main, rest, MAIN: tl.constexpr, REST: tl.constexpr):
+def _store(
+    row_ptr,
+    rows,
+    inside,
+    stride,
+    main,
+    rest,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
     cols = tl.arange(0, MAIN)
-    offsets = rows.to(tl.int64)[:, None] * stride
+    starts = row_ptr + rows.to(tl.int64)[:, None] * stride
+    if ALIGNED:
+        starts = tl.multiple_of(starts, [16, 16])
     kind = row_ptr.dtype.element_ty
-    tl.store(row_ptr + offsets + cols[None, :], main.to(kind), mask=inside[:, None] & (cols < dim)[None, :])
+    tl.store(starts + cols[None, :], main.to(kind), mask=inside[:, None] & (cols < DIM)[None, :])
     if REST > 0:
         more = MAIN + tl.arange(0, REST)
-        tl.store(row_ptr + offsets + more[None, :], rest.to(kind), mask=inside[:, None] & (more < dim)[None, :])
+        tl.store(starts + more[None, :], rest.to(kind), mask=inside[:, None] & (more < DIM)[None, :])
 
 
 @triton.jit
@@ -69,10 +88,10 @@ def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLO
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, dim, scale,
+    tokens, images, heads, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     image = pair // heads
@@ -80,7 +99,7 @@ def _forward_kernel(
     if image == images:  # no image: the rows behind the last one
         if head == 0:
             first = tl.load(cu_seqlens_ptr + images)
-            _zero_tail(y_ptr, tokens, first, tl.program_id(1), heads * dim, TAIL, 1024)
+            _zero_tail(y_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
             _zero_tail(lse_ptr, tokens, first, tl.program_id(1), heads, TAIL, 1024)
         return
     begin = tl.load(cu_seqlens_ptr + image)
@@ -92,7 +111,7 @@ def _forward_kernel(
     end_k = tl.load(cu_seqlens_k_ptr + image + 1)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
-    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, dim, MAIN, REST)  # [BLOCK_QUERIES, MAIN]
+    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)  # [BLOCK_QUERIES, MAIN]
 
     factor = scale * 1.4426950408889634
     top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -101,7 +120,7 @@ def _forward_kernel(
     sums_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
     for start in range(begin_k, end_k, BLOCK_KEYS):
         keys = start + tl.arange(0, BLOCK_KEYS)
-        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, dim, MAIN, REST)
+        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
         s = _scores(q, q_rest, k, k_rest, REST) * factor  # [BLOCK_QUERIES, BLOCK_KEYS]
         s = tl.where((keys < end_k)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
@@ -109,14 +128,14 @@ def _forward_kernel(
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         top = higher
-        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, dim, MAIN, REST)
+        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, DIM, MAIN, REST, ALIGNED)
         weights = p.to(v.dtype)
         sums = tl.dot(weights, v, sums * shrink[:, None], input_precision="ieee")
         if REST > 0:
             sums_rest = tl.dot(weights, v_rest, sums_rest * shrink[:, None], input_precision="ieee")
     inverse = tl.where(total > 0, 1 / total, tl.where(total == 0, 0.0, total))[:, None]  # no keys: zeros; NaN stays
-    y_row = heads * dim
-    _store(y_ptr + head * dim, rows, inside, y_row, dim, sums * inverse, sums_rest * inverse, MAIN, REST)
+    y_row = heads * DIM
+    _store(y_ptr + head * DIM, rows, inside, y_row, sums * inverse, sums_rest * inverse, DIM, MAIN, REST, ALIGNED)
     lse = (top + tl.log2(total)) * 0.6931471805599453
     tl.store(lse_ptr + rows.to(tl.int64) * heads + head, lse, mask=inside)
 
@@ -124,10 +143,10 @@ def _forward_kernel(
 @triton.jit
 def _backward_q_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, dim, scale,
+    tokens, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = sum(y * grad) of each query for the other kernel."""
     pair = tl.program_id(0)
@@ -136,7 +155,7 @@ def _backward_q_kernel(
     if image == images:
         if head == 0:
             first = tl.load(cu_seqlens_ptr + images)
-            _zero_tail(dq_ptr, tokens, first, tl.program_id(1), heads * dim, TAIL, 1024)
+            _zero_tail(dq_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
     begin = tl.load(cu_seqlens_ptr + image)
     end = tl.load(cu_seqlens_ptr + image + 1)
@@ -147,10 +166,10 @@ def _backward_q_kernel(
     end_k = tl.load(cu_seqlens_k_ptr + image + 1)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
-    y_row = heads * dim
-    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, dim, MAIN, REST)
-    g, g_rest = _split(grad_ptr + head * grad_head, rows, inside, grad_token, dim, MAIN, REST)
-    y, y_rest = _split(y_ptr + head * dim, rows, inside, y_row, dim, MAIN, REST)
+    y_row = heads * DIM
+    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)
+    g, g_rest = _split(grad_ptr + head * grad_head, rows, inside, grad_token, DIM, MAIN, REST, ALIGNED)
+    y, y_rest = _split(y_ptr + head * DIM, rows, inside, y_row, DIM, MAIN, REST, ALIGNED)
     delta = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)
     if REST > 0:
         delta += tl.sum(y_rest.to(tl.float32) * g_rest.to(tl.float32), 1)
@@ -163,24 +182,24 @@ def _backward_q_kernel(
     dq_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
     for start in range(begin_k, end_k, BLOCK_KEYS):
         keys = start + tl.arange(0, BLOCK_KEYS)
-        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, dim, MAIN, REST)
-        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, dim, MAIN, REST)
+        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
+        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, DIM, MAIN, REST, ALIGNED)
         p = tl.exp2(_scores(q, q_rest, k, k_rest, REST) * factor - lse[:, None])
         p = tl.where((keys < end_k)[None, :], p, 0.0)  # [BLOCK_QUERIES, BLOCK_KEYS]
         slopes = (p * (_scores(g, g_rest, v, v_rest, REST) - delta[:, None])).to(k.dtype)
         dq = tl.dot(slopes, k, dq, input_precision="ieee")
         if REST > 0:
             dq_rest = tl.dot(slopes, k_rest, dq_rest, input_precision="ieee")
-    _store(dq_ptr + head * dim, rows, inside, y_row, dim, dq * scale, dq_rest * scale, MAIN, REST)
+    _store(dq_ptr + head * DIM, rows, inside, y_row, dq * scale, dq_rest * scale, DIM, MAIN, REST, ALIGNED)
 
 
 @triton.jit
 def _backward_kv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, dim, scale,
+    tokens, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
-    MAIN: tl.constexpr, REST: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    TAIL: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys."""
     pair = tl.program_id(0)
@@ -189,8 +208,8 @@ def _backward_kv_kernel(
     if image == images:
         if head == 0:
             first = tl.load(cu_seqlens_k_ptr + images)
-            _zero_tail(dk_ptr, tokens, first, tl.program_id(1), heads * dim, TAIL, 1024)
-            _zero_tail(dv_ptr, tokens, first, tl.program_id(1), heads * dim, TAIL, 1024)
+            _zero_tail(dk_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dv_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
     begin_k = tl.load(cu_seqlens_k_ptr + image)
     end_k = tl.load(cu_seqlens_k_ptr + image + 1)
@@ -201,8 +220,8 @@ def _backward_kv_kernel(
     end = tl.load(cu_seqlens_ptr + image + 1)
     keys = first + tl.arange(0, BLOCK_KEYS)
     inside = keys < end_k
-    k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, dim, MAIN, REST)
-    v, v_rest = _split(v_ptr + head * v_head, keys, inside, v_token, dim, MAIN, REST)
+    k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, DIM, MAIN, REST, ALIGNED)
+    v, v_rest = _split(v_ptr + head * v_head, keys, inside, v_token, DIM, MAIN, REST, ALIGNED)
 
     factor = scale * 1.4426950408889634
     dk = tl.zeros([BLOCK_KEYS, MAIN], tl.float32)
@@ -211,8 +230,8 @@ def _backward_kv_kernel(
     dv_rest = tl.zeros([BLOCK_KEYS, REST if REST > 0 else 16], tl.float32)
     for start in range(begin, end, BLOCK_QUERIES):
         rows = start + tl.arange(0, BLOCK_QUERIES)
-        q, q_rest = _split(q_ptr + head * q_head, rows, rows < end, q_token, dim, MAIN, REST)
-        g, g_rest = _split(grad_ptr + head * grad_head, rows, rows < end, grad_token, dim, MAIN, REST)
+        q, q_rest = _split(q_ptr + head * q_head, rows, rows < end, q_token, DIM, MAIN, REST, ALIGNED)
+        g, g_rest = _split(grad_ptr + head * grad_head, rows, rows < end, grad_token, DIM, MAIN, REST, ALIGNED)
         at = rows.to(tl.int64) * heads + head
         lse = tl.load(lse_ptr + at, mask=rows < end, other=float("inf")) * 1.4426950408889634
         delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
@@ -224,9 +243,9 @@ def _backward_kv_kernel(
         if REST > 0:
             dv_rest = tl.dot(weights, g_rest, dv_rest, input_precision="ieee")
             dk_rest = tl.dot(slopes, q_rest, dk_rest, input_precision="ieee")
-    y_row = heads * dim
-    _store(dk_ptr + head * dim, keys, inside, y_row, dim, dk * scale, dk_rest * scale, MAIN, REST)
-    _store(dv_ptr + head * dim, keys, inside, y_row, dim, dv, dv_rest, MAIN, REST)
+    y_row = heads * DIM
+    _store(dk_ptr + head * DIM, keys, inside, y_row, dk * scale, dk_rest * scale, DIM, MAIN, REST, ALIGNED)
+    _store(dv_ptr + head * DIM, keys, inside, y_row, dv, dv_rest, DIM, MAIN, REST, ALIGNED)
 
 
 def _pieces(dim):
@@ -239,21 +258,34 @@ def _pieces(dim):
 
 def _tiles(dim, dtype, step):
     """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
-    width = sum(_pieces(dim))
+    wide = sum(_pieces(dim)) > 128
     if dtype == torch.float32:
-        rows, keys, warps = (32, 32, 4) if width > 64 or step == "backward" else (64, 32, 4)
+        queries, keys, warps, stages = (32, 32, 4, 1) if step == "forward" and not wide else (16, 16, 4, 1)
+        if step != "forward" and not wide:
+            keys = 32
+    elif wide:
+        queries, keys, warps, stages = 32, 32, 4, 1
     elif step == "forward":
-        rows, keys, warps = (64, 64, 4)
+        queries, keys, warps, stages = 64, 64, 4, 2
+    elif step == "backward_q":
+        queries, keys, warps, stages = 64, 32, 4, 2
     else:
-        rows, keys, warps = (64, 64, 8) if width > 64 else (64, 64, 4)
-    if width > 128:
-        rows, keys, warps = 32, 32, 4
-    return {"BLOCK_QUERIES": rows, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": 1 if width > 128 else 2}
+        queries, keys, warps, stages = 32, 64, 8 if _pieces(dim)[1] else 4, 2
+    return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
-def _launch(dim, dtype, step):
+def _aligned(*tensors):
+    """Whether every row of every head starts on 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in (x.shape[2], *x.stride()[:2]))
+        for x in tensors
+    )
+
+
+def _launch(dim, dtype, step, aligned):
     main, rest = _pieces(dim)
-    return {"MAIN": main, "REST": rest, "TAIL": TAIL_PROGRAMS} | _tiles(dim, dtype, step)
+    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned, "TAIL": TAIL_PROGRAMS}
+    return launch | _tiles(dim, dtype, step)
 
 
 def _grid(cu_seqlens, heads, max_seqlen, block):
@@ -265,10 +297,10 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     tokens, heads, dim = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    launch = _launch(dim, q.dtype, "forward")
+    launch = _launch(dim, q.dtype, "forward", _aligned(q, k, v))
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, cu_seqlens.shape[0] - 1, heads, dim, scale,
+            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, cu_seqlens.shape[0] - 1, heads, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **launch,
         )  # fmt: skip
     return y, lse
@@ -279,16 +311,18 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     images = cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    launch = _launch(dim, q.dtype, "backward")
+    aligned = _aligned(q, k, v, grad)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
+        launch = _launch(dim, q.dtype, "backward_q", aligned)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, dim, scale,
+            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
+        launch = _launch(dim, q.dtype, "backward_kv", aligned)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
-            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, dim, scale,
+            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     return dq, dk, dv
@@ -296,11 +330,14 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
 
 def offline():
     """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    for dtype, name in names.items():
-        for dim in (32, 64, 72, 80, 88, 96, 128) if dtype == torch.bfloat16 else (64, 80):
-            for kernel in (_forward_kernel, _backward_q_kernel, _backward_kv_kernel):
-                launch = _launch(dim, dtype, "forward" if kernel is _forward_kernel else "backward")
+    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
+    for dtype, name, dims in (
+        (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
+        (torch.float32, "fp32", (64, 80, 128)),
+    ):
+        for dim in dims:
+            for step, kernel in kernels.items():
+                launch = _launch(dim, dtype, step, True)
                 options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
                 signature = {}
                 for parameter in kernel.arg_names:
