@@ -4,7 +4,7 @@ import pytest
 import torch
 from contract import DEVICE
 
-from revit_kernels import Packing, PackedTokens, VarLenViT
+from revit_kernels import PackedTokens, Packing, VarLenViT
 
 GRIDS = [(2, 3), (4, 4), (1, 1), (3, 2)]
 

@@ -310,7 +310,6 @@ class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
     def __init__(self, dim, num_heads, *args, depth=0, dual_lambda=False, device=None, dtype=None, **kwargs):
         kwargs["fuse_out_proj"] = True
         super().__init__(dim, num_heads, *args, depth=depth, device=device, dtype=dtype, **kwargs)
-        self.sub_norm = RmsNorm(2 * self.head_dim, eps=1e-5, device=device, dtype=dtype)
         self._init_lambda(dual_lambda, depth, device)
 
     def _make_heads(self, norm_layer, qk_norm, attn_drop, kwargs) -> None:
@@ -318,6 +317,7 @@ class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
         self.scale = self.head_dim**-0.5
         self.attn_drop_p = attn_drop
         super()._make_heads(norm_layer, qk_norm, attn_drop, kwargs)
+        self.sub_norm = RmsNorm(2 * self.head_dim, eps=1e-5, **kwargs)  # before out_proj, as timm orders parameters
 
     def reset_parameters(self) -> None:
         ParallelScalingBlock.reset_parameters(self)

@@ -1,0 +1,185 @@
+"""What every benchmark shares: a clock on the device, this machine's own ceilings, and the duel with a rival."""
+
+import platform
+import subprocess
+import time
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+PACKAGES = ("torch", "triton", "timm", "openvino", "flash_attn", "numpy")
+
+
+class Tick:
+    """A moment on the device's own timeline. Only the subtraction waits for the device."""
+
+    def __init__(self):
+        if CUDA:
+            self.event = torch.cuda.Event(enable_timing=True)
+            self.event.record()
+        else:
+            self.seconds = time.perf_counter()
+
+    def __sub__(self, start):
+        if CUDA:
+            self.event.synchronize()
+            return start.event.elapsed_time(self.event) / 1e3
+        return self.seconds - start.seconds
+
+
+def _seconds(call) -> float:
+    start = Tick()
+    call()
+    return Tick() - start
+
+
+def _best(call, rounds=7) -> float:
+    call()
+    return min(_seconds(call) for _ in range(rounds))
+
+
+@cache
+def copy_ceiling() -> float:
+    """Bytes a second, read and written, of a copy far larger than any cache."""
+    source = torch.ones((1 << 31 if CUDA else 1 << 28) // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / _best(lambda: target.copy_(source))
+
+
+@cache
+def matmul_ceiling(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large square matrix product."""
+    size = 8192 if CUDA else 2048
+    a = torch.randn(size, size, device=DEVICE).to(dtype)
+    b = torch.randn(size, size, device=DEVICE).to(dtype)
+    return 2 * size**3 / _best(lambda: a @ b, rounds=15)
+
+
+@cache
+def device_name() -> str:
+    if CUDA:
+        return torch.cuda.get_device_name()
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    bf16 = any("avx512_bf16" in line for line in _lines("/proc/cpuinfo"))
+    return f"{name}, {torch.get_num_threads()} threads" + (", AVX512-BF16" if bf16 else "")
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+@cache
+def commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+@cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    if CUDA:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def peak_memory(call) -> int:
+    """The most bytes that one call holds at a time of torch's allocator, beyond what was held before."""
+    if CUDA:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.fixture
+def duel(benchmark, request):
+    """Times `ours` in turn with `theirs`, so that drift of clocks or load hits both alike.
+
+    duel(ours, theirs, rounds=30, bytes=None, flops=None, rival=None, dtype=None, latency=False)
+
+    bytes:   what one call of `ours` moves at least
+    flops:   what one call of `ours` computes
+    rival:   what `theirs` is; by default the benchmark's parameter `rival`
+    dtype:   whose matrix product is the ceiling; by default the benchmark's parameter `dtype`, else fp32
+    latency: on a GPU, count the host's time to launch too; by default kernels are queued before the clock starts
+    """
+    benchmark._timer = Tick
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+
+    def run(ours, theirs, rounds=30, bytes=None, flops=None, rival=None, dtype=None, latency=False):
+        dtype = dtype or parameters.get("dtype", torch.float32)
+        theirs_seconds = []
+
+        def wait():
+            if CUDA and not latency:
+                torch.cuda._sleep(2_000_000)  # about 1 ms, in which the host runs ahead
+
+        def setup():
+            wait()
+            theirs_seconds.append(_seconds(theirs))
+            wait()
+
+        warmup = max(3, rounds // 5)
+        benchmark.pedantic(ours, setup=setup, warmup_rounds=warmup, rounds=rounds)
+        if benchmark.disabled:
+            return
+        seconds = list(benchmark.stats.stats.data)
+        theirs_seconds = theirs_seconds[-len(seconds) :]
+        ratios = [theirs / ours for theirs, ours in zip(theirs_seconds, seconds)]
+        low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        row = {
+            "rival": rival or parameters.get("rival", "rival"),
+            "speedup": median(ratios),
+            "speedup_quartiles": [low, high],
+            "ours_ms": median(seconds) * 1e3,
+            "rival_ms": median(theirs_seconds) * 1e3,
+            "dtype": str(dtype).removeprefix("torch."),
+            "ours_peak_bytes": peak_memory(ours),
+            "rival_peak_bytes": peak_memory(theirs),
+            "device": device_name(),
+            "versions": versions(),
+            "commit": commit(),
+        }
+        if bytes:
+            row["gb_per_s"] = bytes / median(seconds) / 1e9
+            row["copy_ceiling_gb_per_s"] = copy_ceiling() / 1e9
+            row["percent_of_copy"] = 100 * row["gb_per_s"] / row["copy_ceiling_gb_per_s"]
+        if flops:
+            row["tflop_per_s"] = flops / median(seconds) / 1e12
+            row["matmul_ceiling_tflop_per_s"] = matmul_ceiling(dtype) / 1e12
+            row["percent_of_matmul"] = 100 * row["tflop_per_s"] / row["matmul_ceiling_tflop_per_s"]
+        benchmark.extra_info.update(row)
+
+    return run

@@ -1,0 +1,153 @@
+"""The names of timm's Vision Transformers, without timm: `create_model("vit_small_patch16_224.augreg_in1k")`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from revit_kernels.models.checkpoints import description, load_checkpoint
+from revit_kernels.models.distilled import VarLenViTDistilled
+from revit_kernels.models.vit import VarLenViT
+
+CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
+ROPE = ("eva", "rope", "dinov3")  # what timm's eva.py calls its models
+
+
+@cache
+def registry() -> dict:
+    """What registry.json holds; tools/make_registry.py writes it."""
+    return json.loads(Path(__file__).with_name("registry.json").read_text())
+
+
+def list_models(filter: str = "", tags: bool = False) -> list[str]:
+    """The names that create_model knows.
+
+    filter: a shell pattern ("vit_small_*"), or a part of the name
+    tags:   list each name once for every set of weights that timm has for it ("name.tag")
+    """
+    names = sorted(registry()["models"])
+    if tags:
+        names = [f"{name}.{tag}" if tag else name for name in names for tag in registry()["models"][name]["tags"]]
+    if any(c in filter for c in "*?["):
+        return [name for name in names if fnmatchcase(name, filter)]
+    return [name for name in names if filter in name]
+
+
+def _nearest(name: str, names) -> str:
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    return f"; the nearest are {', '.join(near)}" if near else "; see list_models()"
+
+
+def _refuse(name: str):
+    """Raise what is wrong with a name that is none of ours."""
+    homes = {other: module for module, names in registry()["others"].items() for other in names.split()}
+    known = registry()["models"]
+    nearest = difflib.get_close_matches(name, [*known, *homes], n=1, cutoff=0.8)
+    home = homes.get(name) or homes.get(nearest[0] if nearest else "")
+    if home == "eva" or (name not in homes and any(part in name for part in ROPE)):
+        raise NotImplementedError(f"{name!r} is an Eva model (rotary position embedding): these are not supported yet")
+    if name in homes:
+        raise ValueError(
+            f"{name!r} is of timm's {home}.py, not a Vision Transformer of timm's vision_transformer.py or deit.py"
+        )
+    raise ValueError(f"there is no model named {name!r}{_nearest(name, known)}")
+
+
+def resolve(name: str) -> tuple[str, str]:
+    """(name, tag) of what timm calls `name`; the tag is timm's default one if `name` has none.
+
+    Raises ValueError for an unknown name or tag, NotImplementedError for an Eva model.
+    """
+    name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    current = registry()["deprecated"].get(name, name)
+    if current != name:
+        warnings.warn(f"{name} is now called {current}", DeprecationWarning, stacklevel=3)
+    base, _, tag = current.partition(".")
+    if base not in registry()["models"]:
+        _refuse(base)
+    tags = registry()["models"][base]["tags"]
+    if tag and tag not in tags:
+        raise ValueError(f"{base} has no weights tagged {tag!r}{_nearest(tag, tags)}")
+    return base, tag or next(iter(tags))
+
+
+def pretrained_cfg(name: str) -> dict:
+    """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
+    base, tag = resolve(name)
+    row = dict(registry()["models"][base]["tags"][tag])
+    statistics = registry()["statistics"][row.pop("statistics", 0)]
+    cfg = registry()["cfg"] | row | {"mean": statistics[:3], "std": statistics[3:]}
+    cfg = {field: tuple(value) if isinstance(value, list) else value for field, value in cfg.items()}
+    return {"architecture": base, "tag": tag} | cfg
+
+
+def constructor_kwargs(name: str) -> dict:
+    """The arguments of VarLenViT's constructor that `name` stands for, where they differ from the defaults."""
+    base, _ = resolve(name)
+    kwargs = dict(registry()["models"][base]["kwargs"])
+    num_classes = pretrained_cfg(name)["num_classes"]
+    return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
+
+
+def create_model(name: str, pretrained: bool = False, checkpoint_path=None, **kwargs) -> VarLenViT:
+    """The model that timm knows by this name, or the one that a file holds.
+
+    name:            a name of timm's vision_transformer.py or deit.py, with or without a tag; or the path of a
+                     .safetensors file that save_checkpoint wrote
+    pretrained:      load timm's weights for this name; needs timm
+    checkpoint_path: load these weights, see load_checkpoint
+    kwargs:          arguments of VarLenViT's constructor that replace the name's own; None is passed over
+
+    Raises ValueError for a name that is unknown or belongs to another family, and for weights that do not fit;
+    NotImplementedError for an Eva model.
+    """
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if Path(name).suffix == ".safetensors":
+        if pretrained or checkpoint_path is not None:
+            raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
+        return _from_file(name, kwargs)
+    if Path(name).suffix in (".pth", ".pt", ".bin", ".npz"):
+        raise ValueError(f"{name} does not say what model it is for: use create_model(name, checkpoint_path={name!r})")
+    if pretrained and checkpoint_path is not None:
+        raise ValueError("give pretrained=True or checkpoint_path, not both")
+    base, tag = resolve(name)
+    cls = CLASSES[registry()["models"][base].get("class", "VarLenViT")]
+    full = f"{base}.{tag}" if tag else base
+    arguments = constructor_kwargs(full) | kwargs
+    if pretrained:
+        model = cls.from_timm(_timm_model(full, kwargs))
+    else:
+        model = cls(**arguments)
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg(full)
+    model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
+    if checkpoint_path is not None:
+        smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
+        load_checkpoint(model, checkpoint_path, **smooth)
+    return model
+
+
+def _from_file(path: str, kwargs: dict) -> VarLenViT:
+    """The model that a file of save_checkpoint describes, with its weights."""
+    found = description(path)
+    if found is None:
+        raise ValueError(f"{path} does not say what model it is for: use create_model(name, checkpoint_path={path!r})")
+    model = create_model(found["name"], **found["kwargs"] | kwargs).to(getattr(torch, found["dtype"]))
+    load_checkpoint(model, path)
+    return model
+
+
+def _timm_model(name: str, kwargs: dict):
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f"the pretrained weights of {name} come through timm: install it (pip install 'revit_kernels[timm]'), "
+            "or pass checkpoint_path"
+        ) from None
+    return timm.create_model(name, pretrained=True, **kwargs)

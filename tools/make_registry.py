@@ -1,0 +1,159 @@
+"""Writes revit_kernels/models/registry.json: what each Vision Transformer name of the installed timm stands for.
+
+Run as `python tools/make_registry.py`. Each entry point is called on the meta device, so no weights are made, and the
+arguments that reach the model's constructor are recorded where they differ from the constructor's own defaults.
+"""
+
+import inspect
+import json
+from functools import partial
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import _registry as timm_registry
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+
+OUTPUT = Path(__file__).parents[1] / "revit_kernels" / "models" / "registry.json"
+MODULES = ("vision_transformer", "deit")
+# The fields of timm's pretrained_cfg that preprocessing and fine-tuning read, with their commonest values: these are
+# written once, and a tag lists only what differs.
+COMMON = {
+    "input_size": [3, 224, 224],
+    "test_input_size": None,
+    "fixed_input_size": True,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "test_crop_pct": None,
+    "crop_mode": "center",
+    "num_classes": 1000,
+    "pool_size": None,
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "license": "apache-2.0",
+}
+STATISTICS = (  # mean and std of each colour; a tag lists which, where it is not the first
+    (0.5, 0.5, 0.5, 0.5, 0.5, 0.5),
+    (0.485, 0.456, 0.406, 0.229, 0.224, 0.225),
+    (0.48145466, 0.4578275, 0.40821073, 0.26862954, 0.26130258, 0.27577711),
+    (0.0, 0.0, 0.0, 1.0, 1.0, 1.0),
+)
+NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+
+
+def plain(name, value):
+    """The value as JSON can hold it: a layer becomes its name, a partial layer a dict of name and arguments."""
+    if isinstance(value, partial):
+        return {"name": plain(name, value.func), **{k: plain(k, v) for k, v in value.keywords.items()}}
+    if isinstance(value, type):
+        names = {"norm_layer": NORMS, "embed_norm_layer": NORMS, "act_layer": ACTIVATIONS}.get(name, {})
+        return names.get(value.__name__, value.__name__)
+    if callable(value):
+        raise TypeError(f"{name}={value!r} cannot be written down")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def size(value):
+    """An image or patch size: one number where it is square."""
+    value = plain("size", value)
+    return value[0] if isinstance(value, list) and value[0] == value[1] else value
+
+
+DEFAULTS = {
+    name: plain(name, parameter.default)
+    for name, parameter in inspect.signature(VisionTransformer.__init__).parameters.items()
+    if name not in ("self", "device", "dtype", "weight_init")
+}
+
+
+def describe(kwargs):
+    """The arguments that differ from the constructor's defaults, as JSON can hold them."""
+    described = {}
+    for name, value in kwargs.items():
+        if name in DEFAULTS and value is not None:
+            value = size(value) if name in ("img_size", "patch_size") else plain(name, value)
+            if value != DEFAULTS[name]:
+                described[name] = value
+    return described
+
+
+def build(name):
+    """The kwargs that timm's entry point passes to the constructor, and the model, on the meta device."""
+    seen = []
+    original = VisionTransformer.__init__
+
+    def record(self, *args, **kwargs):
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
+        seen.append({k: v for k, v in bound.arguments.items() if k != "self"})
+        original(self, *args, **kwargs)
+
+    VisionTransformer.__init__ = record
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, weight_init="skip")
+    finally:
+        VisionTransformer.__init__ = original
+    (kwargs,) = seen
+    return describe(kwargs), model
+
+
+def tag_row(full, kwargs):
+    """The fields of timm's pretrained_cfg for this tag that differ from COMMON.
+
+    A tag changes nothing of the architecture but num_classes, which is one of those fields.
+    """
+    cfg = timm.get_pretrained_cfg(full)
+    fields = {field: plain(field, getattr(cfg, field)) for field in COMMON}
+    row = {field: value for field, value in fields.items() if value != COMMON[field]}
+    statistics = STATISTICS.index(tuple(cfg.mean) + tuple(cfg.std))
+    if statistics:
+        row["statistics"] = statistics
+    here, _ = build(full)
+    num_classes = here.pop("num_classes", 1000)
+    if here != kwargs or num_classes != cfg.num_classes:
+        raise ValueError(f"{full} differs from {full.partition('.')[0]} in more than num_classes: {here}, {kwargs}")
+    return row
+
+
+def main():
+    deprecated = timm_registry._deprecated_models
+    models = {}
+    for module in MODULES:
+        for name in sorted(timm_registry._module_to_models[module] - deprecated.keys()):
+            kwargs, model = build(name)
+            entry = {"parameters": sum(p.numel() for p in model.parameters())}
+            if isinstance(model, VisionTransformerDistilled):
+                entry["class"] = "VarLenViTDistilled"
+            kwargs.pop("num_classes", None)
+            full_names = timm_registry._model_with_tags[name]  # timm's default first
+            entry["kwargs"] = kwargs
+            entry["tags"] = {full.partition(".")[2]: tag_row(full, kwargs) for full in full_names}
+            models[name] = entry
+    renamed = {}
+    for old, new in sorted(deprecated.items()):
+        base, _, tag = (new or "").partition(".")
+        if base in models:
+            renamed[old] = new if tag in models[base]["tags"] else base
+    others = {
+        module: " ".join(sorted(names - deprecated.keys()))
+        for module, names in sorted(timm_registry._module_to_models.items())
+        if module not in MODULES
+    }
+    data = {
+        "timm": timm.__version__,
+        "cfg": COMMON,
+        "statistics": STATISTICS,
+        "deprecated": renamed,
+        "others": others,
+        "models": models,
+    }
+    lines = [f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in data.items() if k != "models"]
+    rows = [f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in models.items()]
+    lines.append('"models": {\n' + ",\n".join(rows) + "\n}")
+    OUTPUT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
