@@ -69,7 +69,7 @@ def _add_infer(commands) -> None:
     infer = commands.add_parser(
         "infer",
         help="classify images, or extract their features",
-        description="Decodes images, packs them by a budget of tokens without padding, runs a Vision Transformer on "
+        description="Decodes images, packs them by a budget of tokens without padding, runs a Vision Transformer on\n"
         "them, and writes one record each, in the order given.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -40,12 +40,10 @@ def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: 
         # Rounded, so that two grids equally far in theory are not told apart by the last bit.
         return round(max(abs(h), abs(w)), 9), round(abs(h - w), 9), -grid[0] * grid[1]
 
-    legal = [
-        (h, w)
-        for h in around(rows, min(most[0], max_tokens))
-        for w in around(columns, min(most[1], max_tokens // h))
-        if h * w <= max_tokens
-    ]
+    # Where both cannot be rounded up within the limit, one is, and the other takes what is left.
+    legal = [(h, w) for h in around(rows, most[0]) for w in around(columns, min(most[1], max(1, max_tokens // h)))]
+    legal += [(h, w) for w in around(columns, most[1]) for h in around(rows, min(most[0], max(1, max_tokens // w)))]
+    legal = [(h, w) for h, w in legal if h * w <= max_tokens]
     return min(legal, key=lambda grid: (*distance(grid), grid))
 
 

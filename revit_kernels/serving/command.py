@@ -78,6 +78,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -118,7 +122,7 @@ def _columns(args, model) -> Columns:
 def closing_line(totals: Totals, length: int) -> str:
     """What the run came to, in one line."""
     seconds = max(totals.seconds, 1e-9)
-    line = f"{totals.images:,} images in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
+    line = f"{_images(totals.images)} in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
     line += f", {totals.tokens / seconds:,.0f} tokens/s"
     if totals.full:
         share = totals.tokens / totals.full - 1
@@ -135,5 +139,5 @@ def _report(totals: Totals) -> int:
     more = len(totals.errors) - LISTED
     if more > 0:
         _say(f"revit: and {more:,} more, each with its error in its record")
-    _say(f"revit: {len(totals.errors):,} of {totals.images:,} images could not be answered")
+    _say(f"revit: {len(totals.errors):,} of {_images(totals.images)} could not be answered")
     return 1
