@@ -38,7 +38,7 @@ class Build(build_ext):
 
 def extension(device, sources, compiler):
     files = sorted(glob(sources))
-    headers = glob("csrc/common/*.h")
+    headers = glob("csrc/*/*.h")
     if not files or not shutil.which(compiler):
         return []
     return [Extension(f"revit_kernels._{device}", files, depends=headers)]

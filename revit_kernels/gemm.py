@@ -7,34 +7,56 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 PACKED_ROWS = 1024  # the number of rows that a packed weight is laid out for; any other number runs too
 
-_packed = WeakIdKeyDictionary()  # parameter: ((version, address), its packed layout)
+_kept = WeakIdKeyDictionary()  # weight: (its version and address when it was packed, its packed layout)
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's inner product takes these: on a CPU it is up to twice F.linear in fp32, and equal in bf16."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # the compiler chooses, and fuses, by itself
+        and x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
     )
 
 
+def _state(weight: Tensor) -> tuple[int, int]:
+    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+
+
 def _pack(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's blocked layout, kept until the weight changes or goes away."""
-    version = weight._version if not weight.is_inference() else 0
-    key = weight if isinstance(weight, torch.nn.Parameter) else None  # a temporary is not worth keeping
-    if key is not None and (kept := _packed.get(key)) and kept[0] == (version, weight.data_ptr()):
-        return kept[1]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
-    if key is not None:
-        _packed[key] = ((version, weight.data_ptr()), packed)
-    return packed
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
+
+
+def prepack(weight: Tensor) -> bool:
+    """Keep the weight in oneDNN's blocked layout beside the weight itself, for as long as the weight lives unchanged.
+
+    Saves a pass over the weight in every `linear`, which is what a few tokens at a time cost most. A write to the
+    weight is noticed and ends it, except one through `weight.data`: after such a write, prepack again.
+    Returns whether this device and dtype have such a layout.
+    """
+    with torch.no_grad():
+        if not _onednn(weight, weight):
+            return False
+        _kept[weight] = (_state(weight), _pack(weight))
+    return True
+
+
+def _layout(weight: Tensor) -> Tensor:
+    """The weight as oneDNN is to have it. In fp32 packed anew if it is not kept so: left to itself oneDNN picks a
+    layout by the number of rows, and with it another order of adding. In bf16 every layout gives the same bits."""
+    kept = _kept.get(weight)
+    if kept is not None:
+        if kept[0] == _state(weight):
+            return kept[1]
+        del _kept[weight]
+    return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -55,5 +77,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         x = x.expand(2, -1).contiguous()
     attribute, algorithm = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}[activation]
     bias = None if bias is None else bias.detach().to(x.dtype)
-    y = torch.ops.mkldnn._linear_pointwise(x.detach(), _pack(weight), bias, attribute, [], algorithm)
+    y = torch.ops.mkldnn._linear_pointwise(x.detach(), _layout(weight), bias, attribute, [], algorithm)
     return y[:rows]

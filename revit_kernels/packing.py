@@ -167,7 +167,7 @@ class Packing:
     @property
     def max_seqlen(self) -> int:
         """The most tokens an image of this menu can have, prefix tokens counted. Never read back from the device."""
-        return self.prefix + max((h * w for h, w in self.menu), default=0)
+        return self.prefix + max([0, *(h * w for h, w in self.menu)])
 
     @property
     def fits(self) -> Tensor:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from revit_kernels import ops
+from revit_kernels import gemm, ops
 from revit_kernels.models import initialise
 from revit_kernels.modules.patch_embed import pair
 
@@ -96,3 +96,11 @@ class Surgery:
         self.pos_embed = nn.Parameter(
             torch.cat([table[:prefix], cells])[None], requires_grad=self.pos_embed.requires_grad
         )
+
+    def prepack(self) -> int:
+        """Keep every plain Linear's weight in the layout of the CPU's matrix library too; returns how many.
+
+        For serving: it costs the memory of the weights once more, and saves a pass over them in every forward. Weights
+        may change afterwards in every way but through `.data`; see `revit_kernels.gemm.prepack`.
+        """
+        return sum(gemm.prepack(m.weight) for m in self.modules() if type(m) is nn.Linear)

@@ -1,0 +1,247 @@
+// Attention within each image of a packed batch, forward and backward, on the CPU.
+//
+// An item of work is one head of one image: its keys and values are packed once and all its queries run against them,
+// a few rows at a time, with the whole row of scores in cache. The arithmetic of an item depends on its image alone.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define REVIT_X86 1
+#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#else
+#define REVIT_X86 0
+#endif
+
+#include "capability.h"
+#include "problem.h"
+
+#define INLINE __attribute__((always_inline)) inline
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace revit_attention {
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+#define REVIT_BF16 0
+#define REVIT_LANES 4
+namespace plain {
+#include "kernels.h"
+}  // namespace plain
+
+#if REVIT_X86
+#undef REVIT_LANES
+#define REVIT_LANES 8
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "kernels.h"
+}  // namespace avx2
+#pragma GCC pop_options
+
+#undef REVIT_LANES
+#define REVIT_LANES 16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+namespace avx512 {
+#include "kernels.h"
+}  // namespace avx512
+#pragma GCC pop_options
+
+#undef REVIT_BF16
+#define REVIT_BF16 1
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
+namespace avx512_bf16 {
+#include "kernels.h"
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+#endif
+
+template <class T>
+using Kernel = void (*)(const Problem<T>&, const Item&);
+
+template <class T>
+Kernel<T> forward_kernel() {
+#if REVIT_X86
+  if constexpr (std::is_same_v<T, bf16>)
+    if (capability() == Capability::kAvx512Bf16) return avx512_bf16::forward_item<avx512_bf16::PairMath, T>;
+  if (capability() >= Capability::kAvx512) return avx512::forward_item<avx512::FloatMath, T>;
+  if (capability() == Capability::kAvx2) return avx2::forward_item<avx2::FloatMath, T>;
+#endif
+  return plain::forward_item<plain::FloatMath, T>;
+}
+
+template <class T>
+Kernel<T> backward_kernel() {
+#if REVIT_X86
+  if constexpr (std::is_same_v<T, bf16>)
+    if (capability() == Capability::kAvx512Bf16) return avx512_bf16::backward_item<avx512_bf16::PairMath, T>;
+  if (capability() >= Capability::kAvx512) return avx512::backward_item<avx512::FloatMath, T>;
+  if (capability() == Capability::kAvx2) return avx2::backward_item<avx2::FloatMath, T>;
+#endif
+  return plain::backward_item<plain::FloatMath, T>;
+}
+
+// The boundaries of the images, each checked against the rows there are.
+struct Boundaries {
+  const int32_t* at;
+  int64_t images, tokens;
+
+  Boundaries(const char* name, const torch::stable::Tensor& cu_seqlens, int64_t tokens)
+      : at(static_cast<const int32_t*>(cu_seqlens.data_ptr())), images(cu_seqlens.size(0) - 1), tokens(tokens) {
+    for (int64_t i = 0, last = 0; i <= images; last = at[i++])
+      STD_TORCH_CHECK(at[i] >= last && at[i] <= tokens, name, " must not decrease and must stay within the ", tokens,
+                      " tokens, got ", at[i], " after ", last);
+  }
+  int64_t length(int64_t image) const { return at[image + 1] - at[image]; }
+};
+
+// Items of at most `rows` queries, those with the most work first.
+std::vector<Item> items_of(const Boundaries& queries, const Boundaries& keys, int64_t heads, int64_t rows) {
+  std::vector<Item> chunks;
+  for (int64_t i = 0; i < queries.images; ++i) {
+    const int64_t pieces = rows ? ceil_div(queries.length(i), rows) : 1;
+    for (int64_t piece = 0, first = 0; piece < pieces; ++piece) {
+      const int64_t count = ceil_div(queries.length(i) - first, pieces - piece);
+      chunks.push_back({0, queries.at[i] + first, count, keys.at[i], keys.length(i)});
+      first += count;
+    }
+  }
+  std::stable_sort(chunks.begin(), chunks.end(),
+                   [](const Item& a, const Item& b) { return a.queries * a.keys > b.queries * b.keys; });
+  std::vector<Item> items;
+  items.reserve(chunks.size() * heads);
+  for (const Item& chunk : chunks)
+    for (int64_t head = 0; head < heads; ++head) {
+      items.push_back(chunk);
+      items.back().head = head;
+    }
+  return items;
+}
+
+// Runs f on every item, each thread taking the next one that is left.
+template <class F>
+void share(const std::vector<Item>& items, F f) {
+  std::atomic<size_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items.size());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) f(items[i]);
+  });
+}
+
+// Zeros in the rows [first, last) of a contiguous (tokens, width) buffer.
+template <class T>
+void zero_rows(T* data, int64_t width, int64_t first, int64_t last) {
+  if (last > first) std::memset(static_cast<void*>(data + first * width), 0, (last - first) * width * sizeof(T));
+}
+template <class T>
+void zero_outside(T* data, int64_t width, const Boundaries& images) {
+  zero_rows(data, width, 0, images.at[0]);
+  zero_rows(data, width, images.at[images.images], images.tokens);
+}
+
+using torch::stable::Tensor;
+
+template <class T>
+Strided<T> strided(const Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
+}
+
+template <class T>
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
+             float scale, Tensor& y, Tensor& lse) {
+  Problem<T> p{};
+  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  const int64_t width = p.heads * p.dim;
+  zero_outside(p.y.data, width, queries);
+  zero_outside(p.lse, p.heads, queries);
+  const Kernel<T> kernel = forward_kernel<T>();
+  share(items_of(queries, keys, p.heads, 512), [&](const Item& item) {
+    if (item.keys) return kernel(p, item);
+    for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
+      std::memset(static_cast<void*>(p.y.at(t, item.head)), 0, p.dim * sizeof(T));
+      p.lse[t * p.heads + item.head] = -INFINITY;
+    }
+  });
+}
+
+template <class T>
+void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+              const Boundaries& queries, const Boundaries& keys, float scale, Tensor& dq, Tensor& dk, Tensor& dv) {
+  Problem<T> p{};
+  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v);
+  p.grad = strided<const T>(grad);
+  p.dq = strided<T>(dq), p.dk = strided<T>(dk), p.dv = strided<T>(dv);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  const int64_t width = p.heads * p.dim;
+  zero_outside(p.dq.data, width, queries);
+  zero_outside(p.dk.data, width, keys);
+  zero_outside(p.dv.data, width, keys);
+  const Kernel<T> kernel = backward_kernel<T>();
+  share(items_of(queries, keys, p.heads, 0), [&](const Item& item) {
+    if (item.keys && item.queries) return kernel(p, item);
+    for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t)
+      std::memset(static_cast<void*>(p.dq.at(t, item.head)), 0, p.dim * sizeof(T));
+    for (int64_t t = item.first_key; t < item.first_key + item.keys; ++t) {
+      std::memset(static_cast<void*>(p.dk.at(t, item.head)), 0, p.dim * sizeof(T));
+      std::memset(static_cast<void*>(p.dv.at(t, item.head)), 0, p.dim * sizeof(T));
+    }
+  });
+}
+
+// q, out: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                         const Tensor& cu_seqlens_k, double scale) {
+  const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, torch::headeronly::ScalarType::Float);
+  if (q.scalar_type() == torch::headeronly::ScalarType::Float)
+    forward<float>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
+  else
+    forward<bf16>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
+  return {y, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                          const Tensor& v, const Tensor& lse, const Tensor& cu_seqlens,
+                                                          const Tensor& cu_seqlens_k, double scale) {
+  const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  if (q.scalar_type() == torch::headeronly::ScalarType::Float)
+    backward<float>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
+  else
+    backward<bf16>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+}  // namespace revit_attention
+
+STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
+  m.def(
+      "attention_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens,"
+      " Tensor cu_seqlens_k, float scale) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
+  m.impl("attention_cpu", TORCH_BOX(&revit_attention::attention_cpu));
+  m.impl("attention_backward_cpu", TORCH_BOX(&revit_attention::attention_backward_cpu));
+}

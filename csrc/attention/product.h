@@ -1,0 +1,121 @@
+// Matrix products of small operands: the right one packed, the left one in rows or across. Included like vector.h.
+
+// Swaps lanes and vectors: kLanes vectors of kLanes units, by log2(kLanes) perfect shuffles.
+template <size_t... I>
+INLINE Int low_halves(Int a, Int b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * kLanes + I / 2)...);
+}
+template <size_t... I>
+INLINE Int high_halves(Int a, Int b, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+}
+INLINE void transpose(Int (&v)[kLanes]) {
+  constexpr auto kAll = std::make_index_sequence<kLanes>();
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    Int next[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = low_halves(v[i], v[i + kLanes / 2], kAll);
+      next[2 * i + 1] = high_halves(v[i], v[i + kLanes / 2], kAll);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+  }
+}
+
+template <class Math>
+INLINE int64_t units(int64_t elements) {
+  return ceil_div(elements, Math::kPair);
+}
+
+// Packs rows (rows, dim) as the right operand whose columns they are: [panel of kLanes rows][units of dim][kLanes].
+template <class Math, class T>
+void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t dim, typename Math::Unit* packed) {
+  const int64_t depth = units<Math>(dim);
+  for (int64_t row = 0; row < rows; row += kLanes, packed += depth * kLanes)
+    for (int64_t first = 0; first < depth; first += kLanes) {
+      Int v[kLanes];
+      const int64_t count = dim - first * Math::kPair;
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        v[i] = row + i < rows ? (Int)Math::load_units(x + (row + i) * stride + first * Math::kPair, count) : Int{};
+      transpose(v);
+      if (depth - first >= kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) write(packed + (first + i) * kLanes, v[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          if (i < depth - first) write(packed + (first + i) * kLanes, v[i]);
+      }
+    }
+}
+
+// Packs rows (rows, dim) as the right operand whose rows they are: [panel of kLanes of dim][units of rows][kLanes].
+template <class Math, class T>
+void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, typename Math::Unit* packed) {
+  const int64_t depth = units<Math>(rows);
+  for (int64_t j = 0; j < depth; ++j) {
+    const T* first = x + j * Math::kPair * stride;
+    const T* second = j * Math::kPair + 1 < rows ? first + stride : nullptr;
+    for (int64_t c = 0; c < dim; c += kLanes)
+      write(packed + (c * depth + j * kLanes), Math::load_rows(first + c, second ? second + c : second, dim - c));
+  }
+}
+
+// Copies rows (rows, dim) as the left operand: (kRows, units of dim), zeros beyond `rows`.
+template <class Math, class T>
+INLINE void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t dim,
+                      typename Math::Unit* copied) {
+  const int64_t width = ceil_div(units<Math>(dim), kLanes) * kLanes;
+  for (int64_t r = 0; r < padded; ++r)
+    for (int64_t u = 0; u < width; u += kLanes)
+      write(copied + r * width + u, r < rows ? Math::load_units(x + r * stride + u * Math::kPair, dim - u * Math::kPair)
+                                             : typename Math::Units{});
+}
+
+// R rows by C panels, in registers. The left operand is at a[row * stride + unit], or a[unit * stride + row] if it
+// lies across. What one row becomes depends on neither R nor C.
+template <class Math, int R, int C, bool kAcross, class Epilogue>
+INLINE void tile(const typename Math::Unit* a, int64_t stride, const typename Math::Unit* b, int64_t depth,
+                 int64_t panel, Epilogue epilogue) {
+  Vec sum[R][C] = {};
+  b += panel * depth * kLanes;
+  for (int64_t k = 0; k < depth; ++k) {
+    typename Math::Units y[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) y[c] = read<typename Math::Units>(b + (c * depth + k) * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const typename Math::Units x = Math::broadcast(kAcross ? a + k * stride + r : a + r * stride + k);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) sum[r][c] = Math::madd(x, y[c], sum[r][c]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) epilogue(r, (panel + c) * kLanes, sum[r][c]);
+}
+
+// R rows by all panels, in tiles of nearly equal width, so that no tile has too few sums to hide the latency.
+template <class Math, int R, bool kAcross, class Epilogue>
+INLINE void product(const typename Math::Unit* a, int64_t stride, const typename Math::Unit* b, int64_t depth,
+                    int64_t panels, Epilogue epilogue) {
+  constexpr int kWidest = kLanes == 16 ? 4 : 2;
+  for (int64_t tiles = ceil_div(panels, kWidest), panel = 0; tiles; --tiles) {
+    const int64_t width = ceil_div(panels - panel, tiles);
+    if (width == 1)
+      tile<Math, R, 1, kAcross>(a, stride, b, depth, panel, epilogue);
+    else if (width == 2)
+      tile<Math, R, 2, kAcross>(a, stride, b, depth, panel, epilogue);
+    else if constexpr (kWidest == 4) {
+      if (width == 3)
+        tile<Math, R, 3, kAcross>(a, stride, b, depth, panel, epilogue);
+      else
+        tile<Math, R, 4, kAcross>(a, stride, b, depth, panel, epilogue);
+    }
+    panel += width;
+  }
+}

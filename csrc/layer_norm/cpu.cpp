@@ -1,0 +1,183 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "common/scratch.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+// Data of x's dtype and of branch's is `void`; weight, bias and gamma are fp32, ones or zeros where the user gave none.
+struct ForwardArguments {
+  const void *x, *branch;
+  const float *weight, *bias, *gamma;
+  const int32_t* row;
+  void *y, *sum;
+  float *mean, *rstd;
+  int64_t dim, lengths;
+  float eps;
+  bool rms, x_is_bf16, branch_is_bf16;
+};
+
+struct BackwardArguments {
+  const void *dy, *dsum, *sum, *branch;
+  const float *weight, *gamma;
+  const int32_t* row;
+  const float *mean, *rstd;
+  void *dx, *dbranch;
+  int64_t dim, lengths, dsum_stride;
+  bool rms, x_is_bf16, branch_is_bf16;
+};
+
+// What one chunk of tokens adds to the parameters' gradients. dweight, dbias: (lengths, dim), each row valid once
+// touched.
+struct Partials {
+  float *dweight, *dbias, *dgamma;
+  bool* touched;
+};
+
+}  // namespace
+
+#define KERNELS "layer_norm/rows.h"
+#include "common/every_isa.h"
+
+namespace {
+
+constexpr int64_t kRowsPerTask = 16;
+// The chunks depend on the number of tokens alone: however many threads share them, they are added in the same order.
+constexpr int64_t kRowsPerChunk = 128, kMostChunks = 128;
+
+template <class T = const float>
+T* pointer(const std::optional<Tensor>& tensor, T* otherwise = nullptr) {
+  return tensor ? static_cast<T*>(tensor->data_ptr()) : otherwise;
+}
+
+bool is_bf16(const std::optional<Tensor>& tensor) { return tensor && tensor->scalar_type() == ScalarType::BFloat16; }
+
+// x, branch: (tokens, dim) fp32 or bf16; weight, bias: (lengths, dim) fp32; row: (tokens,) int32; gamma: (dim,) fp32
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const std::optional<Tensor>& weight,
+                                                          const std::optional<Tensor>& bias,
+                                                          const std::optional<Tensor>& row,
+                                                          const std::optional<Tensor>& branch,
+                                                          const std::optional<Tensor>& gamma, double eps, bool rms) {
+  const int64_t tokens = x.size(0), dim = x.size(1);
+  const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
+  Tensor y = torch::stable::empty_like(x);
+  Tensor sum = branch ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor mean = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
+  Tensor rstd = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
+  const Scratch ones = make_scratch(weight && gamma ? 0 : lengths * dim, 1);
+  const Scratch zeros = make_scratch(bias ? 0 : lengths * dim, 0);
+  const ForwardArguments arguments = {
+      .x = x.data_ptr(),
+      .branch = pointer<void>(branch),
+      .weight = pointer(weight, ones.get()),
+      .bias = pointer(bias, zeros.get()),
+      .gamma = pointer(gamma, ones.get()),
+      .row = pointer<const int32_t>(row),
+      .y = y.data_ptr(),
+      .sum = sum.data_ptr(),
+      .mean = static_cast<float*>(mean.data_ptr()),
+      .rstd = static_cast<float*>(rstd.data_ptr()),
+      .dim = dim,
+      .lengths = lengths,
+      .eps = static_cast<float>(eps),
+      .rms = rms,
+      .x_is_bf16 = is_bf16(x),
+      .branch_is_bf16 = is_bf16(branch),
+  };
+  static const auto forward_rows = EVERY_ISA_PICK(forward_rows);
+  torch::stable::parallel_for(0, tokens, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    forward_rows(arguments, begin, end, make_scratch(dim).get());
+  });
+  return {y, sum, mean, rstd};
+}
+
+// dy, dsum, sum: (tokens, dim), of one dtype. Returns the gradients of x, branch, weight, bias and gamma; those of
+// the parameters in fp32, and with no elements where there is no parameter.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
+    const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& sum, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& row, const std::optional<Tensor>& branch,
+    const std::optional<Tensor>& gamma, const Tensor& mean, const Tensor& rstd, bool rms) {
+  const int64_t tokens = sum.size(0), dim = sum.size(1);
+  const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
+  auto like = [&](const std::optional<Tensor>& parameter, std::initializer_list<int64_t> sizes) {
+    return parameter ? torch::stable::new_empty(mean, sizes) : torch::stable::new_empty(mean, {0});
+  };
+  Tensor dx = torch::stable::empty_like(sum);
+  Tensor dbranch = branch ? torch::stable::empty_like(*branch) : torch::stable::new_empty(sum, {0});
+  Tensor dweight = like(weight, {lengths, dim}), dbias = like(bias, {lengths, dim}), dgamma = like(gamma, {dim});
+  const Scratch ones = make_scratch(weight ? 0 : lengths * dim, 1), zeros = make_scratch(dsum ? 0 : dim, 0);
+  const BackwardArguments arguments = {
+      .dy = dy.data_ptr(),
+      .dsum = pointer<const void>(dsum, zeros.get()),
+      .sum = sum.data_ptr(),
+      .branch = pointer<void>(branch),
+      .weight = pointer(weight, ones.get()),
+      .gamma = pointer(gamma),
+      .row = pointer<const int32_t>(row),
+      .mean = static_cast<const float*>(mean.data_ptr()),
+      .rstd = static_cast<const float*>(rstd.data_ptr()),
+      .dx = dx.data_ptr(),
+      .dbranch = dbranch.data_ptr(),
+      .dim = dim,
+      .lengths = lengths,
+      .dsum_stride = dsum ? dim : 0,
+      .rms = rms,
+      .x_is_bf16 = is_bf16(sum),
+      .branch_is_bf16 = is_bf16(branch),
+  };
+  const int64_t rows = std::max(kRowsPerChunk, (tokens + kMostChunks - 1) / kMostChunks);
+  const int64_t chunks = (tokens + rows - 1) / rows, stride = (2 * lengths + 1) * dim;
+  const Scratch partial = make_scratch(chunks * stride);
+  const std::unique_ptr<bool[]> touched(new bool[chunks * lengths]());
+  static const auto backward_rows = EVERY_ISA_PICK(backward_rows);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      float* own = partial.get() + chunk * stride;
+      Partials to = {own, own + lengths * dim, own + 2 * lengths * dim, touched.get() + chunk * lengths};
+      std::fill_n(to.dgamma, dim, 0.f);
+      backward_rows(arguments, chunk * rows, std::min(tokens, (chunk + 1) * rows), to);
+    }
+  });
+  // One parameter row at a time: rows 0 to lengths - 1 are weight's, then bias's, then gamma.
+  torch::stable::parallel_for(0, 2 * lengths + 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slot = begin; slot < end; ++slot) {
+      const bool of_gamma = slot == 2 * lengths;
+      const Tensor& grad = of_gamma ? dgamma : slot < lengths ? dweight : dbias;
+      if (!grad.numel()) continue;
+      float* out = static_cast<float*>(grad.data_ptr()) + (of_gamma ? 0 : slot % lengths * dim);
+      std::fill_n(out, dim, 0.f);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        if (!of_gamma && !touched[chunk * lengths + slot % lengths]) continue;
+        const float* in = partial.get() + chunk * stride + slot * dim;
+        for (int64_t i = 0; i < dim; ++i) out[i] += in[i];
+      }
+    }
+  });
+  return {dx, dbranch, dweight, dbias, dgamma};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
+  m.def(
+      "layer_norm_cpu(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps,"
+      " bool rms) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "layer_norm_backward_cpu(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? bias, Tensor? row,"
+      " Tensor? branch, Tensor? gamma, Tensor mean, Tensor rstd, bool rms) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
+  m.impl("layer_norm_cpu", TORCH_BOX(&layer_norm_cpu));
+  m.impl("layer_norm_backward_cpu", TORCH_BOX(&layer_norm_backward_cpu));
+}

@@ -1,0 +1,1 @@
+"""Images: finding and decoding files, and gathering photographs and weights to try the library on."""

@@ -1,0 +1,26 @@
+"""Attention on the CPU: csrc/attention."""
+
+import torch
+
+from revit_kernels import native
+
+native.load("cpu")
+_forward = torch.ops.revit_kernels.attention_cpu.default
+_backward = torch.ops.revit_kernels.attention_backward_cpu.default
+
+
+def refusal(*args):
+    x = args[0]
+    if x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, scale)
+
+
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    return _backward(grad, q, k, v, lse, cu_seqlens, cu_seqlens_k, scale)

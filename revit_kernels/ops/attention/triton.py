@@ -1,0 +1,354 @@
+"""Attention within each image in Triton: one program per head, image and tile of its rows; no atomics.
+
+A head_dim that is no power of two is split into two powers of two (72 and 80 into 64 + 16) rather than padded to one.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
+
+
+def refusal(*args):
+    x = args[0]
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs a CUDA tensor, got one on {x.device}"
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {x.dtype}"
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "Triton's interpreter multiplies the bits of bfloat16 as integers"
+    if x.shape[2] > 256:
+        return f"head_dim must be at most 256, got {x.shape[2]}"
+    return None
+
+
+@triton.jit
+def _split(
+    row_ptr, rows, inside, stride, DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Rows of a (tokens, dim) view in two pieces, zeros outside."""
+    cols = tl.arange(0, MAIN)
+    starts = row_ptr + rows.to(tl.int64)[:, None] * stride
+    if ALIGNED:
+        starts = tl.multiple_of(starts, [16, 16])
+    main = tl.load(starts + cols[None, :], mask=inside[:, None] & (cols < DIM)[None, :], other=0.0)
+    rest = main
+    if REST > 0:
+        more = MAIN + tl.arange(0, REST)
+        rest = tl.load(starts + more[None, :], mask=inside[:, None] & (more < DIM)[None, :], other=0.0)
+    return main, rest
+
+
+@triton.jit
+def _store(
+    row_ptr,
+    rows,
+    inside,
+    stride,
+    main,
+    rest,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    cols = tl.arange(0, MAIN)
+    starts = row_ptr + rows.to(tl.int64)[:, None] * stride
+    if ALIGNED:
+        starts = tl.multiple_of(starts, [16, 16])
+    kind = row_ptr.dtype.element_ty
+    tl.store(starts + cols[None, :], main.to(kind), mask=inside[:, None] & (cols < DIM)[None, :])
+    if REST > 0:
+        more = MAIN + tl.arange(0, REST)
+        tl.store(starts + more[None, :], rest.to(kind), mask=inside[:, None] & (more < DIM)[None, :])
+
+
+@triton.jit
+def _scores(a, a_rest, b, b_rest, REST: tl.constexpr):
+    """a b^T over both pieces, in fp32."""
+    s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if REST > 0:
+        s = tl.dot(a_rest, tl.trans(b_rest), s, input_precision="ieee")
+    return s
+
+
+@triton.jit
+def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Zeros in the rows from `first` on of a contiguous (tokens, width) buffer."""
+    start = first.to(tl.int64) * width + program * BLOCK
+    end = tokens.to(tl.int64) * width
+    cols = tl.arange(0, BLOCK)
+    for at in range(start, end, PROGRAMS * BLOCK):
+        tl.store(y_ptr + at + cols, tl.zeros([BLOCK], y_ptr.dtype.element_ty), mask=at + cols < end)
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    tokens, images, heads, scale,
+    q_token, q_head, k_token, k_head, v_token, v_head,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0)
+    image = pair // heads
+    head = pair % heads
+    if image == images:  # no image: the rows behind the last one
+        if head == 0:
+            first = tl.load(cu_seqlens_ptr + images)
+            _zero_tail(y_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(lse_ptr, tokens, first, tl.program_id(1), heads, TAIL, 1024)
+        return
+    begin = tl.load(cu_seqlens_ptr + image)
+    end = tl.load(cu_seqlens_ptr + image + 1)
+    first = begin + tl.program_id(1) * BLOCK_QUERIES
+    if first >= end:
+        return
+    begin_k = tl.load(cu_seqlens_k_ptr + image)
+    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    rows = first + tl.arange(0, BLOCK_QUERIES)
+    inside = rows < end
+    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)  # [BLOCK_QUERIES, MAIN]
+
+    factor = scale * 1.4426950408889634
+    top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_QUERIES], tl.float32)
+    sums = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
+    sums_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
+    for start in range(begin_k, end_k, BLOCK_KEYS):
+        keys = start + tl.arange(0, BLOCK_KEYS)
+        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
+        s = _scores(q, q_rest, k, k_rest, REST) * factor  # [BLOCK_QUERIES, BLOCK_KEYS]
+        s = tl.where((keys < end_k)[None, :], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, DIM, MAIN, REST, ALIGNED)
+        weights = p.to(v.dtype)
+        sums = tl.dot(weights, v, sums * shrink[:, None], input_precision="ieee")
+        if REST > 0:
+            sums_rest = tl.dot(weights, v_rest, sums_rest * shrink[:, None], input_precision="ieee")
+    inverse = tl.where(total > 0, 1 / total, tl.where(total == 0, 0.0, total))[:, None]  # no keys: zeros; NaN stays
+    y_row = heads * DIM
+    _store(y_ptr + head * DIM, rows, inside, y_row, sums * inverse, sums_rest * inverse, DIM, MAIN, REST, ALIGNED)
+    lse = (top + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + rows.to(tl.int64) * heads + head, lse, mask=inside)
+
+
+@triton.jit
+def _backward_q_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    tokens, images, heads, scale,
+    grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """dq, and delta = sum(y * grad) of each query for the other kernel."""
+    pair = tl.program_id(0)
+    image = pair // heads
+    head = pair % heads
+    if image == images:
+        if head == 0:
+            first = tl.load(cu_seqlens_ptr + images)
+            _zero_tail(dq_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+        return
+    begin = tl.load(cu_seqlens_ptr + image)
+    end = tl.load(cu_seqlens_ptr + image + 1)
+    first = begin + tl.program_id(1) * BLOCK_QUERIES
+    if first >= end:
+        return
+    begin_k = tl.load(cu_seqlens_k_ptr + image)
+    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    rows = first + tl.arange(0, BLOCK_QUERIES)
+    inside = rows < end
+    y_row = heads * DIM
+    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)
+    g, g_rest = _split(grad_ptr + head * grad_head, rows, inside, grad_token, DIM, MAIN, REST, ALIGNED)
+    y, y_rest = _split(y_ptr + head * DIM, rows, inside, y_row, DIM, MAIN, REST, ALIGNED)
+    delta = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)
+    if REST > 0:
+        delta += tl.sum(y_rest.to(tl.float32) * g_rest.to(tl.float32), 1)
+    at = rows.to(tl.int64) * heads + head
+    tl.store(delta_ptr + at, delta, mask=inside)
+    lse = tl.load(lse_ptr + at, mask=inside, other=float("inf")) * 1.4426950408889634
+
+    factor = scale * 1.4426950408889634
+    dq = tl.zeros([BLOCK_QUERIES, MAIN], tl.float32)
+    dq_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
+    for start in range(begin_k, end_k, BLOCK_KEYS):
+        keys = start + tl.arange(0, BLOCK_KEYS)
+        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
+        v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, DIM, MAIN, REST, ALIGNED)
+        p = tl.exp2(_scores(q, q_rest, k, k_rest, REST) * factor - lse[:, None])
+        p = tl.where((keys < end_k)[None, :], p, 0.0)  # [BLOCK_QUERIES, BLOCK_KEYS]
+        slopes = (p * (_scores(g, g_rest, v, v_rest, REST) - delta[:, None])).to(k.dtype)
+        dq = tl.dot(slopes, k, dq, input_precision="ieee")
+        if REST > 0:
+            dq_rest = tl.dot(slopes, k_rest, dq_rest, input_precision="ieee")
+    _store(dq_ptr + head * DIM, rows, inside, y_row, dq * scale, dq_rest * scale, DIM, MAIN, REST, ALIGNED)
+
+
+@triton.jit
+def _backward_kv_kernel(
+    grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
+    tokens, images, heads, scale,
+    grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys."""
+    pair = tl.program_id(0)
+    image = pair // heads
+    head = pair % heads
+    if image == images:
+        if head == 0:
+            first = tl.load(cu_seqlens_k_ptr + images)
+            _zero_tail(dk_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dv_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+        return
+    begin_k = tl.load(cu_seqlens_k_ptr + image)
+    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    first = begin_k + tl.program_id(1) * BLOCK_KEYS
+    if first >= end_k:
+        return
+    begin = tl.load(cu_seqlens_ptr + image)
+    end = tl.load(cu_seqlens_ptr + image + 1)
+    keys = first + tl.arange(0, BLOCK_KEYS)
+    inside = keys < end_k
+    k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, DIM, MAIN, REST, ALIGNED)
+    v, v_rest = _split(v_ptr + head * v_head, keys, inside, v_token, DIM, MAIN, REST, ALIGNED)
+
+    factor = scale * 1.4426950408889634
+    dk = tl.zeros([BLOCK_KEYS, MAIN], tl.float32)
+    dv = tl.zeros([BLOCK_KEYS, MAIN], tl.float32)
+    dk_rest = tl.zeros([BLOCK_KEYS, REST if REST > 0 else 16], tl.float32)
+    dv_rest = tl.zeros([BLOCK_KEYS, REST if REST > 0 else 16], tl.float32)
+    for start in range(begin, end, BLOCK_QUERIES):
+        rows = start + tl.arange(0, BLOCK_QUERIES)
+        q, q_rest = _split(q_ptr + head * q_head, rows, rows < end, q_token, DIM, MAIN, REST, ALIGNED)
+        g, g_rest = _split(grad_ptr + head * grad_head, rows, rows < end, grad_token, DIM, MAIN, REST, ALIGNED)
+        at = rows.to(tl.int64) * heads + head
+        lse = tl.load(lse_ptr + at, mask=rows < end, other=float("inf")) * 1.4426950408889634
+        delta = tl.load(delta_ptr + at, mask=rows < end, other=0.0)
+        p = tl.exp2(_scores(k, k_rest, q, q_rest, REST) * factor - lse[None, :])  # [BLOCK_KEYS, BLOCK_QUERIES]
+        weights = p.to(g.dtype)
+        dv = tl.dot(weights, g, dv, input_precision="ieee")
+        slopes = (p * (_scores(v, v_rest, g, g_rest, REST) - delta[None, :])).to(q.dtype)
+        dk = tl.dot(slopes, q, dk, input_precision="ieee")
+        if REST > 0:
+            dv_rest = tl.dot(weights, g_rest, dv_rest, input_precision="ieee")
+            dk_rest = tl.dot(slopes, q_rest, dk_rest, input_precision="ieee")
+    y_row = heads * DIM
+    _store(dk_ptr + head * DIM, keys, inside, y_row, dk * scale, dk_rest * scale, DIM, MAIN, REST, ALIGNED)
+    _store(dv_ptr + head * DIM, keys, inside, y_row, dv, dv_rest, DIM, MAIN, REST, ALIGNED)
+
+
+def _pieces(dim):
+    """The powers of two that cover head_dim: one, or a main one and a rest of at least 16 (what tl.dot takes)."""
+    whole = max(16, triton.next_power_of_2(dim))
+    main = whole // 2
+    rest = max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
+    return (main, rest) if 16 <= main and 0 < rest < main else (whole, 0)
+
+
+def _tiles(dim, dtype, step):
+    """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
+    wide = sum(_pieces(dim)) > 128
+    if dtype == torch.float32:
+        queries, keys, warps, stages = (32, 32, 4, 1) if step == "forward" and not wide else (16, 16, 4, 1)
+        if step != "forward" and not wide:
+            keys = 32
+    elif wide:
+        queries, keys, warps, stages = 32, 32, 4, 1
+    elif step == "forward":
+        queries, keys, warps, stages = 64, 64, 4, 2
+    elif step == "backward_q":
+        queries, keys, warps, stages = 64, 32, 4, 2
+    else:
+        queries, keys, warps, stages = 32, 64, 8 if _pieces(dim)[1] else 4, 2
+    return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+
+
+def _aligned(*tensors):
+    """Whether every row of every head starts on 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in (x.shape[2], *x.stride()[:2]))
+        for x in tensors
+    )
+
+
+def _launch(dim, dtype, step, aligned):
+    main, rest = _pieces(dim)
+    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned, "TAIL": TAIL_PROGRAMS}
+    return launch | _tiles(dim, dtype, step)
+
+
+def _grid(cu_seqlens, heads, max_seqlen, block):
+    """A program for each tile that the longest image can have, of every image, and of the tail."""
+    return cu_seqlens.shape[0] * heads, max(triton.cdiv(max_seqlen, block), TAIL_PROGRAMS)
+
+
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    tokens, heads, dim = q.shape
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
+    launch = _launch(dim, q.dtype, "forward", _aligned(q, k, v))
+    if y.numel():
+        _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
+            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, cu_seqlens.shape[0] - 1, heads, scale,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **launch,
+        )  # fmt: skip
+    return y, lse
+
+
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    heads, dim = q.shape[1:]
+    images = cu_seqlens.shape[0] - 1
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = torch.empty_like(lse)
+    aligned = _aligned(q, k, v, grad)
+    strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    if dq.numel():
+        launch = _launch(dim, q.dtype, "backward_q", aligned)
+        _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
+            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, scale,
+            *strides, **launch,
+        )  # fmt: skip
+    if dk.numel():
+        launch = _launch(dim, q.dtype, "backward_kv", aligned)
+        _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
+            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, scale,
+            *strides, **launch,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def offline():
+    """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
+    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
+    for dtype, name, dims in (
+        (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
+        (torch.float32, "fp32", (64, 80, 128)),
+    ):
+        for dim in dims:
+            for step, kernel in kernels.items():
+                launch = _launch(dim, dtype, step, True)
+                options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+                signature = {}
+                for parameter in kernel.arg_names:
+                    if parameter in launch:
+                        continue
+                    if parameter.startswith("cu_seqlens"):
+                        signature[parameter] = "*i32"
+                    elif parameter in ("lse_ptr", "delta_ptr"):
+                        signature[parameter] = "*fp32"
+                    elif parameter.endswith("_ptr"):
+                        signature[parameter] = f"*{name}"
+                    else:
+                        signature[parameter] = "fp32" if parameter == "scale" else "i32"
+                yield {"kernel": kernel, "signature": signature, "constexprs": launch, **options}

@@ -1,0 +1,85 @@
+"""The op on a CPU: pixels to patches in C++, the vendor's matrix product, then the positions and the prefix in C++."""
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from revit_kernels import native
+from revit_kernels.gemm import linear
+
+native.load("cpu")
+_patchify = torch.ops.revit_kernels.patchify_cpu.default
+_place = torch.ops.revit_kernels.place_cpu.default
+_sums = torch.ops.revit_kernels.patch_embed_sums_cpu.default
+_weight_gradient = torch.ops.revit_kernels.patch_embed_weight_cpu.default
+
+_flat = WeakIdKeyDictionary()  # parameter: the same memory as (dim, width), whose packed layout `linear` keeps
+
+
+def refusal(x, y, *_):
+    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
+    if y.device.type != "cpu":
+        return f"needs CPU tensors, got one on {y.device}"
+    if y.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {y.dtype}"
+    return None
+
+
+def _flatten(weight):
+    if type(weight) is not torch.nn.Parameter or not weight.is_contiguous():
+        return weight.flatten(1)
+    flat = _flat.get(weight)
+    if flat is None or flat.data_ptr() != weight.data_ptr() or flat.dtype != weight.dtype:
+        flat = _flat[weight] = torch.nn.Parameter(weight.detach().flatten(1), requires_grad=False)
+    return flat
+
+
+def _affine(images, channels, mean, std):
+    """What to multiply a pixel of each channel with, and what to add then."""
+    std = [1.0] * channels if std is None else std
+    mean = [0.0] * channels if mean is None else mean
+    unit = 255 if images and images[0].dtype == torch.uint8 else 1
+    return [1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def forward(
+    images,
+    weight,
+    bias,
+    cu_seqlens,
+    placement,
+    image,
+    pos,
+    prefix,
+    mean,
+    std,
+    how,
+    channels_last,
+    _,
+    prefix_tokens,
+    keep,
+):
+    scale, shift = _affine(images, weight.shape[1], mean, std)
+    patches = _patchify(
+        images,
+        weight,
+        cu_seqlens,
+        placement,
+        scale,
+        shift,
+        how == "bicubic",
+        channels_last,
+        prefix_tokens,
+        image.shape[0],
+    )
+    y = linear(patches, _flatten(weight), bias)
+    pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
+    _place(y, cu_seqlens, placement, pos, prefix, prefix_tokens)
+    return y, patches if keep else patches.new_empty(0, patches.shape[1])
+
+
+def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
+    grad = grad.contiguous()
+    sums = _sums(grad, cu_seqlens, placement, prefix_tokens, cells)
+    if len(patches):
+        return _weight_gradient(grad, patches, cu_seqlens), sums
+    return grad.new_zeros(grad.shape[1], patches.shape[1]), sums

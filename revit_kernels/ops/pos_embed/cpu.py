@@ -1,0 +1,25 @@
+"""The op on a CPU, in C++: see csrc/pos_embed/cpu.cpp."""
+
+import torch
+
+from revit_kernels import native
+
+native.load("cpu")
+_forward = torch.ops.revit_kernels.pos_embed_cpu.default
+_backward = torch.ops.revit_kernels.pos_embed_backward_cpu.default
+
+
+def refusal(x, *_):
+    if x.device.type != "cpu":
+        return f"needs a CPU tensor, got one on {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {x.dtype}"
+    return None
+
+
+def forward(table, *how):
+    return _forward(table.contiguous(), *how)
+
+
+def backward(grad, *how):
+    return _backward(grad.contiguous(), *how)

@@ -1,0 +1,1 @@
+"""Serving: images in, records out, batched by a budget of tokens."""

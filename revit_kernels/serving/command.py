@@ -1,0 +1,143 @@
+"""What `revit infer` does with its arguments."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from revit_kernels import dispatch
+from revit_kernels.data.images import find_images, show
+from revit_kernels.serving.compare import Sample, compare, table
+from revit_kernels.serving.infer import GridRule, Totals, full_length, infer
+from revit_kernels.serving.prepare import choose_device, choose_dtype, load_model, read_labels
+from revit_kernels.serving.records import Columns, check_output, open_records
+
+LISTED = 10  # how many broken images are named on standard error; the records name them all
+
+
+def run(args) -> int:
+    """`revit infer`; returns the exit status. Raises ValueError for what the user got wrong."""
+    check_output(args.output)
+    _check_options(args)
+    paths, empty = find_images(args.paths, args.recursive)
+    if not paths:
+        raise ValueError(f"there are no images in {', '.join(show(path) for path in empty)}" if empty else "no images")
+    for path in empty:
+        _say(f"revit: warning: there are no images in {show(path)}")
+
+    with _backend(args.backend), warnings.catch_warnings():
+        # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
+        warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", module="PIL")
+        device = choose_device(args.device)
+        model = load_model(
+            args.model,
+            checkpoint=args.checkpoint,
+            pretrained=args.pretrained,
+            untrained=args.untrained,
+            device=device,
+            dtype=choose_dtype(args.dtype, device),
+        )
+        columns = _columns(args, model)
+        rule = GridRule(
+            model.patch_embed.patch_size, args.max_tokens or full_length(model), args.grids, args.fit != "squash"
+        )
+        sample = Sample() if args.compare else None
+        bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
+        try:
+            with bar, open_records(args.output, columns) as writer:
+                totals = infer(
+                    model,
+                    paths,
+                    rule,
+                    writer,
+                    features=args.features,
+                    batch_tokens=args.batch_tokens,
+                    workers=args.workers or min(16, _cores()),
+                    progress=bar.update,
+                    keep=sample.keep if sample else None,
+                )
+        except torch.OutOfMemoryError:
+            raise RuntimeError(
+                f"{device} ran out of memory: give fewer --batch-tokens than {args.batch_tokens}"
+            ) from None
+        if not args.quiet:
+            _say(closing_line(totals, full_length(model)))
+        if sample is not None and sample.pixels:
+            _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
+    return _report(totals)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_options(args) -> None:
+    if args.grids and args.max_tokens:
+        raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
+    if args.fit and not args.grids:
+        raise ValueError("--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched")
+    if args.features and args.labels:
+        raise ValueError("--labels names classes; with --features there are none")
+    if args.backend and args.backend not in dispatch.BACKENDS:
+        raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
+
+
+@contextmanager
+def _backend(name: str | None):
+    previous = dispatch.FORCED
+    dispatch.FORCED = name or previous
+    try:
+        yield
+    finally:
+        dispatch.FORCED = previous
+
+
+def _columns(args, model) -> Columns:
+    if args.features:
+        return Columns(features=model.num_features)
+    if model.num_classes < 1:
+        raise ValueError(f"{args.model} has no classes: ask for --features")
+    return Columns(
+        classes=model.num_classes,
+        top=min(args.top, model.num_classes),
+        labels=read_labels(args.labels, model),
+    )
+
+
+def closing_line(totals: Totals, length: int) -> str:
+    """What the run came to, in one line."""
+    seconds = max(totals.seconds, 1e-9)
+    line = f"{_images(totals.images)} in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
+    line += f", {totals.tokens / seconds:,.0f} tokens/s"
+    if totals.full:
+        share = totals.tokens / totals.full - 1
+        change = "saved" if share <= 0 else "added"
+        line += f", {abs(share):.0%} of tokens {change} against {length} an image"
+    return line
+
+
+def _report(totals: Totals) -> int:
+    if not totals.errors:
+        return 0
+    for path, error in totals.errors[:LISTED]:
+        _say(f"revit: {show(path)}: {error}")
+    more = len(totals.errors) - LISTED
+    if more > 0:
+        _say(f"revit: and {more:,} more, each with its error in its record")
+    _say(f"revit: {len(totals.errors):,} of {_images(totals.images)} could not be answered")
+    return 1

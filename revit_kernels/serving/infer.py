@@ -1,0 +1,216 @@
+"""`revit infer`: image files in, one record each out, packed by a budget of tokens."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from revit_kernels.data.images import Decoded, ImageError, decode, show
+from revit_kernels.grids import Grid, largest_grid, native_grid
+from revit_kernels.serving.batching import token_batches
+from revit_kernels.serving.records import Answer
+
+AHEAD_BYTES = 512 << 20  # decoded images that may wait for the model
+BATCH_BYTES = 512 << 20  # decoded images in one batch
+
+
+@dataclass(frozen=True)
+class GridRule:
+    """How many patches an image gets.
+
+    patch_size: (height, width) of a patch, in pixels
+    max_tokens: the most patches, where each image keeps its own aspect
+    grids:      or the grids to choose from: the largest that does not enlarge the image
+    crop:       with `grids`, cut the centre of the grid's aspect out of the image, instead of stretching it
+    """
+
+    patch_size: tuple[int, int]
+    max_tokens: int
+    grids: tuple[Grid, ...] | None = None
+    crop: bool = True
+
+    def grid(self, size: tuple[int, int]) -> Grid:
+        if self.grids:
+            return largest_grid(size, self.patch_size, self.grids)
+        return native_grid(size, self.patch_size, self.max_tokens)
+
+    def pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) that an image of this size is resized to, what is cropped off included."""
+        rows, columns = self.grid(size)
+        target = rows * self.patch_size[0], columns * self.patch_size[1]
+        if not self.grids or not self.crop:
+            return target
+        scale = max(target[0] / size[0], target[1] / size[1])
+        return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
+
+    def cut(self, decoded: Decoded) -> np.ndarray:
+        """The part of the image that is used: a view (height, width, 3)."""
+        pixels = decoded.pixels
+        if not self.grids or not self.crop:
+            return pixels
+        height, width = pixels.shape[:2]
+        rows, columns = self.grid(decoded.size)
+        aspect = (rows * self.patch_size[0]) / (columns * self.patch_size[1])
+        h = min(height, max(1, round(width * aspect)))
+        w = min(width, max(1, round(height / aspect)))
+        top, left = (height - h) // 2, (width - w) // 2
+        return pixels[top : top + h, left : left + w]
+
+
+@dataclass
+class Loaded:
+    """An image ready for the model, or the reason why there is none."""
+
+    path: str
+    pixels: torch.Tensor | None = None  # (height, width, 3) uint8
+    size: tuple[int, int] | None = None
+    grid: Grid | None = None
+    error: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return 0 if self.pixels is None else self.pixels.numel()
+
+
+@dataclass
+class Totals:
+    """What a run came to. Seconds count from the first image asked for to the last record written."""
+
+    images: int = 0
+    errors: list[tuple[str, str]] = field(default_factory=list)
+    tokens: int = 0
+    full: int = 0  # tokens, had every image been given the model's full length
+    seconds: float = 0.0
+
+
+def load(path: str, rule: GridRule) -> Loaded:
+    """Decode one image; whatever is wrong with it becomes its error."""
+    try:
+        decoded = decode(path, rule.pixels)
+    except ImageError as error:
+        return Loaded(path, error=str(error))
+    pixels = torch.from_numpy(np.ascontiguousarray(rule.cut(decoded)))
+    return Loaded(path, pixels, decoded.size, rule.grid(decoded.size))
+
+
+def load_all(paths: Iterable[str], rule: GridRule, workers: int, ahead: int) -> Iterator[Loaded]:
+    """Images in the order of `paths`, decoded by `workers` threads, at most `ahead` of them before they are asked for.
+
+    Once AHEAD_BYTES of decoded images wait, no other is begun.
+    """
+    paths = iter(paths)
+    waiting: deque[Future] = deque()
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        while True:
+            ready = sum(f.result().bytes for f in waiting if f.done())
+            while len(waiting) < ahead and (ready < AHEAD_BYTES or not waiting):
+                path = next(paths, None)
+                if path is None:
+                    break
+                waiting.append(pool.submit(load, path, rule))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> torch.Tensor:
+    """(images, classes) probabilities or (images, features), float32 on the device, of images without errors."""
+    images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
+    grids = [loaded.grid for loaded in batch]
+    with torch.inference_mode():
+        if features:
+            packed = model.forward_features(images, grids=grids, channels_last=True)
+            return model.forward_head(packed, pre_logits=True).float()
+        return model(images, grids=grids, channels_last=True).float().softmax(-1)
+
+
+def infer(
+    model,
+    paths: list[str],
+    rule: GridRule,
+    writer,
+    *,
+    features: bool = False,
+    batch_tokens: int = 8192,
+    workers: int = 4,
+    progress=None,
+    keep=None,
+) -> Totals:
+    """Run the model over image files and write one record for each, in the order given.
+
+    model:        a VarLenViT in eval mode
+    paths:        image files; one that is missing or broken becomes a record with its error
+    rule:         which grid each image gets
+    writer:       of serving.records
+    features:     write features instead of the probabilities of classes
+    batch_tokens: tokens of one packed batch, prefix tokens counted; a larger image runs alone
+    workers:      threads that decode
+    progress:     called with the number of images whose records were just written
+    keep:         called with each image, decoded
+
+    Returns the totals. At any time only a bounded number of decoded images is in memory.
+    """
+    device = next(model.parameters()).device
+    prefix = model.num_prefix_tokens
+    totals = Totals(full=len(paths) * full_length(model))
+    smallest = prefix + min((h * w for h, w in rule.grids or ()), default=rule.max_tokens)
+    ahead = min(256, max(2 * workers, 2 * batch_tokens // smallest))
+    start = time.perf_counter()
+
+    def write(batch: list[Loaded], results: torch.Tensor | None) -> None:
+        rows = iter(results.cpu().numpy() if results is not None else ())
+        for loaded in batch:
+            if loaded.error is not None:
+                totals.errors.append((loaded.path, loaded.error))
+                totals.full -= full_length(model)
+                writer.write(Answer(show(loaded.path), error=loaded.error))
+                continue
+            row = next(rows)
+            totals.tokens += loaded.grid[0] * loaded.grid[1]
+            kind = {"features": row} if features else {"probabilities": row}
+            writer.write(Answer(show(loaded.path), loaded.size, loaded.grid, **kind))
+        totals.images += len(batch)
+        totals.seconds = time.perf_counter() - start
+        if progress is not None:
+            progress(len(batch))
+
+    images = load_all(paths, rule, workers, ahead)
+    try:
+        before = None  # a GPU works on one batch while the records of the one before are written
+        batches = token_batches(
+            images,
+            batch_tokens,
+            lambda loaded: 1 if loaded.error else prefix + loaded.grid[0] * loaded.grid[1],
+            max_bytes=BATCH_BYTES,
+            bytes_of=lambda loaded: loaded.bytes,
+        )
+        for batch in batches:
+            good = [loaded for loaded in batch if loaded.error is None]
+            results = answer(model, good, device, features) if good else None
+            for loaded in good:
+                if keep is not None:
+                    keep(loaded)
+                loaded.pixels = None
+            if before is not None:
+                write(*before)
+            before = (batch, results)
+        if before is not None:
+            write(*before)
+    finally:
+        images.close()
+    return totals
+
+
+def full_length(model) -> int:
+    """The patches of an image at the model's full length."""
+    rows, columns = model.patch_embed.grid_size
+    return rows * columns

@@ -1,0 +1,91 @@
+"""What `revit infer` needs before the first image: the model with weights, its device and dtype, and class names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of this name, or the GPU if there is one. Raises ValueError for one that is not there."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no GPU that this torch {torch.__version__} can use")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: there are only {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of this name, or the fastest that the device computes in: bfloat16 where it has instructions for it."""
+    if name is not None:
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    pretrained: bool = False,
+    untrained: bool = False,
+    device: torch.device,
+    dtype: torch.dtype,
+):
+    """The model with its weights, in eval mode, on the device.
+
+    name:       of timm, or a .safetensors file that says what model it is for
+    checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
+
+    Raises ValueError where there are no weights, or they do not fit.
+    """
+    from revit_kernels.models.registry import create_model, resolve
+
+    is_file = Path(name).suffix == ".safetensors"
+    sources = sum((bool(checkpoint), pretrained, untrained, is_file))
+    if sources > 1:
+        raise ValueError("the weights come from one place: --checkpoint, --pretrained, --untrained or a --model file")
+    if not sources and not Path(name).suffix.startswith((".pt", ".bin", ".npz")):  # create_model says what those lack
+        resolve(name)  # a name that is wrong is the first thing to say
+        raise ValueError(
+            f"--model {name} needs weights: --checkpoint FILE, --pretrained (timm's, downloaded), or --untrained "
+            "(random, for timing only)"
+        )
+    return create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).to(device, dtype).eval()
+
+
+def read_labels(path: str | None, model) -> list[str] | None:
+    """The names of the model's classes: from a file (a name a line; or JSON, a list or {"0": name, ...}), or the
+    model's own. Raises ValueError for a file that cannot be read or has another number of names than there are classes.
+    """
+    if path is None:
+        names = model.pretrained_cfg.get("label_names")
+        return [str(name) for name in names] if names and len(names) == model.num_classes else None
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        names = json.loads(text) if path.lower().endswith(".json") else text.rstrip("\n").split("\n")
+        if isinstance(names, dict):
+            names = [names[str(i)] for i in range(len(names))]
+    except OSError as error:
+        raise ValueError(f"--labels {path} cannot be read: {error.strerror}") from None
+    except KeyError as error:
+        raise ValueError(f"--labels {path} names no class {error.args[0]}") from None
+    except ValueError as error:
+        raise ValueError(f"--labels {path} cannot be read: {error}") from None
+    if not isinstance(names, list):
+        raise ValueError(f"--labels {path} must hold a list of names")
+    if len(names) != model.num_classes:
+        raise ValueError(f"--labels {path} has {len(names)} names, the model {model.num_classes} classes")
+    return [str(name).strip() for name in names]

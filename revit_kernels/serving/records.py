@@ -1,0 +1,276 @@
+"""Writes the records of `revit infer`: JSON lines, CSV, Parquet or NumPy; a file appears whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import sys
+import tempfile
+import zipfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass
+class Answer:
+    """What one image gave.
+
+    path:          as it can be shown
+    size:          (height, width) in pixels, None where the file could not be decoded
+    grid:          (rows, columns) of patches
+    probabilities: (classes,) float32, or None where features were asked for
+    features:      (features,) float32, or None where classes were asked for
+    error:         what was wrong with the file, or None
+    """
+
+    path: str
+    size: tuple[int, int] | None = None
+    grid: tuple[int, int] | None = None
+    probabilities: np.ndarray | None = None
+    features: np.ndarray | None = None
+    error: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1] if self.grid else 0
+
+
+@dataclass
+class Columns:
+    """What every record of a run holds: `features` numbers, or the `top` of `classes` classes, which `labels` name."""
+
+    features: int = 0
+    classes: int = 0
+    top: int = 0
+    labels: list[str] | None = None
+
+    def best(self, answer: Answer) -> list[dict]:
+        """The most probable classes, best first; of equally probable ones, the first."""
+        order = np.argsort(-answer.probabilities, kind="stable")[: self.top]
+        return [
+            {"class": int(i)}
+            | ({"label": self.labels[i]} if self.labels else {})
+            | {"probability": float(answer.probabilities[i])}
+            for i in order
+        ]
+
+
+def short(value) -> float | None:
+    """A float32 as the shortest decimal that reads back as the same float32; None for NaN, which JSON does not know."""
+    return float(str(np.float32(value))) if np.isfinite(value) else None
+
+
+class JsonLines:
+    """One JSON object a line. To standard output if `path` is None, each line at once."""
+
+    def __init__(self, path: Path | None, columns: Columns):
+        self.columns = columns
+        self.file = sys.stdout.buffer if path is None else open(path, "wb")
+
+    def write(self, answer: Answer) -> None:
+        record = {"path": answer.path}
+        if answer.error is not None:
+            record["error"] = answer.error
+        else:
+            record |= {"width": answer.size[1], "height": answer.size[0]}
+            record |= {"grid": list(answer.grid), "tokens": answer.tokens}
+            if answer.features is not None:
+                record["features"] = [short(value) for value in answer.features]
+            else:
+                best = self.columns.best(answer)
+                record["classes"] = [row | {"probability": short(row["probability"])} for row in best]
+        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        if self.file is sys.stdout.buffer:
+            self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not sys.stdout.buffer:
+            self.file.close()
+
+    discard = close
+
+
+class Csv:
+    """One row an image; features or the best classes in numbered columns, empty where there is an error."""
+
+    def __init__(self, path: Path, columns: Columns):
+        self.columns = columns
+        self.file = open(path, "w", newline="", encoding="utf-8")
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        names = ["path", "width", "height", "rows", "columns", "tokens"]
+        names += [f"feature_{i}" for i in range(columns.features)]
+        fields = ("class", "label", "probability") if columns.labels else ("class", "probability")
+        names += [f"{field}_{i + 1}" for i in range(columns.top) for field in fields]
+        self.names = [*names, "error"]
+        self.writer.writerow(self.names)
+
+    def write(self, answer: Answer) -> None:
+        if answer.error is not None:
+            self.writer.writerow([answer.path, *[""] * (len(self.names) - 2), answer.error])
+            return
+        row = [answer.path, answer.size[1], answer.size[0], *answer.grid, answer.tokens]
+        if answer.features is not None:
+            row += [short(value) for value in answer.features]
+        else:
+            for best in self.columns.best(answer):
+                row += [*list(best.values())[:-1], short(best["probability"])]
+        self.writer.writerow([*row, ""])
+
+    def close(self) -> None:
+        self.file.close()
+
+    discard = close
+
+
+class Parquet:
+    """One row an image; the best classes, their labels and probabilities, or the features, as lists."""
+
+    ROWS = 1024  # a row group
+
+    @staticmethod
+    def require():
+        """pyarrow; raises ValueError where it is not installed."""
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise ValueError(
+                "writing .parquet needs pyarrow: pip install pyarrow, or write .jsonl, .csv or .npz"
+            ) from None
+        return pyarrow
+
+    def __init__(self, path: Path, columns: Columns):
+        pyarrow = self.require()
+        self.pyarrow, self.columns, self.rows = pyarrow, columns, []
+        fields = [("path", pyarrow.string())]
+        fields += [(name, pyarrow.int32()) for name in ("width", "height", "rows", "columns", "tokens")]
+        if columns.features:
+            fields.append(("features", pyarrow.list_(pyarrow.float32())))
+        else:
+            fields.append(("classes", pyarrow.list_(pyarrow.int32())))
+            fields += [("labels", pyarrow.list_(pyarrow.string()))] if columns.labels else []
+            fields.append(("probabilities", pyarrow.list_(pyarrow.float32())))
+        fields.append(("error", pyarrow.string()))
+        self.schema = pyarrow.schema(fields)
+        self.writer = pyarrow.parquet.ParquetWriter(path, self.schema)
+
+    def write(self, answer: Answer) -> None:
+        row = {"path": answer.path, "error": answer.error}
+        if answer.error is None:
+            row |= {"height": answer.size[0], "width": answer.size[1]}
+            row |= {"rows": answer.grid[0], "columns": answer.grid[1], "tokens": answer.tokens}
+            if answer.features is not None:
+                row["features"] = answer.features
+            else:
+                best = self.columns.best(answer)
+                row["classes"] = [b["class"] for b in best]
+                row["probabilities"] = [b["probability"] for b in best]
+                row["labels"] = [b.get("label") for b in best]
+        self.rows.append(row)
+        if len(self.rows) == self.ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.rows:
+            self.writer.write_table(self.pyarrow.Table.from_pylist(self.rows, schema=self.schema))
+            self.rows = []
+
+    def close(self) -> None:
+        self._flush()
+        self.writer.close()
+
+    def discard(self) -> None:
+        self.writer.close()
+
+
+class Npz:
+    """Arrays paths, sizes (height, width), grids (rows, columns), tokens, errors ("" for none), and features, or
+    probabilities of all classes (NaN for an image with an error). Needs no pickle to load."""
+
+    def __init__(self, path: Path, columns: Columns):
+        self.path, self.width = path, columns.features or columns.classes
+        self.name = "features" if columns.features else "probabilities"
+        self.answers: list[Answer] = []
+        # The wide array waits on disk, in the output's folder: for a large archive it may not fit in memory.
+        self.body = tempfile.TemporaryFile(dir=path.parent)
+
+    def write(self, answer: Answer) -> None:
+        values = answer.features if answer.features is not None else answer.probabilities
+        values = np.full(self.width, np.nan) if values is None else values
+        self.body.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
+        self.answers.append(Answer(answer.path, answer.size, answer.grid, error=answer.error))
+
+    def close(self) -> None:
+        answers = self.answers
+        text = np.array if answers else lambda _: np.empty(0, "<U1")
+        arrays = {
+            "paths": text([a.path for a in answers]),
+            "sizes": np.array([a.size or (0, 0) for a in answers], np.int32).reshape(-1, 2),
+            "grids": np.array([a.grid or (0, 0) for a in answers], np.int32).reshape(-1, 2),
+            "tokens": np.array([a.tokens for a in answers], np.int32),
+            "errors": text([a.error or "" for a in answers]),
+        }
+        with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED) as archive:
+            for name, array in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, array, allow_pickle=False)
+            with archive.open(f"{self.name}.npy", "w", force_zip64=True) as member:
+                shape = (len(answers), self.width)
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                self.body.seek(0)
+                shutil.copyfileobj(self.body, member)
+        self.body.close()
+
+    def discard(self) -> None:
+        self.body.close()
+
+
+WRITERS = {".jsonl": JsonLines, ".csv": Csv, ".parquet": Parquet, ".npz": Npz}
+
+
+def check_output(path: str | None) -> None:
+    """Raise ValueError where records could not be written to `path`, before any work is done for them."""
+    if path is None:
+        return
+    path = Path(path)
+    if path.suffix.lower() not in WRITERS:
+        raise ValueError(f"--output must end in {', '.join(WRITERS)}, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"--output {path} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of --output {path} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder of --output {path} cannot be written to")
+    if path.suffix.lower() == ".parquet":
+        Parquet.require()
+
+
+@contextmanager
+def open_records(path: str | None, columns: Columns):
+    """A writer of records; on leaving it without an exception the file takes its name, else nothing is left.
+
+    path: of a format in WRITERS, or None for JSON lines on standard output
+    """
+    if path is None:
+        yield JsonLines(None, columns)
+        return
+    path = Path(path)
+    # In the same folder, so that the rename is one step of the file system.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        writer = WRITERS[path.suffix.lower()](temporary, columns)
+        try:
+            yield writer
+        except BaseException:
+            writer.discard()
+            raise
+        writer.close()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

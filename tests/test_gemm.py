@@ -1,0 +1,74 @@
+"""The vendor's matrix product, as we call it: right, and a row's result does not depend on the other rows."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from contract import DEVICE, DTYPES, assert_close
+
+from revit_kernels.gemm import linear, prepack
+
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="cuBLAS picks its algorithm by the number of rows")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear(dtype, activation):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(37, 100), torch.randn(24, 100) / 10, torch.randn(24)
+    x, weight, bias = (t.to(DEVICE, dtype) for t in (x, weight, bias))
+
+    def plain(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return y if activation is None else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+    exact = plain(x.double(), weight.double(), bias.double())
+    assert_close("linear", linear(x, weight, bias, activation), exact, plain(x, weight, bias))
+    exact = plain(x.double(), weight.double(), None)
+    assert_close("no bias", linear(x, weight, None, activation), exact, plain(x, weight, None))
+    assert linear(x[:0], weight, bias, activation).shape == (0, 24)
+
+
+@cpu_only
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(384, 1152), (1536, 384), (588, 384), (768, 768), (3072, 768), (192, 1000), (64, 7)])
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "prepacked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype, shape, kept):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(shape[1], shape[0]).to(dtype))
+    bias = torch.randn(shape[1]).to(dtype)
+    x = torch.randn(600, shape[0]).to(dtype)
+    if kept:
+        assert prepack(weight)
+    whole = linear(x, weight, bias)
+    for rows in (1, 2, 3, 5, 8, 15, 16, 17, 31, 50, 64, 101, 197, 400):
+        assert torch.equal(linear(x[100 : 100 + rows], weight, bias), whole[100 : 100 + rows]), f"{rows} rows"
+    backwards = torch.arange(599, -1, -1)
+    assert torch.equal(linear(x[backwards], weight, bias), whole[backwards])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "prepacked"])
+def test_a_changed_weight_is_seen(kept):
+    weight = torch.nn.Parameter(torch.randn(8, 16, device=DEVICE))
+    x = torch.randn(3, 16, device=DEVICE)
+
+    def change(how):
+        if kept:
+            prepack(weight)
+        linear(x, weight)
+        how()
+        torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+
+    change(lambda: weight.mul_(2))
+    change(lambda: setattr(weight, "data", torch.randn(8, 16, device=DEVICE)))
+    change(lambda: weight.copy_(torch.zeros(8, 16)))
+    if not kept:  # through .data nothing is noticed: that is what prepack says of itself
+        change(lambda: weight.data.fill_(3))
+
+
+def test_gradients_flow():
+    weight = torch.nn.Parameter(torch.randn(8, 16, device=DEVICE))
+    linear(torch.randn(3, 16, device=DEVICE), weight).sum().backward()
+    assert weight.grad is not None

@@ -1,0 +1,369 @@
+"""`revit infer` as its user sees it: records, exit status, what is left on disk. A stand-in answers for the model."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_images import broken_files, noise
+
+from revit_kernels import cli, dispatch
+from revit_kernels.data.images import Decoded, decode
+from revit_kernels.serving import command, infer
+from revit_kernels.serving.infer import GridRule, load_all
+from revit_kernels.serving.records import Columns, check_output
+
+
+class StandIn(torch.nn.Module):
+    """Answers with the mean colour of each image, and remembers the batches it was given."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.patch_embed = SimpleNamespace(patch_size=(16, 16), grid_size=(14, 14), img_size=(224, 224))
+        self.num_prefix_tokens, self.num_classes, self.num_features = 1, classes, 3
+        self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+        self.calls = []
+
+    def forward_features(self, images, grids, channels_last):
+        assert channels_last and all(i.dtype == torch.uint8 and i.shape[2] == 3 for i in images)
+        self.calls.append(list(grids))
+        return torch.stack([image.float().mean((0, 1)) / 255 for image in images])
+
+    def forward_head(self, x, pre_logits=False):
+        return x
+
+    def forward(self, images, grids, channels_last):
+        return self.forward_features(images, grids, channels_last)
+
+
+@pytest.fixture
+def model(monkeypatch):
+    model = StandIn()
+    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: model)
+    return model
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, size in {"a.jpg": (640, 480), "b.png": (100, 100), "c.webp": (333, 500)}.items():
+        noise(size).save(folder / name)
+    return folder
+
+
+def revit(*arguments):
+    return cli.main(["infer", "--model", "stand_in", *map(str, arguments)])
+
+
+def lines(capsys):
+    captured = capsys.readouterr()
+    return [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+
+def test_records_on_standard_output(model, photos, capsys):
+    assert revit(photos, "--top", 2) == 0
+    records, err = lines(capsys)
+    assert [Path(r["path"]).name for r in records] == ["a.jpg", "b.png", "c.webp"]
+    assert [(r["width"], r["height"], tuple(r["grid"]), r["tokens"]) for r in records] == [
+        (640, 480, (12, 16), 192),
+        (100, 100, (6, 6), 36),
+        (333, 500, (17, 11), 187),
+    ]
+    for record in records:
+        colour = torch.from_numpy(decode(record["path"], GridRule((16, 16), 196).pixels).pixels).float().mean((0, 1))
+        expected = torch.softmax(colour / 255, 0)
+        assert [c["class"] for c in record["classes"]] == expected.argsort(descending=True).tolist()[:2]
+        assert record["classes"][0]["probability"] == pytest.approx(expected.max().item(), rel=1e-6)
+    assert err.startswith("3 images in ") and "tokens/s, 29% of tokens saved against 196 an image" in err
+
+
+def test_a_folder_of_everything(model, tmp_path, capsys):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    broken_files(folder)
+    (folder / "folder.jpg").rmdir()
+    Image.new("RGB", (1, 1)).save(folder / "one.png")
+    noise((12000, 24)).resize((12000, 20)).save(folder / "panorama.png")
+    noise((64, 48)).convert("CMYK").save(folder / "cmyk.jpg")
+    assert revit(folder, folder / "gone.jpg", folder / "one.png") == 1
+    records, err = lines(capsys)
+    answers = {Path(r["path"]).name: r.get("grid") or r["error"] for r in records}
+    assert len(records) == len(list(folder.iterdir())) + 2
+    assert answers["one.png"] == [1, 1] and answers["panorama.png"] == [1, 196] and answers["cmyk.jpg"] == [3, 4]
+    assert answers["gone.jpg"] == "there is no such file" and answers["empty.jpg"] == "the file is empty"
+    assert sum("error" in r for r in records) == 7
+    assert "revit: 7 of 11 images could not be answered" in err and "Traceback" not in err
+
+
+def test_only_broken_images(model, tmp_path, capsys):
+    broken_files(tmp_path)
+    assert revit(tmp_path / "text.jpg", tmp_path / "empty.jpg") == 1
+    records, _ = lines(capsys)
+    assert len(records) == 2 and model.calls == []
+
+
+def test_an_image_bomb_is_an_error_record(model, photos, capsys, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
+    assert revit(photos) == 1
+    records, err = lines(capsys)
+    assert "more than the limit of 200,000" in records[0]["error"] and "tokens" in records[1]
+    assert "Warning" not in err
+
+
+def test_batches_keep_to_the_budget(model, photos, capsys):
+    assert revit(photos, photos, "--batch-tokens", 240) == 0
+    records, _ = lines(capsys)
+    assert model.calls == [[(12, 16), (6, 6)], [(17, 11)], [(12, 16), (6, 6)], [(17, 11)]]
+    assert [r["path"] for r in records[:3]] == [r["path"] for r in records[3:]]
+
+
+def test_listed_grids(model, photos, capsys):
+    assert revit(photos, "--grids", "14x14,7x7", "--quiet") == 0
+    records, err = lines(capsys)
+    assert [r["tokens"] for r in records] == [196, 49, 196] and err == ""
+    assert revit(photos, "--max-tokens", 50) == 0
+    assert [r["grid"] for r in lines(capsys)[0]] == [[6, 8], [6, 6], [8, 6]]
+
+
+def test_features(model, photos, capsys):
+    assert revit(photos, "--features") == 0
+    records, _ = lines(capsys)
+    assert all(len(r["features"]) == 3 and "classes" not in r for r in records)
+
+
+def test_labels(model, photos, capsys, tmp_path):
+    (tmp_path / "names.txt").write_text("röt\ngrün\nblau\n")
+    (tmp_path / "names.json").write_text('{"0": "röt", "1": "grün", "2": "blau"}')
+    for file in ("names.txt", "names.json"):
+        assert revit(photos, "--labels", tmp_path / file) == 0
+        best = lines(capsys)[0][0]["classes"]
+        assert {(c["class"], c["label"]) for c in best} == {(0, "röt"), (1, "grün"), (2, "blau")}
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_every_format_says_the_same(model, photos, tmp_path, capsys, features):
+    (photos / "bröken.jpg").write_bytes(b"")
+    flags = ["--features"] if features else ["--top", 2]
+    for suffix in ("jsonl", "csv", "parquet", "npz"):
+        assert revit(photos, "--quiet", *flags, "-o", tmp_path / f"out.{suffix}") == 1
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(records) == 4 and capsys.readouterr().out == ""
+    with open(tmp_path / "out.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    arrays = np.load(tmp_path / "out.npz")
+    for i, record in enumerate(records):
+        assert rows[i]["path"] == table[i]["path"] == arrays["paths"][i] == record["path"]
+        if "error" in record:
+            assert rows[i]["error"] == table[i]["error"] == arrays["errors"][i] == record["error"]
+            assert rows[i]["tokens"] == "" and table[i]["tokens"] is None and arrays["tokens"][i] == 0
+            assert np.isnan(arrays["features" if features else "probabilities"][i]).all()
+            continue
+        assert arrays["sizes"][i].tolist() == [record["height"], record["width"]]
+        assert arrays["grids"][i].tolist() == [table[i]["rows"], table[i]["columns"]] == record["grid"]
+        assert int(rows[i]["tokens"]) == table[i]["tokens"] == arrays["tokens"][i] == record["tokens"]
+        if features:
+            expected = np.float32(record["features"])
+            assert np.float32(table[i]["features"]).tolist() == arrays["features"][i].tolist() == expected.tolist()
+            assert [float(rows[i][f"feature_{j}"]) for j in range(3)] == record["features"]
+        else:
+            classes = [c["class"] for c in record["classes"]]
+            assert table[i]["classes"] == [int(rows[i][f"class_{k}"]) for k in (1, 2)] == classes
+            assert [float(rows[i][f"probability_{k}"]) for k in (1, 2)] == [c["probability"] for c in record["classes"]]
+            assert np.argsort(-arrays["probabilities"][i], kind="stable")[:2].tolist() == classes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.jsonl", "out.npz", "out.parquet", "photos"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "npz"])
+@pytest.mark.parametrize("error, status", [(RuntimeError("the GPU is on fire"), 1), (KeyboardInterrupt(), 130)])
+def test_a_run_that_dies_leaves_nothing(model, photos, tmp_path, capsys, suffix, error, status):
+    (tmp_path / f"out.{suffix}").write_text("of before")
+    answered = model.forward
+
+    def dies(images, **kwargs):
+        if len(model.calls) == 2:
+            raise error
+        return answered(images, **kwargs)
+
+    model.forward = dies
+    assert revit(photos, "--batch-tokens", 1, "-o", tmp_path / f"out.{suffix}") == status
+    assert (tmp_path / f"out.{suffix}").read_text() == "of before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"out.{suffix}", "photos"]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_interrupt_from_outside(photos, tmp_path):
+    """A real process, a real signal, while images are being answered."""
+    script = """if True:
+        import sys, time
+        from test_infer import StandIn
+        from revit_kernels import cli
+        from revit_kernels.serving import command
+        model = StandIn()
+        def slow(images, **kwargs):
+            print("answering", flush=True)
+            time.sleep(60)
+        model.forward = slow
+        command.load_model = lambda *args, **kwargs: model
+        sys.exit(cli.main(sys.argv[1:]))
+    """
+    here = Path(__file__).parent
+    arguments = ["infer", str(photos), "--model", "m", "-o", str(tmp_path / "out.csv")]
+    env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+        ) as process:
+            assert process.stdout.readline() == "answering\n"
+            process.send_signal(number)
+            _, err = process.communicate(timeout=30)
+        assert process.returncode == status and "Traceback" not in err
+        assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+# ---------------------------------------------------------------------- decoding ahead
+
+
+def test_decoding_is_ordered_bounded_and_stops(tmp_path, monkeypatch):
+    begun, lock = [], threading.Lock()
+
+    def slow_load(path, rule):
+        with lock:
+            begun.append(path)
+        return infer.Loaded(path, torch.zeros(1, 1, 3, dtype=torch.uint8), (1, 1), (1, 1))
+
+    monkeypatch.setattr(infer, "load", slow_load)
+    images = load_all(range(100), None, workers=3, ahead=8)
+    assert [next(images).path for _ in range(10)] == list(range(10))
+    assert len(begun) <= 10 + 8
+    images.close()
+    assert len(begun) <= 10 + 8
+    monkeypatch.setattr(infer, "AHEAD_BYTES", 6)
+    begun.clear()
+    assert [image.path for image in load_all(range(20), None, workers=1, ahead=8)] == list(range(20))
+
+
+def test_crop_takes_the_centre_of_the_grids_aspect():
+    pixels = np.arange(40 * 100, dtype=np.uint8).reshape(40, 100, 1).repeat(3, 2)
+    rule = GridRule((16, 16), 0, ((2, 2),))
+    np.testing.assert_array_equal(rule.cut(Decoded(pixels, (40, 100))), pixels[:, 30:70])
+    assert rule.pixels((40, 100)) == (32, 80)
+    rule = GridRule((16, 16), 0, ((4, 1),))
+    np.testing.assert_array_equal(rule.cut(Decoded(pixels, (400, 1000))), pixels[:, 45:55])  # decoded at a tenth
+    squash = GridRule((16, 16), 0, ((2, 2),), crop=False)
+    assert squash.cut(Decoded(pixels, (40, 100))) is pixels and squash.pixels((40, 100)) == (32, 32)
+    thin = GridRule((16, 16), 0, ((14, 14),))
+    assert thin.cut(Decoded(pixels[:1, :, :], (1, 100))).shape == (1, 1, 3)
+
+
+# ---------------------------------------------------------------------- wrong use
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["{empty}"], "there are no images in .*empty"),
+        (["{photos}/*.tiff"], r"there are no images in .*\*\.tiff"),
+        (["@{photos}/none.txt"], "the list .* cannot be read"),
+        (["{photos}", "-o", "out.txt"], r"--output must end in .jsonl, .csv, .parquet, .npz, got 'out.txt'"),
+        (["{photos}", "-o", "{photos}/no/out.csv"], "the folder of --output .* does not exist"),
+        (["{photos}", "--grids", "14"], r"--grids: must be auto, or ROWSxCOLUMNS,\.\.\. such as 14x14,10x10, got '14'"),
+        (["{photos}", "--grids", "0x2"], "must be auto"),
+        (["{photos}", "--grids", "7x7", "--max-tokens", "9"], "--max-tokens goes with --grids auto"),
+        (["{photos}", "--fit", "crop"], "--fit goes with a list of --grids"),
+        (["{photos}", "--batch-tokens", "0"], "must be a whole number, at least 1, got '0'"),
+        (["{photos}", "--features", "--labels", "x"], "with --features there are none"),
+        (["{photos}", "--labels", "{photos}/none"], "--labels .* cannot be read: No such file"),
+        (["{photos}", "--labels", "{two}"], "has 2 names, the model 3 classes"),
+        (["{photos}", "--backend", "abacus"], "--backend must be one of cuda, .*, got 'abacus'"),
+        (["{photos}", "--device", "abacus"], "--device must be cpu, cuda or cuda:N, got 'abacus'"),
+        (["{photos}", "--device", "cuda:99"], "--device cuda:99: "),
+        (["{photos}", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["{photos}", "--mdel", "x"], "unrecognized arguments: --mdel x"),
+    ],
+)
+def test_misuse_is_one_sentence_and_exit_2(model, photos, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two").write_text("a\nb\n")
+    places = {"photos": photos, "empty": tmp_path / "empty", "two": tmp_path / "two"}
+    try:
+        status = revit(*(a.format(**places) for a in arguments))
+    except SystemExit as exit:  # argparse's way
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
+    import re
+
+    assert re.search(message, captured.err) and "error:" in captured.err
+    assert dispatch.FORCED == os.environ.get("REVIT_BACKEND")
+
+
+def test_an_empty_folder_among_others_is_a_warning(model, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert revit(tmp_path / "empty", photos) == 0
+    assert "warning: there are no images in" in lines(capsys)[1]
+
+
+def test_a_model_without_classes(model, photos, capsys):
+    model.num_classes = 0
+    assert revit(photos) == 2
+    assert "has no classes: ask for --features" in capsys.readouterr().err
+
+
+def test_parquet_without_pyarrow(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="needs pyarrow: pip install pyarrow"):
+        check_output(str(tmp_path / "out.parquet"))
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("revit_kernels 0")
+    assert cli.main([]) == 2
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["infer", "--help"])
+    assert "revit infer photos/ --model" in capsys.readouterr().out
+
+
+def test_the_reader_of_a_pipe_may_leave(photos):
+    script = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+    script += "sys.exit(cli.main(sys.argv[1:]))"
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}"}
+    many = [str(photos)] * 300
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "infer", "--model", "m", "-q", "--batch-tokens", "1", *many],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(30) == 141
+
+
+def test_top_of_equal_probabilities_is_the_first():
+    answer = infer.Answer("a", (1, 1), (1, 1), probabilities=np.float32([0.25] * 4))
+    assert [row["class"] for row in Columns(classes=4, top=2).best(answer)] == [0, 1]
