@@ -5,14 +5,18 @@ from torch.nn.modules import module as global_hooks
 
 from revit_kernels import gemm
 
+PLAIN = ("torch.nn.modules.", "timm.", "revit_kernels.")
+
 
 def is_plain(module: nn.Module, *names: str) -> bool:
     """Whether the module is of a class so named (not a subclass), calls nobody's hook, and computes its own weights.
 
     Names, not classes: timm's LayerNorm or LayerScale is as plain as ours, and timm need not be installed to say so.
+    The names count only in these packages: the Linear of peft or bitsandbytes computes something else.
     """
     return (
         type(module).__name__ in names
+        and type(module).__module__.startswith(PLAIN)
         and not module._forward_hooks
         and not module._forward_pre_hooks
         and not module._backward_hooks

@@ -58,14 +58,14 @@ class AttentionPoolLatent(nn.Module):
         qk_norm_layer = (norm_layer or LayerNorm) if qk_norm else None
         self.q_norm = qk_norm_layer(self.head_dim, **kwargs) if qk_norm else nn.Identity()
         self.k_norm = qk_norm_layer(self.head_dim, **kwargs) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, out_features, **kwargs) if out_features else nn.Identity()
         self.proj_drop = nn.Dropout(drop)
         if out_features:
-            self.proj = nn.Linear(dim, out_features, **kwargs)
             self.norm = norm_layer(out_features, **kwargs) if norm_layer else nn.Identity()
             hidden = int(out_features * mlp_ratio)
             self.mlp = Mlp(out_features, hidden, act_layer=act_layer or nn.GELU, **kwargs)
         else:
-            self.proj, self.norm, self.mlp = nn.Identity(), nn.Identity(), None
+            self.norm, self.mlp = nn.Identity(), None
         self.out_features = out_features or dim
         self.init_weights()
 
