@@ -83,8 +83,9 @@ def test_whole(name):
     ours = VarLenViT.from_timm(theirs)
     x = batch(theirs)
     assert_near(name, ours(x), theirs(x))
-    images = mixed(theirs, [(14, 14), (7, 7), (4, 10)])
-    assert_near(name, ours(images), torch.cat([theirs(image[None]) for image in images]))
+    grids = [(14, 14), (7, 7), (4, 10)]
+    images = mixed(theirs, grids)
+    assert_near(name, ours(images, grids=grids), torch.cat([theirs(image[None]) for image in images]))
 
 
 @torch.no_grad()

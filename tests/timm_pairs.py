@@ -25,7 +25,7 @@ def assert_near(name, actual, expected, scale=None):
 
 
 def liven(model, seed=0):
-    """Give every parameter values of its own, also those that start at zero or one (biases, norms, LayerScale, tokens)."""
+    """Give every parameter values of its own, also those that start at zero or one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
