@@ -296,7 +296,7 @@ def forward(
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
             BLOCK=32,
-            num_warps=4,
+            num_warps=8 if max(ph, pw) > 16 else 4,
         )
     tiles = _tiles(weight.dtype)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
@@ -360,6 +360,7 @@ def offline():
                 "BLOCK_W": block,
                 "BLOCK": 32,
             },
+            "num_warps": 8 if patch > 16 else 4,
         }
     cases = (("bf16", u8, 16, True), ("bf16", u8, 14, False), ("fp16", tl.float16, 14, True), ("fp32", u8, 16, True))
     for dtype, pixel, patch, fused in cases:
