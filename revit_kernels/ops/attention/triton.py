@@ -270,7 +270,7 @@ def _tiles(dim, dtype, step):
     elif step == "backward_q":
         queries, keys, warps, stages = 64, 32, 4, 2
     else:
-        queries, keys, warps, stages = 32, 64, 8 if _pieces(dim)[1] else 4, 2
+        queries, keys, warps, stages = {0: (32, 64, 4, 2), 16: (32, 64, 8, 2)}.get(_pieces(dim)[1], (16, 64, 4, 2))
     return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
