@@ -266,7 +266,7 @@ def _tiles(dim, dtype, step):
     elif wide:
         queries, keys, warps, stages = 32, 32, 4, 1
     elif step == "forward":
-        queries, keys, warps, stages = 64, 64, 4, 2
+        queries, keys, warps, stages = 64, 32 if _pieces(dim)[1] > 16 else 64, 4, 2
     elif step == "backward_q":
         queries, keys, warps, stages = 64, 32, 4, 2
     else:
@@ -333,7 +333,7 @@ def offline():
     kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
     for dtype, name, dims in (
         (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
-        (torch.float32, "fp32", (64, 80, 128)),
+        (torch.float32, "fp32", (64, 80)),
     ):
         for dim in dims:
             for step, kernel in kernels.items():
