@@ -1,8 +1,9 @@
 """Vision Transformers on images of different token lengths: one packed batch, no padding."""
 
 from revit_kernels import ops
+from revit_kernels.models.registry import create_model, list_models
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.packing import Packing
 
 __version__ = "0.1.0"
-__all__ = ["PackedTokens", "Packing", "VarLenViT", "ops"]
+__all__ = ["PackedTokens", "Packing", "VarLenViT", "create_model", "list_models", "ops"]

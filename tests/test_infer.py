@@ -367,3 +367,62 @@ def test_the_reader_of_a_pipe_may_leave(photos):
 def test_top_of_equal_probabilities_is_the_first():
     answer = infer.Answer("a", (1, 1), (1, 1), probabilities=np.float32([0.25] * 4))
     assert [row["class"] for row in Columns(classes=4, top=2).best(answer)] == [0, 1]
+
+
+# ---------------------------------------------------------------------- a real model
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A tiny VarLenViT as a file that says what model it is."""
+    from revit_kernels.models.checkpoints import save_checkpoint
+    from revit_kernels.models.registry import create_model
+
+    torch.manual_seed(0)
+    model = create_model("vit_tiny_patch16_224", depth=2, embed_dim=64, num_heads=2, num_classes=7, img_size=112)
+    torch.nn.init.normal_(model.head.weight)
+    save_checkpoint(model, tmp_path / "tiny.safetensors")
+    return tmp_path / "tiny.safetensors"
+
+
+def test_a_real_model_answers_alike_in_any_company(weights, photos, tmp_path, capsys):
+    arguments = ["infer", str(photos), "--model", str(weights), "--dtype", "float32", "--device", "cpu", "-q"]
+    assert cli.main([*arguments, "-o", str(tmp_path / "packed.npz")]) == 0
+    assert cli.main([*arguments, "-o", str(tmp_path / "alone.npz"), "--batch-tokens", "1"]) == 0
+    packed, alone = (np.load(tmp_path / f"{name}.npz") for name in ("packed", "alone"))
+    assert packed["grids"].tolist() == [[6, 8], [6, 6], [8, 6]]
+    np.testing.assert_array_equal(packed["probabilities"], alone["probabilities"])
+    np.testing.assert_allclose(packed["probabilities"].sum(1), 1, rtol=1e-5)
+    assert cli.main([*arguments, "--features", "-o", str(tmp_path / "features.npz")]) == 0
+    assert np.load(tmp_path / "features.npz")["features"].shape == (3, 64)
+
+
+@pytest.mark.parametrize("grids", [["--grids", "7x7,5x5,3x3"], []])
+def test_compare(weights, photos, tmp_path, capsys, grids):
+    arguments = ["infer", str(photos), "--model", str(weights), "--device", "cpu", "--compare", *grids]
+    assert cli.main([*arguments, "-o", str(tmp_path / "out.csv")]) == 0
+    table = capsys.readouterr().err.splitlines()[1:]
+    assert table[0].startswith("3 decoded images to logits; padded and dense batches run by ")
+    rows = {line[:27].strip(): line[27:].split() for line in table[2:]}
+    assert rows.keys() == {"packed", "padded", "one dense batch per length"}
+    tokens = {name: int(row[1].replace(",", "")) for name, row in rows.items()}
+    lengths = [49, 49, 49] if grids else [48, 36, 48]
+    assert tokens["packed"] == tokens["one dense batch per length"] == sum(lengths) + 3
+    assert tokens["padded"] == 3 * max(lengths) + 3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "vit_tiny_patch16_224"], "--model vit_tiny_patch16_224 needs weights: --checkpoint FILE"),
+        (["--model", "vit_tiny_patch16"], "there is no model named 'vit_tiny_patch16'; the nearest are"),
+        (["--model", "gone.safetensors"], "there is no checkpoint at gone.safetensors"),
+        (["--model", "weights.pth"], "weights.pth does not say what model it is for"),
+        (["--model", "vit_tiny_patch16_224", "--pretrained", "--untrained"], "the weights come from one place"),
+        (["--model", "vit_base_patch16_224", "--checkpoint", "{weights}"], "does not fit the model"),
+    ],
+)
+def test_weights_that_cannot_be_had(weights, photos, capsys, arguments, message):
+    assert cli.main(["infer", str(photos), *(a.format(weights=weights) for a in arguments)]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1 and captured.out == ""

@@ -15,7 +15,7 @@ CASES = {
     "tile edges, doubled": dict(tokens=[127, 128, 129], dim=16),
     "above 1024": dict(tokens=[1030], dim=12),
     "odd dim": dict(tokens=[3, 4], dim=77),
-    "three columns": dict(tokens=[3], dim=3),
+    "five columns": dict(tokens=[3], dim=5),
     "wide": dict(tokens=[2, 3], dim=1280),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -255,5 +255,5 @@ def test_wrong_use_says_so(change, message):
 
 def test_a_named_backend_never_falls_back():
     inputs = make_inputs([3], 16, torch.float64)
-    with pytest.raises(NotImplementedError, match=r"triton: no kernel for torch\.float64"):
+    with pytest.raises(NotImplementedError, match=r"^layer_norm: triton: [^;]+$"):
         layer_norm(**inputs, backend="triton")

@@ -168,5 +168,5 @@ def test_wrong_use_says_so(change, message):
 
 def test_a_named_backend_never_falls_back():
     inputs = make_inputs([3], 16, torch.float64)
-    with pytest.raises(NotImplementedError, match=r"triton: no kernel for torch\.float64"):
+    with pytest.raises(NotImplementedError, match=r"^pool: triton: [^;]+$"):
         pool(**inputs, kind="avg", backend="triton")

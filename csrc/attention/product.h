@@ -29,10 +29,17 @@ INLINE int64_t units(int64_t elements) {
   return ceil_div(elements, Math::kPair);
 }
 
+// Asks for the row that the next head will read: heads of a token lie side by side, tokens far apart.
+template <class T>
+INLINE void expect(const T* next, int64_t dim) {
+  for (int64_t c = 0; c < dim; c += 64 / sizeof(T)) __builtin_prefetch(next + c);
+}
+
 // Packs rows (rows, dim) as the right operand whose columns they are: [panel of kLanes rows][units of dim][kLanes].
 template <class Math, class T>
 void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t dim, typename Math::Unit* packed) {
   const int64_t depth = units<Math>(dim);
+  for (int64_t row = 0; row < rows; ++row) expect(x + row * stride + dim, dim);
   for (int64_t row = 0; row < rows; row += kLanes, packed += depth * kLanes)
     for (int64_t first = 0; first < depth; first += kLanes) {
       Int v[kLanes];
@@ -59,6 +66,8 @@ void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t dim, typename M
   for (int64_t j = 0; j < depth; ++j) {
     const T* first = x + j * Math::kPair * stride;
     const T* second = j * Math::kPair + 1 < rows ? first + stride : nullptr;
+    expect(first + dim, dim);
+    if (second) expect(second + dim, dim);
     for (int64_t c = 0; c < dim; c += kLanes)
       write(packed + (c * depth + j * kLanes), Math::load_rows(first + c, second ? second + c : second, dim - c));
   }
@@ -69,6 +78,7 @@ template <class Math, class T>
 INLINE void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t padded, int64_t dim,
                       typename Math::Unit* copied) {
   const int64_t width = ceil_div(units<Math>(dim), kLanes) * kLanes;
+  for (int64_t r = 0; r < rows; ++r) expect(x + r * stride + dim, dim);
   for (int64_t r = 0; r < padded; ++r)
     for (int64_t u = 0; u < width; u += kLanes)
       write(copied + r * width + u, r < rows ? Math::load_units(x + r * stride + u * Math::kPair, dim - u * Math::kPair)

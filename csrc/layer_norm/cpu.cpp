@@ -53,7 +53,7 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 16;
 // The chunks depend on the number of tokens alone: however many threads share them, they are added in the same order.
-constexpr int64_t kRowsPerChunk = 128, kMostChunks = 128;
+constexpr int64_t kRowsPerChunk = 64, kMostChunks = 256;
 
 template <class T = const float>
 T* pointer(const std::optional<Tensor>& tensor, T* otherwise = nullptr) {

@@ -46,13 +46,13 @@ class Way:
 
 def rival(model):
     """The model for the dense batches and what it is called: timm's own where timm is installed and knows the name."""
-    name = getattr(model, "created_from", {}).get("name")
+    created = getattr(model, "created_from", {"name": None, "kwargs": {}})
     try:
         import timm
 
         weight = next(model.parameters())
-        arguments = {"num_classes": model.num_classes, "img_size": tuple(model.patch_embed.img_size)}
-        dense = timm.create_model(name, pretrained=False, dynamic_img_size=True, **arguments)
+        arguments = created["kwargs"] | {"num_classes": model.num_classes, "img_size": model.patch_embed.img_size}
+        dense = timm.create_model(created["name"], pretrained=False, **arguments | {"dynamic_img_size": True})
         dense.load_state_dict(model.state_dict())
         return dense.to(weight.device, weight.dtype).eval(), f"timm {timm.__version__}"
     except Exception:  # no timm, no name, or a model that was changed: our own modules are the same mathematics

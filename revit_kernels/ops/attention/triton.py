@@ -266,11 +266,11 @@ def _tiles(dim, dtype, step):
     elif wide:
         queries, keys, warps, stages = 32, 32, 4, 1
     elif step == "forward":
-        queries, keys, warps, stages = 64, 64, 4, 2
+        queries, keys, warps, stages = 64, 32 if _pieces(dim)[1] > 16 else 64, 4, 2
     elif step == "backward_q":
         queries, keys, warps, stages = 64, 32, 4, 2
     else:
-        queries, keys, warps, stages = 32, 64, 8 if _pieces(dim)[1] else 4, 2
+        queries, keys, warps, stages = {0: (32, 64, 4, 2), 16: (32, 64, 8, 2)}.get(_pieces(dim)[1], (16, 64, 4, 2))
     return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
 
 
@@ -333,7 +333,7 @@ def offline():
     kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
     for dtype, name, dims in (
         (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
-        (torch.float32, "fp32", (64, 80, 128)),
+        (torch.float32, "fp32", (64, 80)),
     ):
         for dim in dims:
             for step, kernel in kernels.items():

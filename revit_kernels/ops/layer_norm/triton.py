@@ -141,7 +141,7 @@ def _backward_kernel(
             _add_to(partial_ptr + slot * dim, dbias, inside, seen)
         touched = tl.where(length == current, 1, touched)
     if branch_ptr is not None:
-        tl.store(partial_ptr + (slots - 1).to(tl.int64) * dim, dgamma, mask=inside)
+        tl.store(partial_ptr + (slots - 1) * dim, dgamma, mask=inside)
     tl.store(touched_ptr + program * lengths + length, touched, mask=length < lengths)
 
 
@@ -251,6 +251,20 @@ def offline():
                 constexprs = constants | {n: v for n, v in absent.items() if n in kernel.arg_names}
                 signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
                 yield {"kernel": kernel, "signature": signature, "constexprs": constexprs, "num_warps": warps}
+    # One affine and one token, or LayerScale alone: Triton makes a constant of an argument that is 1.
+    ones = dict.fromkeys(("tokens", "lengths", "slots", "programs", "HAS_GAMMA"), 1) | {"weight_ptr": None}
+    small = {
+        "RMS": False,
+        "HAS_BIAS": False,
+        "BLOCK_LENGTHS": 1,
+        "BLOCK_DIM": 64,
+        "BLOCK_TOKENS": 1,
+        "BLOCK_PROGRAMS": 32,
+    }
+    for kernel in (_forward_kernel, _backward_kernel, _reduce_kernel):
+        constexprs = {n: v for n, v in (ones | small).items() if n in kernel.arg_names}
+        signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
+        yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
     constexprs = {"HAS_GAMMA": True, "BLOCK_PROGRAMS": 32, "BLOCK_DIM": 64}
     signature = {n: types[n] for n in _reduce_kernel.arg_names if n not in constexprs}
     yield {"kernel": _reduce_kernel, "signature": signature, "constexprs": constexprs}

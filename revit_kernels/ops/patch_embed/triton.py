@@ -171,7 +171,7 @@ def _forward_kernel(
         else:
             x = tl.load(patches_ptr + row.to(tl.int64)[:, None] * WIDTH + k[None, :], mask=mask, other=0.0)
         weight = tl.load(
-            weight_ptr + col.to(tl.int64)[None, :] * WIDTH + k[:, None],
+            weight_ptr + col[None, :] * WIDTH + k[:, None],
             mask=(col < dim)[None, :] & (k < WIDTH)[:, None],
             other=0.0,
         )  # [BLOCK_WIDTH, BLOCK_DIM]
@@ -179,15 +179,14 @@ def _forward_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + col, mask=col < dim, other=0.0).to(tl.float32)[None, :]
     inside = (col < dim)[None, :]
-    if HAS_POS:
-        cell = tl.load(placement_ptr + image * 3 + 2, mask=known, other=0) + patch
-        at = pos_ptr + cell.to(tl.int64)[:, None] * dim + col[None, :]
-        total += tl.load(at, mask=known[:, None] & inside, other=0.0).to(tl.float32)
     total = tl.where(known[:, None], total, 0.0)
-    if HAS_PREFIX:
-        ahead = owned & (place < prefix)
-        at = prefix_ptr + tl.where(ahead, place, 0)[:, None] * dim + col[None, :]
-        total += tl.load(at, mask=ahead[:, None] & inside, other=0.0).to(tl.float32)
+    if HAS_POS or HAS_PREFIX:  # one load serves both: a second one would not fit in the registers
+        cell = tl.load(placement_ptr + image * 3 + 2, mask=known, other=0) + patch
+        extra, wanted = pos_ptr + cell.to(tl.int64) * dim, known & HAS_POS
+        if HAS_PREFIX:
+            ahead = owned & (place < prefix)
+            extra, wanted = tl.where(ahead, prefix_ptr + place.to(tl.int64) * dim, extra), wanted | ahead
+        total += tl.load(extra[:, None] + col[None, :], mask=wanted[:, None] & inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + row.to(tl.int64)[:, None] * dim + col[None, :], total, mask=(row < capacity)[:, None] & inside)
 
 
@@ -249,7 +248,7 @@ def _affine(images, channels, mean, std, device):
 def _tiles(dtype):
     if dtype == torch.float32:
         return dict(BLOCK_TOKENS=64, BLOCK_DIM=64, BLOCK_WIDTH=16, num_warps=4, num_stages=2)
-    return dict(BLOCK_TOKENS=128, BLOCK_DIM=128, BLOCK_WIDTH=64, num_warps=8, num_stages=3)
+    return dict(BLOCK_TOKENS=128, BLOCK_DIM=64, BLOCK_WIDTH=32, num_warps=4, num_stages=3)
 
 
 def forward(
@@ -297,7 +296,7 @@ def forward(
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
             BLOCK=32,
-            num_warps=4,
+            num_warps=8 if max(ph, pw) > 16 else 4,
         )
     tiles = _tiles(weight.dtype)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
@@ -361,6 +360,7 @@ def offline():
                 "BLOCK_W": block,
                 "BLOCK": 32,
             },
+            "num_warps": 8 if patch > 16 else 4,
         }
     cases = (("bf16", u8, 16, True), ("bf16", u8, 14, False), ("fp16", tl.float16, 14, True), ("fp32", u8, 16, True))
     for dtype, pixel, patch, fused in cases:

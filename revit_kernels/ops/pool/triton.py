@@ -58,7 +58,6 @@ def _forward_kernel(
     image = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = cols < dim
-    stride = stride.to(tl.int64)
     begin, end = _pooled_rows(cu_seqlens_ptr, image, tokens, prefix, FIRST_ONLY)
     y = tl.zeros([BLOCK_DIM], tl.float32)
     if AVERAGE:
@@ -87,7 +86,6 @@ def _backward_kernel(
     image = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = cols < dim
-    stride = stride.to(tl.int64)
     start = tl.load(cu_seqlens_ptr + image).to(tl.int64)
     last = tl.full([], 0, tl.int64) + tokens
     begin = last
@@ -164,3 +162,9 @@ def offline():
                 constexprs = _constants(kind) | ({"x_ptr": None} if without_x else {})
                 signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
                 yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
+    # Triton makes a constant of an argument that is 1.
+    ones = dict.fromkeys(("images", "tokens", "dim", "stride", "prefix"), 1) | _constants("avgmax")
+    for kernel in (_forward_kernel, _backward_kernel):
+        constexprs = {name: value for name, value in ones.items() if name in kernel.arg_names}
+        signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+        yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
