@@ -31,7 +31,9 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) for a Linear, through the vendor's fastest matrix product. x: (..., in)"""
     if not is_plain(module, "Linear"):
         return module(x)
-    return gemm.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(*x.shape[:-1], -1)
+    return gemm.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(
+        *x.shape[:-1], module.weight.shape[0]
+    )
 
 
 def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
@@ -40,4 +42,4 @@ def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
         return activation(linear(module, x))
     tanh = type(activation).__name__ == "GELUTanh" or getattr(activation, "approximate", "none") == "tanh"
     y = gemm.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias, "gelu_tanh" if tanh else "gelu")
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], module.weight.shape[0])
