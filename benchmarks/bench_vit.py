@@ -1,0 +1,180 @@
+"""A whole ViT on a batch of mixed lengths, end to end, against what a user would run instead.
+
+Images are uniform over the menu {4, 7, 10, 14}^2 and already of their grid's size. What prepares a rival's inputs
+(padding, sorting by length, compiling) is not timed: the rival is shown at its best.
+"""
+
+import pytest
+import torch
+
+from revit_kernels import Packing, VarLenViT
+
+timm = pytest.importorskip("timm", reason="the rivals are timm's models: pip install revit_kernels[timm]")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MENU = [(4, 4), (7, 7), (10, 10), (14, 14)]
+MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
+IMAGES = [32] if DEVICE == "cpu" else [4, 32, 256, 1024]
+ROUNDS = 11 if DEVICE == "cpu" else 30
+
+
+class Case:
+    """One model with random weights, and one batch of images, sorted by length."""
+
+    def __init__(self, name, images, dtype, menu=MENU):
+        torch.manual_seed(0)
+        self.name, self.dtype = name, dtype
+        self.timm = timm.create_model(name, dynamic_img_size=True).eval().to(DEVICE, dtype)
+        self.model = VarLenViT.from_timm(self.timm)
+        grids = [menu[i * len(menu) // images] for i in range(images)]
+        self.images = [torch.randn(3, 16 * h, 16 * w, device=DEVICE).to(dtype) for h, w in grids]
+        self.grids = grids
+        self.batches = [
+            torch.stack([x for x, g in zip(self.images, grids) if g == grid]) for grid in dict.fromkeys(grids)
+        ]
+
+    @property
+    def flops(self):
+        """Of the linears and attention, for the tokens that there are."""
+        dim = self.model.embed_dim
+        tokens = [h * w + 1 for h, w in self.grids]
+        block = 24 * dim * dim * sum(tokens) + 4 * dim * sum(n * n for n in tokens)
+        return len(self.model.blocks) * block + 2 * 768 * dim * sum(h * w for h, w in self.grids)
+
+    def ours(self):
+        return self.model(self.images, grids=self.grids)
+
+
+def bucketed(case):
+    """timm, one dense batch for each length."""
+    return lambda: torch.cat([case.timm(batch) for batch in case.batches])
+
+
+def loop(case):
+    """timm, one image at a time."""
+    return lambda: torch.cat([case.timm(image[None]) for image in case.images])
+
+
+def naflex_inputs(case):
+    """Flattened patches padded to the longest image, with coordinates and a mask, as timm's loader makes them."""
+    longest = max(h * w for h, w in case.grids)
+    count = len(case.images)
+    patches = torch.zeros(count, longest, 768, device=DEVICE, dtype=case.dtype)
+    coordinates = torch.zeros(count, longest, 2, device=DEVICE, dtype=torch.long)
+    valid = torch.zeros(count, longest, device=DEVICE, dtype=torch.bool)
+    for i, (image, (h, w)) in enumerate(zip(case.images, case.grids)):
+        cut = image.unflatten(1, (h, 16)).unflatten(3, (w, 16)).permute(1, 3, 2, 4, 0).reshape(h * w, 768)
+        patches[i, : h * w], valid[i, : h * w] = cut, True
+        coordinates[i, : h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2).to(DEVICE)
+    return {"patches": patches, "patch_coord": coordinates, "patch_valid": valid}
+
+
+def _naflex(case, **kwargs):
+    model = timm.create_model(case.name, use_naflex=True, **kwargs)
+    model.load_state_dict(_naflex_weights(case.timm, model))
+    model = model.eval().to(DEVICE, case.dtype)
+    inputs = naflex_inputs(case)
+    return lambda: model(inputs)
+
+
+def _naflex_weights(vit, naflex):
+    from timm.models.naflexvit import checkpoint_filter_fn
+
+    return checkpoint_filter_fn({k: v.float().cpu().clone() for k, v in vit.state_dict().items()}, naflex)
+
+
+def naflex(case):
+    """timm's NaFlexVit, padded, as it comes."""
+    return _naflex(case)
+
+
+def naflex_fastest(case):
+    """timm's NaFlexVit, padded, with its cheapest mask and position interpolation."""
+    return _naflex(case, use_key_only_attn_mask=True, pos_embed_use_grid_sample=True)
+
+
+def nested(case):
+    """timm's layers on one nested tensor with the jagged layout, between attention per head."""
+    if DEVICE == "cpu":
+        pytest.skip("nested: on a CPU its attention asks the CUDA driver for its kernels, or is not implemented")
+    vit, packing = case.timm, Packing.from_grids(case.grids, 1, device=DEVICE)
+    offsets = packing.cu_seqlens.long()
+
+    def heads(x, attn):
+        y = torch.nested.nested_tensor_from_jagged(x.reshape(-1, attn.num_heads, attn.head_dim), offsets)
+        return y.transpose(1, 2)
+
+    def run():
+        x = case.model._embed(case.images, packing, False)[0]
+        for block in vit.blocks:
+            qkv = block.attn.qkv(block.norm1(x)).chunk(3, -1)
+            y = torch.nn.functional.scaled_dot_product_attention(*(heads(t, block.attn) for t in qkv))
+            x = x + block.attn.proj(y.transpose(1, 2).values().flatten(1))
+            x = x + block.mlp(block.norm2(x))
+        return vit.head(vit.norm(x)[offsets[:-1]])
+
+    return run
+
+
+def openvino(case):
+    """OpenVINO, one compiled model for each length, at the precision and threads that it does best with."""
+    if DEVICE != "cpu":
+        pytest.skip("openvino: for CPUs")
+    ov = pytest.importorskip("openvino", reason="openvino: pip install revit_kernels[bench]")
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[case.dtype]
+    options = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    model = timm.create_model(case.name, dynamic_img_size=True).eval()
+    model.load_state_dict({k: v.float() for k, v in case.timm.state_dict().items()})
+    core, compiled, inputs = ov.Core(), [], [batch.float().numpy() for batch in case.batches]
+    for batch in inputs:
+        converted = ov.convert_model(model, example_input=torch.from_numpy(batch), input=[batch.shape])
+        compiled.append(core.compile_model(converted, "CPU", options))
+    requests = [c.create_infer_request() for c in compiled]
+
+    def run():
+        outputs = [list(r.infer([x]).values())[0] for r, x in zip(requests, inputs)]
+        return torch.cat([torch.from_numpy(y) for y in outputs])
+
+    return run
+
+
+RIVALS = [bucketed, naflex, naflex_fastest, loop, nested, openvino]
+
+
+@pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", IMAGES)
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def bench_vit(duel, name, images, dtype, rival):
+    case = Case(name, images, dtype)
+    theirs = rival(case)
+    a, b = case.ours().float(), theirs().float()
+    if rival is not naflex_fastest:  # its grid_sample is another interpolation of the positions
+        assert (a - b).abs().max() <= 16 * torch.finfo(dtype).eps ** 0.75 * a.abs().max(), "it computes something else"
+    duel(case.ours, theirs, rounds=ROUNDS, flops=case.flops, rival=rival.__name__)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@torch.inference_mode()
+def bench_vit_prepacked(duel, name, dtype):
+    """With the weights kept in the CPU library's layout (`model.prepack()`), as a server would."""
+    case = Case(name, IMAGES[0], dtype)
+    if not case.model.prepack():
+        pytest.skip("prepack: this device has no such layout")
+    duel(case.ours, bucketed(case), rounds=ROUNDS, flops=case.flops, rival="bucketed")
+
+
+@pytest.mark.parametrize("grid", MENU, ids=str)
+@pytest.mark.parametrize("images", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def bench_vit_one_length(duel, dtype, images, grid):
+    """Where packing has nothing to save: all images of one length, timm's home ground."""
+    case = Case(MODELS[0], images, dtype, [grid])
+    duel(case.ours, bucketed(case), rounds=ROUNDS, flops=case.flops, rival="bucketed")

@@ -1,0 +1,102 @@
+"""Keeps measured results in benchmarks/results/<device>.json and writes README's tables from them.
+
+    pytest benchmarks --benchmark-json=run.json && python benchmarks/report.py run.json
+
+Rows of a benchmark that ran again replace the old ones; the others stay. Rows that lose are shown like the rest.
+Without arguments only the tables are written.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+README = HERE.parent / "README.md"
+START, END = "<!-- results:start -->", "<!-- results:end -->"
+KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
+KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
+README_BENCHES = {  # what the README shows, and as what
+    "bench_vit": "A whole ViT: 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14, patch 16",
+    "bench_vit_prepacked": "The same with `model.prepack()`, against timm one dense batch per length",
+    "bench_vit_one_length": "ViT-S/16, all images of one length, against timm dense",
+    "bench_attention": "Attention alone, forward, 12 heads of 64",
+}
+RIVALS = {
+    "bucketed": "one dense batch per length",
+    "loop": "one image at a time",
+    "naflex": "NaFlexVit, padded",
+    "naflex_fastest": "NaFlexVit, padded, its fastest mode",
+    "openvino": "OpenVINO, one dense batch per length",
+    "padded": "padded, with a mask",
+}
+
+
+def collect(path: Path) -> None:
+    """Merge one pytest-benchmark file into the results of its device."""
+    run = json.loads(path.read_text())
+    for bench in run["benchmarks"]:
+        info = bench["extra_info"]
+        if "speedup" not in info:
+            continue
+        file = RESULTS / (re.sub(r"[^A-Za-z0-9]+", "_", info["device"]).strip("_") + ".json")
+        results = json.loads(file.read_text()) if file.exists() else {"device": info["device"], "rows": {}}
+        row = {key: info[key] for key in KEPT if key in info}
+        row |= {"rounds": bench["stats"]["rounds"], "date": run["datetime"][:10]}
+        results["rows"][bench["name"]] = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
+        RESULTS.mkdir(exist_ok=True)
+        file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def _rows(results: dict, bench: str):
+    for name, row in results["rows"].items():
+        function, _, parameters = name.partition("[")
+        if function == bench and "backward" not in parameters:
+            yield parameters.rstrip("]"), row
+
+
+def _case(parameters: str, row: dict) -> str:
+    """The parameters less what has a column of its own."""
+    for taken in (row["rival"], f"torch.{row['dtype']}", "forward"):
+        parameters = re.sub(rf"(^|-){re.escape(taken)}(?=-|$)", "", parameters)
+    return parameters.strip("-").replace("-", ", ")
+
+
+def table(results: dict, bench: str) -> list[str]:
+    lines = [
+        "| case | dtype | against | ours, ms | theirs, ms | ratio | of the peak |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for parameters, row in sorted(_rows(results, bench), key=lambda item: (item[0].split("-")[0], item[1]["dtype"])):
+        share = row.get("percent_of_matmul", row.get("percent_of_copy"))
+        cells = [_case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
+        cells += [f"{row['ours_ms']:.3g}", f"{row['rival_ms']:.3g}", f"**{row['speedup']:.2f}**"]
+        lines.append("| " + " | ".join([*cells, f"{share:.0f} %" if share else ""]) + " |")
+    return lines
+
+
+def readme() -> str:
+    """The tables of every device that there are results of."""
+    text = []
+    for file in sorted(RESULTS.glob("*.json")):
+        results = json.loads(file.read_text())
+        rows = list(results["rows"].values())
+        versions = ", ".join(f"{k} {v}" for k, v in rows[-1]["versions"].items())
+        text += [f"### {results['device']}", "", f"{max(r['date'] for r in rows)}; {versions}.", ""]
+        for bench, title in README_BENCHES.items():
+            if any(True for _ in _rows(results, bench)):
+                text += [f"**{title}**", "", *table(results, bench), ""]
+    return "\n".join(text)
+
+
+def main() -> None:
+    for path in sys.argv[1:]:
+        collect(Path(path))
+    before, _, rest = README.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{START}\n{readme()}{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
