@@ -136,7 +136,7 @@ def openvino(case):
     requests = [c.create_infer_request() for c in compiled]
 
     def run():
-        outputs = [list(r.infer([x]).values())[0] for r, x in zip(requests, inputs)]
+        outputs = [next(iter(r.infer([x]).values())) for r, x in zip(requests, inputs)]
         return torch.cat([torch.from_numpy(y) for y in outputs])
 
     return run
