@@ -1,13 +1,27 @@
 """The vendor's matrix product for packed tokens: what a row becomes does not depend on the rows beside it."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from revit_kernels import native
+
 PACKED_ROWS = 1024  # the number of rows that a packed weight is laid out for; any other number runs too
 
-_kept = WeakIdKeyDictionary()  # weight: (its version and address when it was packed, its packed layout)
+
+class _Kept(NamedTuple):
+    """A weight's packed layout, and what the weight was when it was packed."""
+
+    state: tuple[int, int]
+    fingerprint: int | None  # None: taken on trust
+    packed: Tensor
+
+
+_kept = WeakIdKeyDictionary()  # weight: its _Kept
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
@@ -30,33 +44,51 @@ def _state(weight: Tensor) -> tuple[int, int]:
     return 0 if weight.is_inference() else weight._version, weight.data_ptr()
 
 
+@cache
+def _fingerprint():
+    """The op that reads a weight once and sums it up in one number, or None where it was not built."""
+    try:
+        native.load("cpu")
+    except (ImportError, OSError):
+        return None
+    return torch.ops.revit_kernels.fingerprint_cpu.default
+
+
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
 
 
 def prepack(weight: Tensor) -> bool:
-    """Keep the weight in oneDNN's blocked layout beside the weight itself, for as long as the weight lives unchanged.
+    """Keep the weight in oneDNN's blocked layout, on trust, for as long as the weight lives unchanged.
 
-    Saves a pass over the weight in every `linear`, which is what a few tokens at a time cost most. A write to the
-    weight is noticed and ends it, except one through `weight.data`: after such a write, prepack again.
+    `linear` keeps the layout of parameters by itself, but reads the whole weight in every call to see whether it
+    changed. After `prepack` it asks the weight's version only, which every write raises but one through
+    `weight.data`: after such a write, prepack again.
     Returns whether this device and dtype have such a layout.
     """
     with torch.no_grad():
         if not _onednn(weight, weight):
             return False
-        _kept[weight] = (_state(weight), _pack(weight))
+        _kept[weight] = _Kept(_state(weight), None, _pack(weight))
     return True
 
 
 def _layout(weight: Tensor) -> Tensor:
-    """The weight as oneDNN is to have it. In fp32 packed anew if it is not kept so: left to itself oneDNN picks a
-    layout by the number of rows, and with it another order of adding. In bf16 every layout gives the same bits."""
-    kept = _kept.get(weight)
-    if kept is not None:
-        if kept[0] == _state(weight):
-            return kept[1]
-        del _kept[weight]
-    return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
+    """The weight as oneDNN is to have it: in the layout kept from before, if it has not changed since.
+
+    One layout whatever the number of rows: left to itself oneDNN picks one by that number, and in fp32 with it another
+    order of adding.
+    """
+    kept, state = _kept.get(weight), _state(weight)
+    if kept is not None and kept.state == state and kept.fingerprint is None:
+        return kept.packed
+    keep = isinstance(weight, torch.nn.Parameter) and weight.is_contiguous() and _fingerprint() is not None
+    if not keep:  # a temporary: in bf16 every layout gives the same bits, so none needs to be made
+        return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
+    fingerprint = _fingerprint()(weight)
+    if kept is None or kept.state[1] != state[1] or kept.fingerprint != fingerprint:
+        kept = _kept[weight] = _Kept(state, fingerprint, _pack(weight))
+    return kept.packed
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:

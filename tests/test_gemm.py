@@ -62,10 +62,12 @@ def test_a_changed_weight_is_seen(kept):
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
 
     change(lambda: weight.mul_(2))
+    change(lambda: weight[3, 5].add_(1))
     change(lambda: setattr(weight, "data", torch.randn(8, 16, device=DEVICE)))
     change(lambda: weight.copy_(torch.zeros(8, 16)))
     if not kept:  # through .data nothing is noticed: that is what prepack says of itself
         change(lambda: weight.data.fill_(3))
+        change(lambda: weight.data[3, 5].add_(1))
 
 
 def test_gradients_flow():

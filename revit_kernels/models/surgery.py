@@ -98,9 +98,9 @@ class Surgery:
         )
 
     def prepack(self) -> int:
-        """Keep every plain Linear's weight in the layout of the CPU's matrix library too; returns how many.
+        """Keep the weight of every Linear in the CPU library's layout, on trust; returns how many. For serving.
 
-        For serving: it costs the memory of the weights once more, and saves a pass over them in every forward. Weights
-        may change afterwards in every way but through `.data`; see `revit_kernels.gemm.prepack`.
+        Saves reading the weights once a forward to see whether they changed. Weights may still change in every way but
+        through `.data`; see `revit_kernels.gemm.prepack`.
         """
         return sum(gemm.prepack(m.weight) for m in self.modules() if type(m) is nn.Linear)
