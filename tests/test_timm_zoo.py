@@ -11,6 +11,7 @@ import torch
 from contract import assert_close
 from timm_pairs import (
     GRIDS,
+    WHOLE,
     assert_gradients_near,
     assert_near,
     batch,
@@ -27,6 +28,8 @@ from revit_kernels.models.vit import VarLenViT
 
 def architectures():
     """One name for each distinct computation."""
+    if WHOLE:
+        return sorted(name for name, entry in registry()["models"].items() if entry["parameters"] <= 130_000_000)
     names = {}
     for name, entry in registry()["models"].items():
         kwargs = {k: v for k, v in entry["kwargs"].items() if k not in ("depth", "img_size", "dynamic_img_size")}

