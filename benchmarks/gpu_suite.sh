@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, in one call of under 10 minutes: build, test, check the CUDA ops' memory accesses, then time
 # everything against the rivals. Results go to $OUT (by default ./gpu_results), from where benchmarks/report.py reads:
-#   python benchmarks/report.py gpu_results/benchmarks.json
+#   python benchmarks/report.py gpu_results/bench_*.json
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-gpu_results}"
@@ -16,11 +16,22 @@ step() {  # name, seconds at most, command
   [ $code -eq 0 ] || status=1
   echo "$name: exit $code after $((SECONDS - start)) s: $(tail -1 "$OUT/$name.log")"
 }
-step build 120 python3 setup.py build_ext --inplace
-step table 60 python3 -m revit_kernels
-step tests 200 python3 -m pytest -q -x --maxfail=20 tests -p no:cacheprovider --ignore=tests/test_timm_zoo.py
+step build 90 python3 setup.py build_ext --inplace
+step table 30 python3 -m revit_kernels
+step tests 150 python3 -m pytest -q --maxfail=20 -p no:cacheprovider tests --ignore=tests/test_timm_zoo.py --ignore=tests/test_offline.py
 if [ -f revit_kernels/_cuda.so ] && command -v compute-sanitizer >/dev/null; then
-  step sanitizer 60 compute-sanitizer --error-exitcode 1 python3 -m pytest -q tests -k "cuda and contract" -p no:cacheprovider
+  step sanitizer 60 compute-sanitizer --error-exitcode 1 python3 -m pytest -q -p no:cacheprovider tests -k "contract and cuda"
 fi
-step benchmarks 240 python3 -m pytest -q benchmarks --benchmark-json="$OUT/benchmarks.json" -p no:cacheprovider
+# A file each, the most telling first: what its limit cuts off costs only that file's results.
+bench() {  # name, seconds at most, pytest arguments
+  local name=$1 limit=$2
+  shift 2
+  step "$name" "$limit" python3 -m pytest -q -p no:cacheprovider "benchmarks/$name.py" "$@" --benchmark-json="$OUT/$name.json"
+}
+bench bench_vit 90 -k "small and 256 and bfloat16 and not one_length"
+bench bench_attention 70 -k "forward and bfloat16"
+bench bench_layer_norm 30
+bench bench_patch_embed 30
+bench bench_pos_embed 20
+bench bench_pool 20
 exit $status

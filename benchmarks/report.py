@@ -22,6 +22,10 @@ README_BENCHES = {  # what the README shows, and as what
     "bench_vit_prepacked": "The same with `model.prepack()`, against timm one dense batch per length",
     "bench_vit_one_length": "ViT-S/16, all images of one length, against timm dense",
     "bench_attention": "Attention alone, forward, 12 heads of 64",
+    "bench_layer_norm": "LayerNorm with the residual add before it",
+    "bench_patch_embed": "Patch embedding",
+    "bench_pos_embed": "Position table to every grid of a batch",
+    "bench_pool": "Pooling",
 }
 RIVALS = {
     "bucketed": "one dense batch per length",

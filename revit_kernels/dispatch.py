@@ -56,7 +56,11 @@ def register(op: str, step: str, schema: str, fake):
     @torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd")
     def run(*args):
         *args, backend = args
-        return getattr(choose(op, backend, *args), step)(*args)
+        run_step = getattr(choose(op, backend, *args), step)
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return run_step(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return run_step(*args)  # an op computes in the dtypes it was given
 
     return getattr(torch.ops.revit_kernels, name).default
 

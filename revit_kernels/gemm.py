@@ -1,4 +1,4 @@
-"""The vendor's matrix product for packed tokens: what a row becomes does not depend on the rows beside it."""
+"""The vendor's matrix product for packed tokens; on a CPU, what a row becomes does not depend on the rows beside it."""
 
 from functools import cache
 from typing import NamedTuple
@@ -16,7 +16,7 @@ PACKED_ROWS = 1024  # the number of rows that a packed weight is laid out for; a
 class _Kept(NamedTuple):
     """A weight's packed layout, and what the weight was when it was packed."""
 
-    state: tuple[int, int]
+    state: tuple
     fingerprint: int | None  # None: taken on trust
     packed: Tensor
 
@@ -33,15 +33,14 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.is_autocast_enabled("cpu")
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(weight) in (Tensor, torch.nn.Parameter)
     )
 
 
-def _state(weight: Tensor) -> tuple[int, int]:
-    return 0 if weight.is_inference() else weight._version, weight.data_ptr()
+def _state(weight: Tensor) -> tuple:
+    return weight.data_ptr(), weight.shape, weight.dtype, 0 if weight.is_inference() else weight._version
 
 
 @cache
@@ -69,8 +68,14 @@ def prepack(weight: Tensor) -> bool:
     with torch.no_grad():
         if not _onednn(weight, weight):
             return False
-        _kept[weight] = _Kept(_state(weight), None, _pack(weight))
+        trusted = not weight.is_inference()  # writes to an inference tensor raise no version
+        _kept[weight] = _Kept(_state(weight), None if trusted else _fingerprint()(weight), _pack(weight))
     return True
+
+
+def forget(weight: Tensor) -> None:
+    """Keep the weight's packed layout no longer."""
+    _kept.pop(weight, None)
 
 
 def _layout(weight: Tensor) -> Tensor:
@@ -86,9 +91,42 @@ def _layout(weight: Tensor) -> Tensor:
     if not keep:  # a temporary: in bf16 every layout gives the same bits, so none needs to be made
         return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
     fingerprint = _fingerprint()(weight)
-    if kept is None or kept.state[1] != state[1] or kept.fingerprint != fingerprint:
+    if kept is None or kept.state[:3] != state[:3] or kept.fingerprint != fingerprint:
         kept = _kept[weight] = _Kept(state, fingerprint, _pack(weight))
     return kept.packed
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:
+    """x @ weight.T + bias, then the activation, by oneDNN. Nothing is recorded for a backward."""
+    rows = x.shape[0]
+    if rows == 1:  # one row alone would take oneDNN's matrix-vector path, which adds in another order
+        x = x.expand(2, -1).contiguous()
+    attribute, algorithm = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}[activation]
+    bias = None if bias is None else bias.detach().to(x.dtype)
+    y = torch.ops.mkldnn._linear_pointwise(x.detach(), _layout(weight), bias, attribute, [], algorithm)
+    return y[:rows]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        dx = _product(grad.contiguous(), weight.t().contiguous(), None) if wanted[0] else None
+        dweight = None
+        if wanted[1] and len(x):
+            dweight = _product(grad.t().contiguous(), x.t().contiguous(), None)
+        elif wanted[1]:
+            dweight = torch.zeros_like(weight)
+        dbias = grad.sum(0, dtype=torch.float32).to(ctx.bias_dtype) if wanted[2] else None
+        return dx, dweight, dbias
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -99,15 +137,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     bias:   (out,) or None
     activation: None, "gelu" (erf) or "gelu_tanh"
 
-    Returns (rows, out) in the dtype of x, accumulated in fp32 by the vendor's library (oneDNN, cuBLASLt).
+    Returns (rows, out) in the dtype of x, accumulated in fp32 by the vendor's library (oneDNN, cuBLASLt). On a CPU a
+    row's bits do not depend on the other rows; cuBLASLt picks its algorithm by their number, and gives no such promise.
     """
-    if not _onednn(x, weight):
-        y = F.linear(x, weight, bias)
-        return y if activation is None else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    rows = x.shape[0]
-    if rows == 1:  # one row alone would take oneDNN's matrix-vector path, which adds in another order
-        x = x.expand(2, -1).contiguous()
-    attribute, algorithm = {None: ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}[activation]
-    bias = None if bias is None else bias.detach().to(x.dtype)
-    y = torch.ops.mkldnn._linear_pointwise(x.detach(), _layout(weight), bias, attribute, [], algorithm)
-    return y[:rows]
+    vendor = _onednn(x, weight)
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if vendor and not records:
+        return _product(x, weight, bias, activation)
+    y = _Linear.apply(x, weight, bias) if vendor else F.linear(x, weight, bias)
+    return y if activation is None else F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")

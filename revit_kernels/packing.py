@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,13 +10,14 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Grid = tuple[int, int]
 
 
 def _check_grid(name: str, grid) -> Grid:
     try:
-        h, w = (int(n) for n in grid)
+        h, w = (operator.index(n) for n in grid)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be a pair (rows, columns) of patches, got {grid!r}") from None
     if h < 1 or w < 1:
@@ -26,6 +28,29 @@ def _check_grid(name: str, grid) -> Grid:
 def _distinct(grids: Sequence[Grid]) -> tuple[Grid, ...]:
     """The menu of these grids: each once, longest first."""
     return tuple(sorted(set(grids), key=lambda grid: (-grid[0] * grid[1], grid)))
+
+
+_tables: dict[tuple, Tensor] = {}
+
+
+def _table(menu: tuple[Grid, ...], device: torch.device) -> Tensor:
+    """(menu, 3) int32: rows, columns, and where the grid's cells start in a list of the cells of the whole menu.
+
+    Copied to a device once: a copy from the host would make every later call wait for the device.
+    """
+    tracing = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None  # tensors without values
+    table = None if tracing else _tables.get((menu, device))
+    if table is None:
+        starts = accumulate((h * w for h, w in menu), initial=0)
+        rows = [[h, w, start] for (h, w), start in zip(menu, starts)] or [[0, 0, 0]]
+        if tracing:
+            return torch.tensor(rows, dtype=torch.int32).to(device)
+        with torch.inference_mode(False):  # else it could not be saved for a backward
+            table = torch.tensor(rows, dtype=torch.int32).to(device)
+        if len(_tables) >= 1024:  # menus of native aspects are many, and seldom the same
+            _tables.clear()
+        _tables[menu, device] = table
+    return table
 
 
 @dataclass(eq=False)
@@ -135,7 +160,7 @@ class Packing:
         choice:   (images,) integer, the row of `menu` that each image is given
         menu:     the grids to choose from
         capacity: rows of the packed buffer. Images are packed in order while they fit; from the first that does not,
-                  an image gets no tokens, and its results are zeros (see `fits`).
+                  an image gets no tokens (see `fits`), and VarLenViT answers zeros for it.
         """
         menu = tuple(_check_grid("menu", grid) for grid in menu)
         if not menu:
@@ -144,8 +169,9 @@ class Packing:
             raise ValueError(f"choice must be (images,) of an integer dtype, got {tuple(choice.shape)} {choice.dtype}")
         if prefix < 0 or capacity < 1:
             raise ValueError(f"prefix must be at least 0 and capacity at least 1, got {prefix} and {capacity}")
-        lengths = torch.tensor([prefix + h * w for h, w in menu], device=choice.device)
-        choice = choice.clamp(0, len(menu) - 1)
+        table = _table(menu, choice.device)
+        lengths = prefix + table[:, 0] * table[:, 1]
+        choice = choice.to(torch.int32).clamp(0, len(menu) - 1)
         ends = lengths[choice.long()].cumsum(0)
         ends = torch.where(ends <= capacity, ends, 0).cummax(0).values if len(choice) else ends
         cu_seqlens = torch.cat([ends.new_zeros(1), ends])
@@ -153,7 +179,7 @@ class Packing:
         unused = image >= len(choice)
         row = torch.cat([choice, choice.new_full((1,), -1)])[image].int()
         image = torch.where(unused, -1, image).int()
-        return cls(cu_seqlens.int(), choice.int(), image, row, row.clamp(max=0), menu, prefix, capacity, None, False)
+        return cls(cu_seqlens.int(), choice, image, row, row.clamp(max=0), menu, prefix, capacity, None, False)
 
     @property
     def images(self) -> int:
@@ -185,9 +211,7 @@ class Packing:
     def placement(self) -> Tensor:
         """(images, 3) int32: rows and columns of each image's grid, and where that grid starts in a table that
         lists the cells of every grid of the menu, in order."""
-        starts = accumulate((h * w for h, w in self.menu), initial=0)
-        table = [[h, w, start] for (h, w), start in zip(self.menu, starts)] or [[0, 0, 0]]
-        return torch.tensor(table, dtype=torch.int32).to(self.device)[self.length_index.long()]
+        return _table(self.menu, self.device)[self.length_index.long()]
 
     def without_prefix(self) -> tuple[Packing, Tensor]:
         """The packing of the patch tokens alone, and (tokens,) int64: the row of each in this packing.

@@ -70,7 +70,24 @@ def test_a_changed_weight_is_seen(kept):
         change(lambda: weight.data[3, 5].add_(1))
 
 
-def test_gradients_flow():
-    weight = torch.nn.Parameter(torch.randn(8, 16, device=DEVICE))
-    linear(torch.randn(3, 16, device=DEVICE), weight).sum().backward()
-    assert weight.grad is not None
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize("rows", [0, 1, 37])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients(dtype, rows, activation):
+    torch.manual_seed(0)
+    inputs = [torch.randn(rows, 100), torch.randn(24, 100) / 10, torch.randn(24)]
+    inputs = [t.to(DEVICE, dtype).requires_grad_() for t in inputs]
+
+    def gradients(call, dtype):
+        copies = [t.detach().to(dtype).requires_grad_() for t in inputs]
+        y = call(*copies)
+        return torch.autograd.grad((y * torch.cos(torch.arange(y.numel(), device=DEVICE)).view_as(y)).sum(), copies)
+
+    def plain(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        return y if activation is None else F.gelu(y)
+
+    exact, rough = gradients(plain, torch.float64), gradients(plain, dtype)
+    actual = gradients(lambda *t: linear(*t, activation), dtype)
+    for name, a, e, r in zip(("x", "weight", "bias"), actual, exact, rough):
+        assert_close(f"grad of {name}", a, e, r)

@@ -167,6 +167,8 @@ def test_compiles_whole():
         (dict(grids=[(2, 2, 2)]), r"grids\[0\] must be \(rows, columns\), each at least 1, got \(2, 2, 2\)"),
         (dict(interpolation="nearest"), "interpolation must be one of .*got 'nearest'"),
         (dict(align_corners=True), "align_corners excludes antialias"),
+        (dict(offset=float("nan")), "offset must be finite and leave every grid above 0, got nan"),
+        (dict(offset=-4.0), "offset must be finite and leave every grid above 0"),
     ],
 )
 def test_wrong_use(change, sentence):

@@ -24,9 +24,17 @@ def images(grids=GRIDS, patch=16, channels=3):
     return [torch.randn(channels, h * patch, w * patch, device=DEVICE) for h, w in grids]
 
 
-@torch.no_grad()
+@pytest.mark.parametrize("recording", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_image_is_the_same_in_any_company(dtype):
+def test_an_image_is_the_same_in_any_company(dtype, recording):
+    torch.set_grad_enabled(recording)
+    try:
+        check_company(dtype)
+    finally:
+        torch.set_grad_enabled(True)
+
+
+def check_company(dtype):
     model = make().to(dtype)
     batch = images()
     together = model(batch)
@@ -51,6 +59,22 @@ def test_a_packing_made_on_the_device():
     listed = model(x, grids=[menu[i] for i in choice.tolist()])
     torch.testing.assert_close(chosen, listed)
     assert torch.equal(chosen, listed) or DEVICE == "cuda"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("distilled", [False, True])
+def test_images_without_room_get_zeros(distilled):
+    from revit_kernels.models.distilled import VarLenViTDistilled
+
+    options = dict(img_size=64, embed_dim=64, depth=1, num_heads=2, num_classes=7)
+    model = (VarLenViTDistilled if distilled else VarLenViT)(**options).to(DEVICE).eval()
+    x = torch.randn(3, 3, 64, 64, device=DEVICE)
+    choice = torch.tensor([1, 0, 0], dtype=torch.uint8, device=DEVICE)
+    menu, prefix = [(4, 4), (2, 2)], model.num_prefix_tokens
+    capacity = 20 + 2 * prefix
+    out = model(x, packing=Packing.from_choice(choice, menu, prefix, capacity=capacity))
+    torch.testing.assert_close(out[:2], model(x[:2], grids=[(2, 2), (4, 4)]))
+    assert out[2].count_nonzero() == 0
 
 
 @torch.no_grad()
@@ -112,10 +136,11 @@ def test_drop_path_leaves_out_whole_images():
     assert {values[0] for values in per_image} == {0.0, 2.0}
 
 
-def test_patch_dropout_keeps_prefix_tokens_and_order():
+@pytest.mark.parametrize("capacity", [None, 50])
+def test_patch_dropout_keeps_prefix_tokens_and_order(capacity):
     from revit_kernels.modules.patch_dropout import drop_patches
 
-    packing = Packing.from_grids(GRIDS, 2, device=DEVICE)
+    packing = Packing.from_grids(GRIDS, 2, capacity=capacity, device=DEVICE)
     rows = torch.arange(packing.capacity, device=DEVICE, dtype=torch.float32)[:, None]
     kept, shorter = drop_patches(rows, packing, 0.5)
     assert [h * w for h, w in shorter.grids] == [3, 8, 1, 3]
@@ -125,12 +150,61 @@ def test_patch_dropout_keeps_prefix_tokens_and_order():
         assert len(after.unique()) == len(after)
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_autocast(qk_norm):
+    """Under autocast the answers are as near the exact ones as timm's way of computing them would be."""
+    model = make(qk_norm=qk_norm, global_pool="map")
+    exact = model.double()([image.double() for image in images()])
+    model.float()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        rough = model(images())
+        rough.float().square().sum().backward()
+    assert (rough - exact).abs().max() <= 4 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_hooks_on_the_stack_of_blocks():
+    model, seen = make(), []
+    x = torch.randn(2, 3, 64, 64, device=DEVICE)
+    expected = model(x)
+    model.blocks.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [(2, 17, 64)]
+    with pytest.raises(ValueError, match="hooks on `blocks` as a whole"):
+        model(images())
+
+
+@torch.no_grad()
+def test_an_attention_of_somebody_else_is_called_by_length():
+    class Theirs(torch.nn.Module):
+        def __init__(self, ours):
+            super().__init__()
+            self.ours = ours
+
+        def forward(self, x, attn_mask=None, is_causal=False):
+            assert x.ndim == 3
+            return self.ours(x)
+
+    model = make()
+    expected = model(images())
+    for block in model.blocks:
+        block.attn = Theirs(block.attn)
+    torch.testing.assert_close(model(images()), expected)
+
+
 def test_image_gradients_step_aside_to_plain_torch():
     model = make()
     x = torch.randn(2, 3, 64, 64, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(model(x).square().sum(), x)
     assert torch.isfinite(grad).all() and grad.abs().max() > 0
     torch.testing.assert_close(model(x), model(x.detach()))
+
+
+def four_channels():
+    model = make(in_chans=4)
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return model
 
 
 @pytest.mark.parametrize(
@@ -151,6 +225,13 @@ def test_image_gradients_step_aside_to_plain_torch():
         (lambda m: m(images(), is_causal=True), "need a dense batch"),
         (lambda m: m([torch.zeros(3, 0, 5, device=DEVICE)]), "at least 1 x 1 pixels"),
         (lambda m: m(images(), max_tokens=-1), "max_tokens must be at least 1"),
+        (lambda m: m(images(), max_tokens=0), "max_tokens must be at least 1"),
+        (lambda m: m(images([(2, 2)]), grids=[(2.5, 2)]), "must be a pair"),
+        (lambda m: m(torch.randn(1, 60, 64, 3, device=DEVICE), channels_last=True), "multiple of the patch size"),
+        (
+            lambda m: four_channels()(torch.zeros(1, 4, 64, 64, dtype=torch.uint8, device=DEVICE)),
+            "the 4 channels' mean",
+        ),
         (lambda m: VarLenViT(global_pool="best"), "global_pool must be one of"),
         (lambda m: VarLenViT(norm_layer="batchnorm"), "norm_layer must be one of"),
         (lambda m: VarLenViT(class_token=False), "needs the class token"),

@@ -108,6 +108,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     const std::optional<Tensor>& bias, const std::optional<Tensor>& row, const std::optional<Tensor>& branch,
     const std::optional<Tensor>& gamma, const Tensor& mean, const Tensor& rstd, bool rms) {
   const int64_t tokens = sum.size(0), dim = sum.size(1);
+  STD_TORCH_CHECK(!branch || gamma, "the gradient needs the branch only where it was scaled by gamma");
   const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
   auto like = [&](const std::optional<Tensor>& parameter, std::initializer_list<int64_t> sizes) {
     return parameter ? torch::stable::new_empty(mean, sizes) : torch::stable::new_empty(mean, {0});

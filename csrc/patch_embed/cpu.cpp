@@ -184,8 +184,12 @@ std::vector<Image> make_images(const std::vector<Tensor>& tensors, bool channels
 
 // Where each image's tokens are to go; those with none are left out (rows 0).
 std::vector<Entry> make_entries(const Tensor& cu_seqlens, const Tensor& placement, int64_t prefix, int64_t capacity) {
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && placement.scalar_type() == ScalarType::Int,
+                  "cu_seqlens and placement must be int32");
+  STD_TORCH_CHECK(cu_seqlens.size(0) == placement.size(0) + 1, "cu_seqlens must have one more entry than placement");
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   const int32_t* place = static_cast<const int32_t*>(placement.data_ptr());
+  STD_TORCH_CHECK(cu[0] == 0, "cu_seqlens must begin with 0");
   std::vector<Entry> entries(placement.size(0), {0, 0, 0, 0});
   for (size_t i = 0; i < entries.size(); ++i) {
     const int64_t h = place[i * 3], w = place[i * 3 + 1], length = cu[i + 1] - cu[i];
@@ -211,6 +215,7 @@ Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Ten
   char* out = static_cast<char*>(y.data_ptr());
   const auto images = make_images(tensors, channels_last);
   const auto entries = make_entries(cu_seqlens, placement, prefix, capacity);
+  STD_TORCH_CHECK(images.size() == entries.size(), "images must be as many as placement has rows");
   const ScalarType type = tensors.empty() ? ScalarType::Float : tensors[0].scalar_type();
 
   // Every distinct resize of an axis, and the work: kRows rows of one resized image.
@@ -292,6 +297,9 @@ void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std:
   const auto entries = make_entries(cu_seqlens, placement, prefix_tokens, capacity);
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   const int64_t cells = pos ? pos->size(0) : 0;
+  for (const auto& rows : {pos, prefix})
+    STD_TORCH_CHECK(!rows || (rows->scalar_type() == y.scalar_type() && rows->size(1) == dim),
+                    "pos and prefix must be of the dtype and width of y");
   for (const Entry& entry : entries)
     STD_TORCH_CHECK(!pos || entry.cell + entry.rows * entry.columns <= cells, "pos has too few rows: ", cells);
   torch::stable::parallel_for(0, capacity, 32, [&](int64_t begin, int64_t end) {

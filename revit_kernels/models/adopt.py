@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from revit_kernels import modules
-from revit_kernels.packing import Packing
 
 CONTAINERS = {  # classes of timm's that we compute ourselves, by their names
     cls.__name__: cls
@@ -79,20 +77,3 @@ def adopt_model(model: nn.Module) -> nn.Module:
     new = _adopt(model, cls)
     new._set_preprocessing()
     return new
-
-
-def run_foreign_block(block: nn.Module, x: Tensor, packing: Packing, mask: dict) -> Tensor:
-    """A block that knows no packing, called with a dense batch (images, length, dim) for each length there is."""
-    if x.ndim == 3:
-        return block(x, **mask)
-    if packing.grids is None or mask:
-        raise ValueError(f"{type(block).__name__} runs only where the host knows the grids, and without a mask")
-    by_length: dict[int, list[int]] = {}
-    parts = list(packing.split(x))
-    for i, part in enumerate(parts):
-        by_length.setdefault(len(part), []).append(i)
-    for images in by_length.values():
-        for i, y in zip(images, block(torch.stack([parts[i] for i in images]))):
-            parts[i] = y
-    used = torch.cat(parts) if parts else x[:0]
-    return nn.functional.pad(used, (0, 0, 0, x.shape[0] - len(used)))

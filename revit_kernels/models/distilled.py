@@ -48,11 +48,12 @@ class VarLenViTDistilled(VarLenViT):
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes): the mean of both heads, or both apart in distilled training."""
         tokens, packing = self._packed(x)
-        first = packing.cu_seqlens[:-1].long()
+        # an image without tokens, in a packing made on the device, must not read beyond the last row
+        first = packing.cu_seqlens[:-1].long().clamp(max=tokens.shape[0] - 2)
         features = (self.head_drop(tokens[first]), self.head_drop(tokens[first + 1]))
         if pre_logits:
-            return sum(features) / 2
+            return self._answered(sum(features) / 2, packing)
         heads = [h(y) if isinstance(h, nn.Identity) else linear(h, y) for h, y in zip(self.get_classifier(), features)]
         if self.distilled_training and self.training:
-            return tuple(heads)
-        return sum(heads) / 2
+            return tuple(self._answered(y, packing) for y in heads)
+        return self._answered(sum(heads) / 2, packing)

@@ -62,8 +62,9 @@ class Surgery:
 
     def _new_head(self, num_classes: int) -> nn.Module:
         like = self.cls_token if self.cls_token is not None else next(self.parameters())
-        head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype)
-        return (head if num_classes > 0 else nn.Identity()).train(self.training)
+        if num_classes < 1:
+            return nn.Identity()
+        return nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype).train(self.training)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head, and optionally the pooling (attention pooling can be removed, not added)."""
@@ -96,6 +97,15 @@ class Surgery:
         self.pos_embed = nn.Parameter(
             torch.cat([table[:prefix], cells])[None], requires_grad=self.pos_embed.requires_grad
         )
+
+    def get_patch_size(self) -> tuple[int, int]:
+        return self.patch_embed.patch_size
+
+    def _apply(self, *args, **kwargs):
+        """Behind .to(), .half() and the like, which write through `.data`: nothing prepacked is trusted after them."""
+        for parameter in self.parameters():
+            gemm.forget(parameter)
+        return super()._apply(*args, **kwargs)
 
     def prepack(self) -> int:
         """Keep the weight of every Linear in the CPU library's layout, on trust; returns how many. For serving.

@@ -14,7 +14,7 @@ from revit_kernels.models import adopt
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
 from revit_kernels.models.surgery import Surgery
-from revit_kernels.modules.attention import dense_packing
+from revit_kernels.modules.attention import by_length, dense_packing
 from revit_kernels.modules.layer_norm import add, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
@@ -54,6 +54,7 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
     Float images come normalised, as timm takes them; uint8 images are normalised with the model's mean and std, and may
     be (height, width, channels) with channels_last=True.
 
+    Where timm's model takes one size of tensor only (`strict_img_size`), this one takes every size of whole patches.
     Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
     """
 
@@ -232,11 +233,9 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
                 channels = x.shape[3 if channels_last else 1]
                 if channels != self.in_chans:
                     raise ValueError(f"expected images of {self.in_chans} channels, got {channels}")
-                if channels_last:
-                    size = x.shape[1:3]
-                else:
-                    x = self.patch_embed.padded(x)
-                    size = x.shape[2:]
+                x = self.patch_embed.padded(x.permute(0, 3, 1, 2) if channels_last else x)
+                size = x.shape[2:]
+                x = x.permute(0, 2, 3, 1) if channels_last else x
                 grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
                 return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
         elif not isinstance(x, list | tuple) or not all(isinstance(image, Tensor) and image.ndim == 3 for image in x):
@@ -248,7 +247,7 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
             if packing.prefix != prefix:
                 raise ValueError(f"the packing has {packing.prefix} prefix tokens an image, the model {prefix}")
         elif grids is None:
-            limit = max_tokens or self.patch_embed.num_patches
+            limit = self.patch_embed.num_patches if max_tokens is None else max_tokens
             at = slice(0, 2) if channels_last else slice(1, 3)
             grids = [native_grid(tuple(image.shape[at]), self.patch_embed.patch_size, limit) for image in x]
         elif len(grids) != images:
@@ -281,11 +280,16 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
         first = images if isinstance(images, Tensor) else images[0] if images else None
         statistics = {}
         if first is not None and first.dtype == torch.uint8:
-            statistics = {"mean": self.pretrained_cfg["mean"], "std": self.pretrained_cfg["std"]}
+            statistics = {name: self.pretrained_cfg[name] for name in ("mean", "std")}
+            if any(len(values) != self.in_chans for values in statistics.values()):
+                raise ValueError(
+                    f"uint8 images need the {self.in_chans} channels' mean and std in pretrained_cfg, got {statistics}"
+                )
         x = self.patch_embed.pack(
             images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
         )
-        x = self.pos_drop(x)
+        if self.pos_embed is not None:
+            x = self.pos_drop(x)
         if self.training and not isinstance(self.patch_drop, nn.Identity):
             x, packing = drop_patches(x, packing, self.patch_drop.prob)
         return x, packing
@@ -296,7 +300,8 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
         pos, prefix = self._positions(Packing.uniform(0, grid, self.num_prefix_tokens, device=x.device))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = x if pos is None else x + pos
-        return self.pos_drop(x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1))
+        x = x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
+        return x if pos is None else self.pos_drop(x)
 
     # ------------------------------------------------------------------ tokens to features
 
@@ -306,25 +311,30 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
         if dense:  # hooks then see what timm shows them
             x = x.view(packing.images, packing.max_seqlen, -1)
         x, _ = normalise(self.norm_pre, x, packing)
-        stream = (x, None, None)
+        if not is_plain(self.blocks, "Sequential", "ModuleList"):  # somebody's hooks want to see the stack as a whole
+            if not dense or visit is not None or depth is not None or mask:
+                raise ValueError("hooks on `blocks` as a whole need a dense batch and no mask: hook its blocks instead")
+            return normalise(self.norm, self.blocks(x), packing)[0], packing
+        stream = [x, None, None]
+        del x
         for i, block in enumerate(self.blocks[:depth] if depth else self.blocks):
             stream = self._run_block(block, stream, packing, mask)
             if visit is not None:
-                stream = (add(*stream), None, None)
+                stream = [add(*stream), None, None]
                 visit(i, stream[0], packing)
         x, branch, gamma = stream
         return normalise(self.norm, x, packing, branch, gamma)[0], packing
 
     def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
         if not isinstance(block, tuple(BLOCKS.values())):
-            return adopt.run_foreign_block(block, add(*stream), packing, mask), None, None
+            return [by_length(block, add(*stream), packing, mask), None, None]
         if is_plain(block, *STREAMING):
             if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
                 return checkpoint(block.stream, stream, packing, use_reentrant=False)
             return block.stream(stream, packing, **mask)
         if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
-            return checkpoint(block, add(*stream), packing=packing, use_reentrant=False), None, None
-        return block(add(*stream), packing=packing, **mask), None, None
+            return [checkpoint(block, add(*stream), packing=packing, use_reentrant=False), None, None]
+        return [block(add(*stream), packing=packing, **mask), None, None]
 
     def forward_features(
         self,
@@ -376,12 +386,20 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
 
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
+        packing = x.packing if isinstance(x, PackedTokens) else None
         x = self.pool(x)
         if isinstance(x, PackedTokens):  # no pooling: an answer per token
             head = self.head_drop(self.fc_norm(x.tokens))
             return PackedTokens(head if pre_logits else linear(self.head, head), x.packing)
         x = self.head_drop(self.fc_norm(x))
-        return x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
+        x = x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
+        return x if packing is None else self._answered(x, packing)
+
+    def _answered(self, y, packing: Packing):
+        """The answers, with zeros for images that found no room in a packing made on the device."""
+        if packing.host_grids is not None or packing.full or isinstance(y, PackedTokens):
+            return y
+        return torch.where(packing.fits[:, None], y, 0)
 
     def forward(
         self,

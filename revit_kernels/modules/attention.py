@@ -19,6 +19,23 @@ def dense_packing(x: Tensor) -> Packing:
     return Packing.uniform(x.shape[0], (1, x.shape[1]), 0, device=x.device)
 
 
+def by_length(module: nn.Module, x: Tensor, packing: Packing, mask: dict) -> Tensor:
+    """A module that knows no packing, called with a dense batch (images, length, dim) for each length there is."""
+    if x.ndim == 3:
+        return module(x, **mask)
+    if packing.grids is None or mask:
+        raise ValueError(f"{type(module).__name__} runs only where the host knows the grids, and without a mask")
+    images: dict[int, list[int]] = {}
+    parts = list(packing.split(x))
+    for i, part in enumerate(parts):
+        images.setdefault(len(part), []).append(i)
+    for members in images.values():
+        for i, y in zip(members, module(torch.stack([parts[i] for i in members]))):
+            parts[i] = y
+    used = torch.cat(parts) if parts else x[:0]
+    return F.pad(used, (0, 0, 0, x.shape[0] - len(used)))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -35,6 +52,7 @@ def attend(
     A mask (as F.scaled_dot_product_attention takes it), causality and dropout are no matter of the packed kernels:
     they run on torch's, and a mask and causality only for a dense batch. ValueError otherwise.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
         return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale)
 

@@ -1,13 +1,13 @@
 """Transformer blocks of the zoo, on packed tokens.
 
-A block that `streams` takes and gives its residual stream as (x, branch, gamma), standing for x + gamma * branch, so
+A block that `streams` takes and gives its residual stream as [x, branch, gamma], standing for x + gamma * branch, so
 that the add runs inside the norm that comes next, even if that norm is the next block's.
 """
 
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.modules.attention import Attention, DiffAttention, _Lambda, attend, dense_packing
+from revit_kernels.modules.attention import Attention, DiffAttention, _Lambda, attend, by_length, dense_packing
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.mlp import Mlp
@@ -15,7 +15,15 @@ from revit_kernels.packing import Packing
 
 ATTENTION = {"": Attention, "attn": Attention, "diff": DiffAttention}
 
-Stream = tuple[Tensor, Tensor | None, Tensor | None]
+Stream = list[Tensor | None]  # [x, branch, gamma]
+
+
+def take(stream: Stream) -> Stream:
+    """What is in the stream, which lets go of it unless a backward may want it: it is the largest thing there is."""
+    taken = list(stream)
+    if not torch.is_grad_enabled():
+        stream.clear()
+    return taken
 
 
 def make_attention(layer, dim: int, depth: int, **kwargs) -> nn.Module:
@@ -27,6 +35,13 @@ def make_attention(layer, dim: int, depth: int, **kwargs) -> nn.Module:
     if isinstance(layer, type) and issubclass(layer, DiffAttention):
         kwargs["depth"] = depth
     return layer(dim, **kwargs)
+
+
+def run_attention(module: nn.Module, x: Tensor, packing: Packing, mask: dict) -> Tensor:
+    """module(x), where somebody may have put an attention of another library, or of his own, into the block."""
+    if isinstance(module, Attention | DiffAttention) and "forward" not in module.__dict__:
+        return module(x, packing=packing, **mask)
+    return by_length(module, x, packing, mask)
 
 
 class LayerScale(nn.Module):
@@ -90,7 +105,8 @@ class _Streaming(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
         packing = packing or dense_packing(x)
-        return add(*self.stream((x, None, None), packing, attn_mask=attn_mask, is_causal=is_causal))
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        return add(*self.stream([x, None, None], packing, **mask))
 
     def _options(self, dim, device, dtype, init_values, drop_path):
         """A LayerScale and a DropPath, or identities in their place."""
@@ -154,11 +170,13 @@ class Block(_Streaming):
         self.ls2, self.drop_path2 = self._options(dim, device, dtype, init_values, drop_path)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
-        x, branch, gamma = stream
+        x, branch, gamma = take(stream)
         y, x = normalise(self.norm1, x, packing, branch, gamma)
-        branch, gamma = scaled(self.ls1, self.drop_path1, self.attn(y, packing=packing, **mask), packing)
+        branch = None
+        branch, gamma = scaled(self.ls1, self.drop_path1, run_attention(self.attn, y, packing, mask), packing)
         y, x = normalise(self.norm2, x, packing, branch, gamma)
-        return x, *scaled(self.ls2, self.drop_path2, self.mlp(y), packing)
+        branch = None
+        return [x, *scaled(self.ls2, self.drop_path2, self.mlp(y), packing)]
 
 
 class ResPostBlock(_Streaming):
@@ -219,11 +237,11 @@ class ResPostBlock(_Streaming):
             nn.init.constant_(self.norm2.weight, self.init_values)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
-        x = add(*stream)
-        branch, _ = normalise(self.norm1, self.attn(x, packing=packing, **mask), packing)
+        x = add(*take(stream))
+        branch, _ = normalise(self.norm1, run_attention(self.attn, x, packing, mask), packing)
         x = x + drop_path(self.drop_path1, branch, packing)
         branch, _ = normalise(self.norm2, self.mlp(x), packing)
-        return x, drop_path(self.drop_path2, branch, packing), None
+        return [x, drop_path(self.drop_path2, branch, packing), None]
 
 
 class ParallelScalingBlock(_Streaming):
@@ -292,7 +310,9 @@ class ParallelScalingBlock(_Streaming):
         return attend(self.q_norm(q), self.k_norm(k), v, packing, self.scale, **options).flatten(1)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
-        y, x = normalise(self.in_norm, stream[0], packing, *stream[1:])
+        x, branch, gamma = take(stream)
+        y, x = normalise(self.in_norm, x, packing, branch, gamma)
+        branch = None
         flat = linear(self.in_proj, y).view(-1, sum(self.in_split))
         mlp, q, k, v = flat.split(self.in_split, dim=-1)
         attn = self._attend(q, k, v, packing, dropout=self.attn_drop.p if self.training else 0.0, **mask)
@@ -301,7 +321,7 @@ class ParallelScalingBlock(_Streaming):
             y = linear(self.out_proj, torch.cat((attn, mlp), -1))
         else:
             y = linear(self.attn_out_proj, attn) + linear(self.mlp_out_proj, mlp)
-        return x, *scaled(self.ls, self.drop_path, y.view(x.shape), packing)
+        return [x, *scaled(self.ls, self.drop_path, y.view(x.shape), packing)]
 
 
 class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
@@ -390,8 +410,10 @@ class ParallelThingsBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
         packing = packing or dense_packing(x)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal}
-        x = x + sum(self._branch(b, lambda y, b=b: b.attn(y, packing=packing, **mask), x, packing) for b in self.attns)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        x = x + sum(
+            self._branch(b, lambda y, b=b: run_attention(b.attn, y, packing, mask), x, packing) for b in self.attns
+        )
         return x + sum(self._branch(b, b.mlp, x, packing) for b in self.ffns)
 
     @staticmethod

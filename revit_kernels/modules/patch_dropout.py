@@ -25,6 +25,7 @@ def drop_patches(x: Tensor, packing: Packing, prob: float) -> tuple[Tensor, Pack
     order = torch.rand(x.shape[0], device=x.device)
     is_prefix = torch.arange(x.shape[0], device=x.device) - packing.cu_seqlens[packing.image.long()] < packing.prefix
     order = torch.where(is_prefix, -1.0, order) + 2 * packing.image  # images stay in order, prefix tokens first
+    order = torch.where(packing.image < 0, torch.inf, order)
     order = order.argsort(stable=True)
     shorter = Packing.from_grids([(1, n) for n in kept], packing.prefix, device=x.device)
     starts = packing.cu_seqlens[shorter.image.long()] - shorter.cu_seqlens[shorter.image.long()]

@@ -85,8 +85,8 @@ class AttentionPoolLatent(nn.Module):
         k, v = linear(self.kv, x).view(-1, 2, self.num_heads, self.head_dim).unbind(1)
         one_each = torch.arange(images + 1, dtype=torch.int32, device=x.device) * self.latent_len
         y = ops.attention(
-            q,
-            self.k_norm(k),
+            q.to(v.dtype),
+            self.k_norm(k).to(v.dtype),
             v,
             one_each,
             self.latent_len,

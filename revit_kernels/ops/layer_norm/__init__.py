@@ -48,6 +48,7 @@ class _LayerNorm(torch.autograd.Function):
         return y if branch is None else (y, total)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dsum=None):
         total, weight, bias, row, branch, gamma, mean, rstd = ctx.saved_tensors
         if dy is None and dsum is None:

@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from revit_kernels.gemm import linear
-
 
 def refusal(*_):
     return None
@@ -54,7 +52,7 @@ def forward(
     for i, h, w, row, cell in _entries(cu_seqlens, placement, prefix_tokens):
         x = images[i].permute(2, 0, 1) if channels_last else images[i]
         patches = _patches(x, h, w, weight, mean, std, how)
-        tokens = linear(patches, weight.flatten(1), bias)
+        tokens = F.linear(patches, weight.flatten(1), bias)
         y[row : row + h * w] = tokens if pos is None else tokens + pos[cell : cell + h * w]
         if prefix is not None:
             y[row - prefix_tokens : row] = prefix

@@ -30,6 +30,7 @@ class _Pool(torch.autograd.Function):
         return _forward(x, cu_seqlens, kind, prefix, include_prefix, backend)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, cu_seqlens = ctx.saved_tensors
         return _backward(grad.contiguous(), x, cu_seqlens, ctx.tokens, *ctx.rest), None, None, None, None, None

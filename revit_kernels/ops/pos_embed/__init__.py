@@ -1,5 +1,6 @@
 """The learned position table, interpolated to every grid of a batch in one call."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +79,8 @@ def pos_embed(
     for i, grid in enumerate(grids):
         if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
             raise ValueError(f"grids[{i}] must be (rows, columns), each at least 1, got {tuple(grid)}")
+        if offset and not 0 < min(grid) + offset < math.inf:
+            raise ValueError(f"offset must be finite and leave every grid above 0, got {offset} for {tuple(grid)}")
         sizes += grid
     return _PosEmbed.apply(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
 
