@@ -27,6 +27,7 @@ UPRIGHT = {  # orientation: what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+STRIP = 128  # rows
 
 
 class ImageError(ValueError):
@@ -177,7 +178,16 @@ def _decode(image: Image.Image, target, hold) -> Decoded:
     rgb = _to_rgb(image)
     if orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
-    return Decoded(np.array(rgb), size)
+    return Decoded(_array(rgb), size)
+
+
+def _array(rgb: Image.Image) -> np.ndarray:
+    """The pixels, copied in strips: all at once, Pillow would hold two more copies of them."""
+    pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
+    for top in range(0, rgb.height, STRIP):
+        bottom = min(top + STRIP, rgb.height)
+        pixels[top:bottom] = rgb.crop((0, top, rgb.width, bottom))
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:
