@@ -13,11 +13,13 @@ examples:
   revit infer photos/ more.jpg "scans/*.png" @list.txt --model weights.safetensors --output answers.csv
   revit infer photos/ --model vit_small_patch14_dinov2 --checkpoint dinov2.safetensors --features --output features.npz
   revit infer photos/ --model deit_small_patch16_224 --pretrained --grids 14x14,10x10,7x7 --compare
+  revit infer tiles/ --model flexivit_small --pretrained --grids 8x8 --method patch
 
-A PATH is an image, a folder, a pattern such as "photos/**/*.jpg", or a list (@FILE or a .txt file, a path a line; "@-"
-reads standard input). An image that is missing or broken becomes a record with its error; the others are unharmed.
+A PATH is an image, a folder, a pattern such as "photos/**/*.jpg", or a list (@FILE or a .txt file, a path a line, no
+patterns; "@-" reads standard input). An image that is missing or broken becomes a record with its error; the others
+are unharmed.
 
-exit status: 0 all images answered, 1 some could not be, 2 the command was wrong, 130 interrupted
+exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
 """
 
 
@@ -111,6 +113,13 @@ def _add_infer(commands) -> None:
         help="with a list of --grids: cut out the centre (default), or stretch the whole image",
     )
     tokens.add_argument(
+        "--method",
+        choices=("resize", "patch"),
+        default="resize",
+        help="what fits an image to its grid: the image is resized (default), or the patch kernel is, as in FlexiViT; "
+        "the image's size must then be a whole multiple of the grid",
+    )
+    tokens.add_argument(
         "--batch-tokens", type=_count, metavar="N", default=8192, help="tokens of one packed batch (default: 8192)"
     )
 
@@ -147,10 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser().print_help()
         return 2
-    try:
-        previous = signal.signal(signal.SIGTERM, _terminate)
-    except ValueError:  # not the main thread
-        previous = None
+    previous = _catch()
     try:
         if args.command == "samples":
             from revit_kernels.data.samples import gather
@@ -163,14 +169,44 @@ def main(argv: list[str] | None = None) -> int:
         print("revit: interrupted, nothing was left half-written", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_output()
         return 141
-    except (ValueError, NotImplementedError, ImportError, OSError, RuntimeError) as error:
-        print(f"revit: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError) else 2
+    except (ValueError, NotImplementedError, ImportError) as error:
+        return _error(error, 2)
+    except (OSError, RuntimeError) as error:
+        return _error(error, 1)
+    except MemoryError:
+        return _error("out of memory", 1)
     finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _catch() -> dict:
+    """Let what ends the process leave as an exception; returns the handlers of before."""
+    previous = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
+            try:
+                previous[number] = signal.signal(number, _terminate)
+            except ValueError:  # not the main thread
+                break
+    return previous
+
+
+def _error(error: Exception | str, status: int) -> int:
+    print(f"revit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if sys.stdout is sys.__stdout__:
+        try:
+            sys.stdout.flush()
+        except OSError:  # on a full disk: it would be tried again at exit
+            _forget_output()
+    return status
+
+
+def _forget_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

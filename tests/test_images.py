@@ -90,6 +90,14 @@ def test_reduced_decoding_keeps_twice_the_target(tmp_path, target, shape):
     assert pixels.shape[:2] == shape and size == (400, 800)
 
 
+@pytest.mark.parametrize("name", ["a.jpg", "a.png"])
+def test_the_bytes_are_told_before_they_are_taken(tmp_path, name):
+    noise((800, 400)).save(tmp_path / name)
+    held = []
+    pixels = decode(str(tmp_path / name), lambda size: (50, 100), held.append).pixels
+    assert held == [pixels.nbytes] and pixels.shape[0] == (100 if name == "a.jpg" else 400)
+
+
 def broken_files(folder):
     whole = io.BytesIO()
     noise((64, 64)).save(whole, "JPEG")
@@ -154,42 +162,64 @@ def tree(tmp_path, monkeypatch):
 
 
 def test_folders(tree):
-    assert find_images(["in"]) == (["in/a.png", "in/b.JPG", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"], [])
-    assert find_images(["in"], recursive=False) == (["in/a.png", "in/b.JPG"], [])
+    assert find_images(["in"]) == (["in/a.png", "in/b.JPG", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"], [], [])
+    assert find_images(["in"], recursive=False) == (["in/a.png", "in/b.JPG"], [], [])
 
 
 def test_order_duplicates_and_missing_files_are_kept(tree):
     given = ["nowhere.jpg", "in/sub/c.webp", "in/a.png", "in/a.png"]
-    assert find_images(given) == (given, [])
+    assert find_images(given) == (given, [], [])
 
 
 def test_patterns(tree):
-    assert find_images(["in/*.png"]) == (["in/a.png"], [])
-    assert find_images(["in/**/*.webp", "in/*.tiff"]) == (["in/sub/c.webp"], ["in/*.tiff"])
+    assert find_images(["in/*.png"]) == (["in/a.png"], [], [])
+    paths, empty, (problem,) = find_images(["in/**/*.webp", "in/*.tiff"])
+    assert paths == ["in/sub/c.webp"] and empty == []
+    assert problem == "there is no file in/*.tiff, and none that matches it as a pattern"
     (tree / "x[1].png").touch()
-    assert find_images(["x[1].png"]) == (["x[1].png"], [])  # a file of that very name comes first
+    assert find_images(["x[1].png"]) == (["x[1].png"], [], [])  # a file of that very name comes first
 
 
 def test_lists(tree, monkeypatch):
     (tree / "list.txt").write_bytes(b"\xef\xbb\xbfin/a.png\r\n\n in/odd\nin/sub\n")
     expected = ["in/a.png", " in/odd", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"]
-    assert find_images(["list.txt"]) == find_images(["@list.txt"]) == (expected, [])
+    assert find_images(["list.txt"]) == find_images(["@list.txt"]) == (expected, [], [])
+    (tree / "list.txt").write_text("in/IMG[1].jpg\nin/*.png\n")
+    (tree / "in" / "IMG1.jpg").touch()
+    assert find_images(["list.txt"]) == (["in/IMG[1].jpg", "in/*.png"], [], [])  # names, not patterns
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.JPG\n")))
-    assert find_images(["@-"]) == (["in/b.JPG"], [])
+    assert find_images(["@-"]) == (["in/b.JPG"], [], [])
     with pytest.raises(ValueError, match=r"the list gone\.txt cannot be read: No such file"):
         find_images(["@gone.txt"])
 
 
 def test_nothing_found_is_told(tree):
     (tree / "void").mkdir()
-    assert find_images(["void"]) == ([], ["void"])
+    assert find_images(["void"]) == ([], ["void"], [])
+
+
+def test_a_folder_that_cannot_be_read_is_told(tree, monkeypatch):
+    scandir = os.scandir
+
+    def forbidding(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidding)
+    assert find_images(["in"]) == (
+        ["in/a.png", "in/b.JPG"],
+        [],
+        ["the folder in/sub cannot be read: Permission denied"],
+    )
+    assert find_images(["in/sub"]) == ([], [], ["the folder in/sub cannot be read: Permission denied"])
 
 
 def test_names_that_are_no_text(tmp_path):
     name = os.fsencode(tmp_path) + b"/\xff\xe9.png"
     with open(name, "wb") as file:
         halves().save(file, "PNG")
-    (path,), _ = find_images([str(tmp_path)])
+    (path,), *_ = find_images([str(tmp_path)])
     assert decode(path).size == (16, 32)
     assert show(path).endswith(r"/\xff\xe9.png")
     show(path).encode()

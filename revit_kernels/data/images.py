@@ -27,6 +27,7 @@ UPRIGHT = {  # orientation: what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+STRIP = 128  # rows
 
 
 class ImageError(ValueError):
@@ -43,38 +44,53 @@ class Decoded(NamedTuple):
 # ---------------------------------------------------------------------- finding
 
 
-def find_images(arguments: Sequence[str], recursive: bool = True) -> tuple[list[str], list[str]]:
-    """The image files that the arguments name, in the order given, and the arguments that name none.
+class Found(NamedTuple):
+    """paths:    image files, in the order of the arguments
+    empty:    folders without image files
+    problems: a sentence for each pattern that matches nothing, and for each folder that cannot be read
+    """
+
+    paths: list[str]
+    empty: list[str]
+    problems: list[str]
+
+
+def find_images(arguments: Sequence[str], recursive: bool = True) -> Found:
+    """The image files that the arguments name.
 
     arguments: files; folders (their image files, sorted by name; hidden ones are left out); patterns such as
-               "photos/**/*.jpg"; and lists, as @FILE or a .txt file: an argument a line ("@-": standard input)
+               "photos/**/*.jpg"; and lists, as @FILE or a .txt file: a file or folder a line ("@-": standard input)
     recursive: also look into the folders of a folder
 
     A file named outright is taken whatever its name, and whether or not it exists: decoding it says what is wrong.
-    Raises ValueError for a list that cannot be read.
+    A line of a list is never a pattern: the names of files have brackets. Raises ValueError for a list that cannot be
+    read.
     """
-    found: list[str] = []
-    empty: list[str] = []
-    for argument in _expand_lists(arguments):
+    found = Found([], [], [])
+    for argument, is_line in _expand_lists(arguments):
         if os.path.isdir(argument):
-            images = list(_walk(argument, recursive))
-        elif not os.path.lexists(argument) and glob.has_magic(argument):
-            images = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
+            before = len(found.paths), len(found.problems)
+            found.paths.extend(_walk(argument, recursive, found.problems))
+            if before == (len(found.paths), len(found.problems)):
+                found.empty.append(argument)
+        elif is_line or os.path.lexists(argument) or not glob.has_magic(argument):
+            found.paths.append(argument)
         else:
-            images = [argument]
-        found += images
-        if not images:
-            empty.append(argument)
-    return found, empty
+            images = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
+            found.paths.extend(images)
+            if not images:
+                found.problems.append(f"there is no file {show(argument)}, and none that matches it as a pattern")
+    return found
 
 
-def _expand_lists(arguments: Sequence[str]) -> Iterator[str]:
+def _expand_lists(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Each argument, or the lines of the list that it is; and whether it is a line."""
     for argument in arguments:
         is_list = argument.startswith("@") and not os.path.lexists(argument)
         if is_list or (argument.lower().endswith(".txt") and not os.path.isdir(argument)):
-            yield from _read_list(argument[1:] if is_list else argument)
+            yield from ((line, True) for line in _read_list(argument[1:] if is_list else argument))
         else:
-            yield argument
+            yield argument, False
 
 
 def _read_list(path: str) -> list[str]:
@@ -87,8 +103,11 @@ def _read_list(path: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines if line.strip()]
 
 
-def _walk(folder: str, recursive: bool) -> Iterator[str]:
-    for root, folders, files in os.walk(folder):
+def _walk(folder: str, recursive: bool, problems: list[str]) -> Iterator[str]:
+    def unreadable(error: OSError) -> None:
+        problems.append(f"the folder {show(error.filename)} cannot be read: {error.strerror}")
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
@@ -103,12 +122,17 @@ def show(path: str) -> str:
 # ---------------------------------------------------------------------- decoding
 
 
-def decode(path: str, target: Callable[[tuple[int, int]], tuple[int, int]] | None = None) -> Decoded:
+def decode(
+    path: str,
+    target: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
+    hold: Callable[[int], None] | None = None,
+) -> Decoded:
     """The image in a file, upright and as RGB.
 
     target: from the image's (height, width) to the (height, width) it will be resized to. A JPEG may then be decoded
             at half, a quarter or an eighth of its size, but never at less than twice the target: an antialiased resize
             from there is still right.
+    hold:   called with the bytes that the pixels will take, before any is decoded; it may wait, or raise ImageError
 
     Transparent pixels are laid on white, 16 bits are reduced to 8, of an animation the first frame is taken.
     Raises ImageError for whatever is wrong with the file.
@@ -120,7 +144,7 @@ def decode(path: str, target: Callable[[tuple[int, int]], tuple[int, int]] | Non
         if status.st_size == 0:
             raise ImageError("the file is empty")
         with Image.open(path) as image:
-            return _decode(image, target)
+            return _decode(image, target, hold)
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -138,7 +162,7 @@ def decode(path: str, target: Callable[[tuple[int, int]], tuple[int, int]] | Non
         raise ImageError(f"the image cannot be decoded: {why}") from error
 
 
-def _decode(image: Image.Image, target) -> Decoded:
+def _decode(image: Image.Image, target, hold) -> Decoded:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ImageError(f"the image has {image.width} x {image.height} pixels, more than the limit of {limit:,}")
@@ -148,11 +172,22 @@ def _decode(image: Image.Image, target) -> Decoded:
     if target is not None:
         height, width = target(size)
         image.draft(None, (2 * height, 2 * width) if sideways else (2 * width, 2 * height))  # no-op but for JPEG
+    if hold is not None:
+        hold(3 * image.width * image.height)
     image.load()
     rgb = _to_rgb(image)
     if orientation in UPRIGHT:
         rgb = rgb.transpose(UPRIGHT[orientation])
-    return Decoded(np.array(rgb), size)
+    return Decoded(_array(rgb), size)
+
+
+def _array(rgb: Image.Image) -> np.ndarray:
+    """The pixels, copied in strips: all at once, Pillow would hold two more copies of them."""
+    pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
+    for top in range(0, rgb.height, STRIP):
+        bottom = min(top + STRIP, rgb.height)
+        pixels[top:bottom] = rgb.crop((0, top, rgb.width, bottom))
+    return pixels
 
 
 def _orientation(image: Image.Image) -> int:

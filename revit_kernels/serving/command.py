@@ -22,56 +22,92 @@ LISTED = 10  # how many broken images are named on standard error; the records n
 
 
 def run(args) -> int:
-    """`revit infer`; returns the exit status. Raises ValueError for what the user got wrong."""
+    """`revit infer`; returns the exit status.
+
+    Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
+    """
     check_output(args.output)
     _check_options(args)
-    paths, empty = find_images(args.paths, args.recursive)
+    paths, empty, problems = find_images(args.paths, args.recursive)
     if not paths:
-        raise ValueError(f"there are no images in {', '.join(show(path) for path in empty)}" if empty else "no images")
+        none = [f"there are no images in {', '.join(show(path) for path in empty)}"] if empty else []
+        raise ValueError("; ".join(problems + none) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
-
     with _backend(args.backend), warnings.catch_warnings():
         # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
-        model = load_model(
-            args.model,
-            checkpoint=args.checkpoint,
-            pretrained=args.pretrained,
-            untrained=args.untrained,
-            device=device,
-            dtype=choose_dtype(args.dtype, device),
+        with _out_of_memory(device, args.batch_tokens):
+            totals = _answer(args, paths, device)
+    for problem in problems:
+        _say(f"revit: {problem}")
+    return max(_report(totals), 1 if problems else 0)
+
+
+def _answer(args, paths: list[str], device: torch.device) -> Totals:
+    model = load_model(
+        args.model,
+        checkpoint=args.checkpoint,
+        pretrained=args.pretrained,
+        untrained=args.untrained,
+        device=device,
+        dtype=choose_dtype(args.dtype, device),
+    )
+    columns = _columns(args, model)
+    model.patch_method = args.method
+    rule = GridRule(
+        model.patch_embed.patch_size,
+        args.max_tokens or full_length(model),
+        args.grids,
+        crop=args.fit != "squash",
+        resize=args.method == "resize",
+    )
+    sample = Sample() if args.compare else None
+    bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
+    with bar, _written(args.output), open_records(args.output, columns) as writer:
+        totals = infer(
+            model,
+            paths,
+            rule,
+            writer,
+            features=args.features,
+            batch_tokens=args.batch_tokens,
+            workers=args.workers or min(16, _cores()),
+            progress=bar.update,
+            keep=sample.keep if sample else None,
         )
-        columns = _columns(args, model)
-        rule = GridRule(
-            model.patch_embed.patch_size, args.max_tokens or full_length(model), args.grids, args.fit != "squash"
-        )
-        sample = Sample() if args.compare else None
-        bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
-        try:
-            with bar, open_records(args.output, columns) as writer:
-                totals = infer(
-                    model,
-                    paths,
-                    rule,
-                    writer,
-                    features=args.features,
-                    batch_tokens=args.batch_tokens,
-                    workers=args.workers or min(16, _cores()),
-                    progress=bar.update,
-                    keep=sample.keep if sample else None,
-                )
-        except torch.OutOfMemoryError:
-            raise RuntimeError(
-                f"{device} ran out of memory: give fewer --batch-tokens than {args.batch_tokens}"
-            ) from None
-        if not args.quiet:
-            _say(closing_line(totals, full_length(model)))
-        if sample is not None and sample.pixels:
-            _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
-    return _report(totals)
+    if not args.quiet:
+        _say(closing_line(totals, full_length(model)))
+    if sample is not None and sample.pixels:
+        _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
+    return totals
+
+
+@contextmanager
+def _out_of_memory(device: torch.device, batch_tokens: int):
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; on the CPU only the text tells
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+    except MemoryError:
+        pass
+    else:
+        return
+    raise RuntimeError(f"{device} ran out of memory: give fewer --batch-tokens than {batch_tokens}, or a smaller model")
+
+
+@contextmanager
+def _written(output: str | None):
+    try:
+        yield
+    except BrokenPipeError:  # no failure: the reader has what it wanted
+        raise
+    except OSError as error:  # of an image it would be a record
+        name = f"--output {output}" if output else "standard output"
+        raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
 
 
 def _say(text: str) -> None:
@@ -91,6 +127,10 @@ def _check_options(args) -> None:
         raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
     if args.fit and not args.grids:
         raise ValueError("--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched")
+    if args.method == "patch" and args.compare:
+        raise ValueError("--compare times images that are resized: leave out --method patch")
+    if args.method == "patch" and args.fit == "squash":
+        raise ValueError("--fit squash stretches the image; with --method patch it keeps its size")
     if args.features and args.labels:
         raise ValueError("--labels names classes; with --features there are none")
     if args.backend and args.backend not in dispatch.BACKENDS:

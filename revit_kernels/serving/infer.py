@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from revit_kernels.data.images import Decoded, ImageError, decode, show
+from revit_kernels.data.images import Decoded, ImageError, show
 from revit_kernels.grids import Grid, largest_grid, native_grid
 from revit_kernels.serving.batching import token_batches
+from revit_kernels.serving.loading import Loaded, load_all
 from revit_kernels.serving.records import Answer
 
-AHEAD_BYTES = 512 << 20  # decoded images that may wait for the model
 BATCH_BYTES = 512 << 20  # decoded images in one batch
 
 
@@ -28,12 +25,14 @@ class GridRule:
     max_tokens: the most patches, where each image keeps its own aspect
     grids:      or the grids to choose from: the largest that does not enlarge the image
     crop:       with `grids`, cut the centre of the grid's aspect out of the image, instead of stretching it
+    resize:     False where the patch kernel is resized instead of the image (the model's patch_method "patch")
     """
 
     patch_size: tuple[int, int]
     max_tokens: int
     grids: tuple[Grid, ...] | None = None
     crop: bool = True
+    resize: bool = True
 
     def grid(self, size: tuple[int, int]) -> Grid:
         if self.grids:
@@ -62,20 +61,13 @@ class GridRule:
         top, left = (height - h) // 2, (width - w) // 2
         return pixels[top : top + h, left : left + w]
 
-
-@dataclass
-class Loaded:
-    """An image ready for the model, or the reason why there is none."""
-
-    path: str
-    pixels: torch.Tensor | None = None  # (height, width, 3) uint8
-    size: tuple[int, int] | None = None
-    grid: Grid | None = None
-    error: str | None = None
-
-    @property
-    def bytes(self) -> int:
-        return 0 if self.pixels is None else self.pixels.numel()
+    def check(self, size: tuple[int, int], grid: Grid) -> None:
+        """Raise ImageError where a patch would not be a whole number of pixels, and the image may not be resized."""
+        if not self.resize and (size[0] % grid[0] or size[1] % grid[1]):
+            raise ImageError(
+                f"its {size[1]} x {size[0]} pixels are no whole multiple of the grid {grid[0]}x{grid[1]}, as --method "
+                "patch needs"
+            )
 
 
 @dataclass
@@ -87,39 +79,6 @@ class Totals:
     tokens: int = 0
     full: int = 0  # tokens, had every image been given the model's full length
     seconds: float = 0.0
-
-
-def load(path: str, rule: GridRule) -> Loaded:
-    """Decode one image; whatever is wrong with it becomes its error."""
-    try:
-        decoded = decode(path, rule.pixels)
-    except ImageError as error:
-        return Loaded(path, error=str(error))
-    pixels = torch.from_numpy(np.ascontiguousarray(rule.cut(decoded)))
-    return Loaded(path, pixels, decoded.size, rule.grid(decoded.size))
-
-
-def load_all(paths: Iterable[str], rule: GridRule, workers: int, ahead: int) -> Iterator[Loaded]:
-    """Images in the order of `paths`, decoded by `workers` threads, at most `ahead` of them before they are asked for.
-
-    Once AHEAD_BYTES of decoded images wait, no other is begun.
-    """
-    paths = iter(paths)
-    waiting: deque[Future] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    try:
-        while True:
-            ready = sum(f.result().bytes for f in waiting if f.done())
-            while len(waiting) < ahead and (ready < AHEAD_BYTES or not waiting):
-                path = next(paths, None)
-                if path is None:
-                    break
-                waiting.append(pool.submit(load, path, rule))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> torch.Tensor:
@@ -157,7 +116,8 @@ def infer(
     progress:     called with the number of images whose records were just written
     keep:         called with each image, decoded
 
-    Returns the totals. At any time only a bounded number of decoded images is in memory.
+    Returns the totals. Decoded images in memory: loading.AHEAD_BYTES that wait and BATCH_BYTES in a batch, or one that
+    is larger.
     """
     device = next(model.parameters()).device
     prefix = model.num_prefix_tokens

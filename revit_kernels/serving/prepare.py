@@ -9,6 +9,8 @@ import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
+
 
 def choose_device(name: str | None) -> torch.device:
     """The device of this name, or the GPU if there is one. Raises ValueError for one that is not there."""
@@ -17,7 +19,9 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: this machine has no GPU that this torch {torch.__version__} can use")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -49,21 +53,28 @@ def load_model(
     name:       of timm, or a .safetensors file that says what model it is for
     checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
 
-    Raises ValueError where there are no weights, or they do not fit.
+    Raises ValueError where there are no weights, or they do not fit, and for a model of other images than RGB.
     """
+    from revit_kernels.models.checkpoints import description
     from revit_kernels.models.registry import create_model, resolve
 
     is_file = Path(name).suffix == ".safetensors"
     sources = sum((bool(checkpoint), pretrained, untrained, is_file))
     if sources > 1:
         raise ValueError("the weights come from one place: --checkpoint, --pretrained, --untrained or a --model file")
-    if not sources and not Path(name).suffix.startswith((".pt", ".bin", ".npz")):  # create_model says what those lack
+    if Path(name).suffix.lower() in WEIGHTS or (is_file and description(name) is None):
+        raise ValueError(f"{name} does not say what model it is for: use --model NAME --checkpoint {name}")
+    if not sources:
         resolve(name)  # a name that is wrong is the first thing to say
         raise ValueError(
             f"--model {name} needs weights: --checkpoint FILE, --pretrained (timm's, downloaded), or --untrained "
             "(random, for timing only)"
         )
-    model = create_model(name, pretrained=pretrained, checkpoint_path=checkpoint).to(device, dtype).eval()
+    model = create_model(name, pretrained=pretrained, checkpoint_path=checkpoint)
+    channels = model.patch_embed.proj.in_channels
+    if channels != 3:
+        raise ValueError(f"--model {name} takes images of {channels} channels; images are decoded to RGB, which has 3")
+    model = model.to(device, dtype).eval()
     model.prepack()  # nobody else writes to these weights
     return model
 
