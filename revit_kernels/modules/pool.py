@@ -133,6 +133,6 @@ class AttentionPoolPrr(nn.Module):
         packing = packing or dense_packing(x)
         x, _ = normalise(self.pre_norm, x.reshape(-1, x.shape[-1]), packing)
         heads = x.view(-1, self.num_heads, self.head_dim)
-        x = attend(heads, heads, heads, packing, self.scale).view(x.shape)
+        x = attend(heads, heads.view_as(heads), heads.view_as(heads), packing, self.scale).view(x.shape)
         x, _ = normalise(self.post_norm, x, packing)
         return ops.pool(x, packing.cu_seqlens, self.pool, prefix=0, include_prefix=True)

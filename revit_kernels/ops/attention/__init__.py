@@ -32,6 +32,8 @@ _backward = register(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend):
+        if cu_seqlens_k is None:  # the same: torch.compile takes no tensor twice
+            cu_seqlens_k = cu_seqlens
         out, lse = _forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k)
         ctx.max_seqlen, ctx.max_seqlen_k, ctx.scale, ctx.backend = max_seqlen, max_seqlen_k, scale, backend
@@ -149,7 +151,8 @@ def attention(
     if rotary is not None:
         q, k = _rotated(q, k, cu_seqlens, rotary)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    boundaries = (cu_seqlens.contiguous(), max_seqlen, cu_seqlens_k.contiguous(), max_seqlen_k)
+    boundaries_k = None if cu_seqlens_k is cu_seqlens else cu_seqlens_k.contiguous()
+    boundaries = (cu_seqlens.contiguous(), max_seqlen, boundaries_k, max_seqlen_k)
     return _Attention.apply(q, k, v, *boundaries, scale, backend)
 
 
