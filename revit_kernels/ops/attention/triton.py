@@ -76,10 +76,17 @@ def _scores(a, a_rest, b, b_rest, REST: tl.constexpr):
 
 
 @triton.jit
+def _bounds(cu_seqlens_ptr, image, tokens):
+    """First and last + 1 of the image's rows: within the buffer, whatever cu_seqlens says."""
+    begin = tl.maximum(tl.load(cu_seqlens_ptr + image), 0)
+    return begin, tl.minimum(tl.load(cu_seqlens_ptr + image + 1), tokens)
+
+
+@triton.jit
 def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros in the rows from `first` on of a contiguous (tokens, width) buffer."""
-    start = first.to(tl.int64) * width + program * BLOCK
-    end = tokens.to(tl.int64) * width
+    start = tl.maximum(first, 0).to(tl.int64) * width + program * BLOCK
+    end = (tl.full([], 0, tl.int64) + tokens) * width  # tokens has no .to(): Triton makes a constant of a 1
     cols = tl.arange(0, BLOCK)
     for at in range(start, end, PROGRAMS * BLOCK):
         tl.store(y_ptr + at + cols, tl.zeros([BLOCK], y_ptr.dtype.element_ty), mask=at + cols < end)
@@ -88,7 +95,7 @@ def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLO
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -102,13 +109,11 @@ def _forward_kernel(
             _zero_tail(y_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
             _zero_tail(lse_ptr, tokens, first, tl.program_id(1), heads, TAIL, 1024)
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     first = begin + tl.program_id(1) * BLOCK_QUERIES
     if first >= end:
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
     q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)  # [BLOCK_QUERIES, MAIN]
@@ -143,7 +148,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_q_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -157,13 +162,11 @@ def _backward_q_kernel(
             first = tl.load(cu_seqlens_ptr + images)
             _zero_tail(dq_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     first = begin + tl.program_id(1) * BLOCK_QUERIES
     if first >= end:
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
     y_row = heads * DIM
@@ -196,7 +199,7 @@ def _backward_q_kernel(
 @triton.jit
 def _backward_kv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -208,16 +211,14 @@ def _backward_kv_kernel(
     if image == images:
         if head == 0:
             first = tl.load(cu_seqlens_k_ptr + images)
-            _zero_tail(dk_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
-            _zero_tail(dv_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dk_ptr, tokens_k, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dv_ptr, tokens_k, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     first = begin_k + tl.program_id(1) * BLOCK_KEYS
     if first >= end_k:
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     keys = first + tl.arange(0, BLOCK_KEYS)
     inside = keys < end_k
     k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, DIM, MAIN, REST, ALIGNED)
@@ -300,7 +301,7 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     launch = _launch(dim, q.dtype, "forward", _aligned(q, k, v))
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, cu_seqlens.shape[0] - 1, heads, scale,
+            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **launch,
         )  # fmt: skip
     return y, lse
@@ -308,7 +309,7 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
 
 def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     heads, dim = q.shape[1:]
-    images = cu_seqlens.shape[0] - 1
+    tokens, images = (q.shape[0], k.shape[0]), cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     aligned = _aligned(q, k, v, grad)
@@ -316,13 +317,13 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     if dq.numel():
         launch = _launch(dim, q.dtype, "backward_q", aligned)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, scale,
+            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
         launch = _launch(dim, q.dtype, "backward_kv", aligned)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
-            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, scale,
+            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     return dq, dk, dv
@@ -331,24 +332,25 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
 def offline():
     """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
     kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
-    for dtype, name, dims in (
-        (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
-        (torch.float32, "fp32", (64, 80)),
-    ):
-        for dim in dims:
-            for step, kernel in kernels.items():
-                launch = _launch(dim, dtype, step, True)
-                options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
-                signature = {}
-                for parameter in kernel.arg_names:
-                    if parameter in launch:
-                        continue
-                    if parameter.startswith("cu_seqlens"):
-                        signature[parameter] = "*i32"
-                    elif parameter in ("lse_ptr", "delta_ptr"):
-                        signature[parameter] = "*fp32"
-                    elif parameter.endswith("_ptr"):
-                        signature[parameter] = f"*{name}"
-                    else:
-                        signature[parameter] = "fp32" if parameter == "scale" else "i32"
-                yield {"kernel": kernel, "signature": signature, "constexprs": launch, **options}
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    ones = ("tokens", "tokens_k", "images", "heads")  # one query of one image; Triton makes a constant of a 1
+    cases = [(torch.bfloat16, dim, True, ()) for dim in (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)]
+    cases += [(torch.float16, dim, True, ()) for dim in (64, 80, 128)]
+    cases += [(torch.float32, dim, True, ()) for dim in (64, 80, 128)]
+    cases += [(torch.bfloat16, 64, False, ()), (torch.bfloat16, 27, False, ()), (torch.bfloat16, 64, True, ones)]
+    for dtype, dim, aligned, ones in cases:
+        types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+        # Rows of the fused projection are multiples of 16 apart, heads where head_dim is one.
+        multiples = ("grad_token", "q_token", "k_token", "v_token")
+        multiples += ("grad_head", "q_head", "k_head", "v_head") if dim % 16 == 0 else ()
+        for step, kernel in kernels.items():
+            launch = _launch(dim, dtype, step, aligned)
+            options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+            constexprs = launch | {name: 1 for name in ones if name in kernel.arg_names}
+            signature = {}
+            for name in kernel.arg_names:
+                if name not in constexprs:
+                    number = f"*{names[dtype]}" if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
+                    signature[name] = types.get(name, number)
+            spec = {"kernel": kernel, "signature": signature, "constexprs": constexprs, **options}
+            yield spec | ({"multiples": multiples} if aligned else {"aligned": False})
