@@ -354,60 +354,46 @@ def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
 
 
 def offline():
+    """Every kernel as a model calls it, for tests/compile_triton.py."""
     u8, names = tl.uint8, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    common = {"table_ptr": "*i64", "cu_seqlens_ptr": "*i32", "placement_ptr": "*i32", "image_ptr": "*i32"}
-    for dtype, pixel, patch in (("bf16", u8, 16), ("fp16", u8, 14), ("fp32", tl.float32, 32)):
+    fixed = dict.fromkeys(("cu_seqlens_ptr", "placement_ptr", "image_ptr"), "*i32")
+    fixed |= {"table_ptr": "*i64", "affine_ptr": "*fp32", "sums_ptr": "*fp32", "origin": "i64"}
+    fixed |= dict.fromkeys(("capacity", "dim", "prefix", "channels", "images"), "i32")
+
+    def spec(kernel, dtype, constexprs, warps=4, stages=3, ones=(), **alignment):
+        constexprs = constexprs | dict.fromkeys(ones, 1)
+        signature = {name: fixed.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
+        options = {"num_warps": warps, "num_stages": stages, "multiples": ("dim",)} | alignment
+        return {"kernel": kernel, "signature": signature, "constexprs": constexprs} | options
+
+    for dtype, pixel, patch, cubic, ones in (
+        ("bf16", u8, 16, True, ()),
+        ("bf16", u8, 16, False, ("prefix", "channels")),
+        ("fp16", u8, 14, True, ("prefix",)),
+        ("fp32", tl.float32, 32, True, ()),
+        ("fp32", tl.float32, 16, False, ()),
+    ):
         block = max(16, triton.next_power_of_2(patch))
-        yield {
-            "kernel": _patchify_kernel,
-            "signature": common
-            | {"affine_ptr": "*fp32", "patches_ptr": f"*{dtype}", "prefix": "i32", "channels": "i32"},
-            "constexprs": {
-                "PIXEL": pixel,
-                "CUBIC": True,
-                "PATCH_H": patch,
-                "PATCH_W": patch,
-                "BLOCK_H": block,
-                "BLOCK_W": block,
-                "BLOCK": 32,
-            },
-            "num_warps": 8 if patch > 16 else 4,
-        }
-    cases = (("bf16", u8, 16, True), ("bf16", u8, 14, False), ("fp16", tl.float16, 14, True), ("fp32", u8, 16, True))
-    for dtype, pixel, patch, fused in cases:
-        tiles = _tiles(names[dtype])
-        tokens = ("patches_ptr", "weight_ptr", "bias_ptr", "pos_ptr", "prefix_ptr", "y_ptr")
-        yield {
-            "kernel": _forward_kernel,
-            "signature": common
-            | dict.fromkeys(tokens, f"*{dtype}")
-            | {"affine_ptr": "*fp32", "capacity": "i32", "dim": "i32", "prefix": "i32"},
-            "constexprs": {
-                "FUSED": fused,
-                "PIXEL": pixel,
-                "OPERAND": PIXELS[names[dtype]],
-                "HAS_BIAS": True,
-                "HAS_POS": True,
-                "HAS_PREFIX": True,
-                "WIDTH": 3 * patch * patch,
-                "PATCH_H": patch,
-                "PATCH_W": patch,
-                **{name: tiles[name] for name in ("BLOCK_TOKENS", "BLOCK_DIM", "BLOCK_WIDTH")},
-            },
-            "num_warps": tiles["num_warps"],
-            "num_stages": tiles["num_stages"],
-        }
-    for dtype in ("fp32", "bf16"):
-        yield {
-            "kernel": _sums_kernel,
-            "signature": {
-                "grad_ptr": f"*{dtype}",
-                "cu_seqlens_ptr": "*i32",
-                "placement_ptr": "*i32",
-                "sums_ptr": "*fp32",
-                "images": "i32",
-                "dim": "i32",
-                "prefix": "i32",
-            },
-            "constexprs": {"BLOCK_IMAGES": 16, "BLOCK_DIM": 128},
-        }
+        sides = {"PATCH_H": patch, "PATCH_W": patch, "BLOCK_H": block, "BLOCK_W": block, "BLOCK": 32}
+        constexprs = {"PIXEL": pixel, "CUBIC": cubic} | sides
+        yield spec(_patchify_kernel, dtype, constexprs, 8 if patch > 16 else 4, ones=ones)
+    everything, nothing = (True, True, True), (False, False, False)  # bias, pos, prefix
+    for dtype, pixel, patch, fused, has, ones, alignment in (
+        ("bf16", u8, 16, True, everything, ("prefix",), {}),
+        ("bf16", u8, 16, True, nothing, (), {}),
+        ("bf16", u8, 14, False, everything, ("prefix",), {}),
+        ("bf16", u8, 16, False, (True, True, False), (), {}),
+        ("bf16", u8, 16, False, (True, False, True), ("capacity", "dim", "prefix"), {}),
+        ("bf16", u8, 16, True, everything, (), {"aligned": False, "multiples": ()}),
+        ("fp16", tl.float16, 14, True, everything, ("prefix",), {}),
+        ("fp32", u8, 16, True, everything, ("prefix",), {}),
+        ("fp32", tl.float32, 16, True, nothing, (), {}),
+        ("fp32", tl.float32, 14, False, everything, ("prefix",), {}),
+    ):
+        constexprs = {"FUSED": fused, "PIXEL": pixel, "OPERAND": PIXELS[names[dtype]]}
+        constexprs |= dict(zip(("HAS_BIAS", "HAS_POS", "HAS_PREFIX"), has))
+        constexprs |= {"WIDTH": 3 * patch * patch, "PATCH_H": patch, "PATCH_W": patch} | _tiles(names[dtype])
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        yield spec(_forward_kernel, dtype, constexprs, warps, stages, ones, **alignment)
+    for dtype, ones in (("fp32", ()), ("bf16", ()), ("bf16", ("images", "prefix", "dim"))):
+        yield spec(_sums_kernel, dtype, {"BLOCK_IMAGES": 16, "BLOCK_DIM": 128}, ones=ones)

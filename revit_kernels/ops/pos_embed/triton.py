@@ -128,19 +128,20 @@ def backward(grad, rows, columns, sizes, *how):
 
 
 def offline():
-    for dtype in ("fp32", "bf16", "fp16"):
-        for block in (64, 128):
-            yield {
-                "kernel": _resample_kernel,
-                "signature": {
-                    "x_ptr": f"*{dtype}",
-                    "y_ptr": f"*{dtype}",
-                    "part_ptr": "*i32",
-                    "band_ptr": "*i32",
-                    "weight_ptr": "*fp32",
-                    "dim": "i32",
-                    "parts": "i32",
-                    "width": "i32",
-                },
-                "constexprs": {"BLOCK_TAPS": 16, "BLOCK_DIM": block},
-            }
+    """Every kernel as a model calls it, for tests/compile_triton.py."""
+    types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
+    types |= dict.fromkeys(("dim", "parts", "width"), "i32")
+    for dtype, block, ones, alignment in (
+        ("fp32", 128, ("parts",), {}),  # parts is 1 in every forward
+        ("fp32", 128, (), {}),
+        ("fp32", 64, ("parts",), {"aligned": False, "multiples": ()}),
+        ("bf16", 128, ("parts",), {}),
+        ("bf16", 64, (), {}),
+        ("fp16", 128, ("parts",), {}),
+        ("fp32", 1, ("parts", "dim", "width"), {}),
+    ):
+        constexprs = {"BLOCK_TAPS": 16, "BLOCK_DIM": block} | dict.fromkeys(ones, 1)
+        names = [name for name in _resample_kernel.arg_names if name not in constexprs]
+        signature = {name: types.get(name, f"*{dtype}") for name in names}
+        options = {"num_warps": 4, "multiples": ("dim",)} | alignment
+        yield {"kernel": _resample_kernel, "signature": signature, "constexprs": constexprs} | options
