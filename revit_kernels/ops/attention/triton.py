@@ -257,22 +257,30 @@ def _pieces(dim):
     return (main, rest) if 16 <= main and 0 < rest < main else (whole, 0)
 
 
-def _tiles(dim, dtype, step):
+def _tiles(dim, dtype, step, aligned):
     """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
-    wide = sum(_pieces(dim)) > 128
+    main, rest = _pieces(dim)
     if dtype == torch.float32:
-        queries, keys, warps, stages = (32, 32, 4, 1) if step == "forward" and not wide else (16, 16, 4, 1)
-        if step != "forward" and not wide:
-            keys = 32
-    elif wide:
-        queries, keys, warps, stages = 32, 32, 4, 1
+        if main + rest > 128:
+            tiles = 16, 16, 8, 1
+        elif main == 128:
+            tiles = {"forward": (32, 32, 8, 1), "backward_q": (16, 16, 8, 1), "backward_kv": (16, 32, 8, 1)}[step]
+        else:
+            tiles = (32, 32, 4, 1) if step == "forward" else (16, 32, 4, 1)
+    elif main + rest > 128:
+        tiles = 32, 32, 8 if step == "backward_kv" or not aligned else 4, 1
+    elif not aligned:  # every number has an address of its own
+        queries = 64 if step == "forward" else 16 if step == "backward_kv" and rest else 32
+        tiles = queries, 64 if step == "backward_kv" and main == 32 else 32, 8, 1
     elif step == "forward":
-        queries, keys, warps, stages = 64, 32 if _pieces(dim)[1] > 16 else 64, 4, 2
+        tiles = 64, 32 if rest > 16 else 64, 8 if main == 128 > dim else 4, 2
     elif step == "backward_q":
-        queries, keys, warps, stages = 64, 32, 4, 2
+        tiles = 64, 32, 4, 2
+    elif rest > 16:
+        tiles = 16, 64, 8, 2
     else:
-        queries, keys, warps, stages = {0: (32, 64, 4, 2), 16: (32, 64, 8, 2)}.get(_pieces(dim)[1], (16, 64, 4, 2))
-    return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+        tiles = 32, 64, 8 if rest or main == 128 > dim else 4, 2
+    return dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps", "num_stages"), tiles))
 
 
 def _aligned(*tensors):
@@ -286,7 +294,7 @@ def _aligned(*tensors):
 def _launch(dim, dtype, step, aligned):
     main, rest = _pieces(dim)
     launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned, "TAIL": TAIL_PROGRAMS}
-    return launch | _tiles(dim, dtype, step)
+    return launch | _tiles(dim, dtype, step, aligned)
 
 
 def _grid(cu_seqlens, heads, max_seqlen, block):

@@ -306,7 +306,7 @@ def forward(
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
             BLOCK=32,
-            num_warps=8 if max(ph, pw) > 16 else 4,
+            num_warps=8,
         )
     tiles = _tiles(weight.dtype)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
@@ -376,7 +376,7 @@ def offline():
         block = max(16, triton.next_power_of_2(patch))
         sides = {"PATCH_H": patch, "PATCH_W": patch, "BLOCK_H": block, "BLOCK_W": block, "BLOCK": 32}
         constexprs = {"PIXEL": pixel, "CUBIC": cubic} | sides
-        yield spec(_patchify_kernel, dtype, constexprs, 8 if patch > 16 else 4, ones=ones)
+        yield spec(_patchify_kernel, dtype, constexprs, warps=8, ones=ones)
     everything, nothing = (True, True, True), (False, False, False)  # bias, pos, prefix
     for dtype, pixel, patch, fused, has, ones, alignment in (
         ("bf16", u8, 16, True, everything, ("prefix",), {}),
