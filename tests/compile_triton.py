@@ -2,7 +2,8 @@
 
 Run as `python tests/compile_triton.py OP`, in a process of its own: with TRITON_INTERPRET set nothing would compile.
 An op's triton.py lists its kernels in `offline()`: dicts of kernel, signature, constexprs and, if not Triton's
-defaults, num_warps and num_stages.
+defaults, num_warps and num_stages. A launch tells the compiler which arguments are multiples of 16, and so does a dict:
+every pointer is, unless its `aligned` is False, and the integers that its `multiples` names.
 """
 
 import importlib
@@ -29,6 +30,15 @@ def resources(cubin):
     return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def alignment(spec):
+    """`attrs` of ASTSource, as a launch makes them."""
+    signature, multiples = spec["signature"], spec.get("multiples", ())
+    pointers = [name for name, kind in signature.items() if kind.startswith("*") and spec.get("aligned", True)]
+    names = spec["kernel"].arg_names
+    multiples = [name for name in multiples if name in signature]
+    return {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *multiples)}
+
+
 def compile_op(op):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -39,9 +49,10 @@ def compile_op(op):
         options = {k: spec[k] for k in ("num_warps", "num_stages") if k in spec}
         signature = spec["signature"] | {name: "constexpr" for name in spec["constexprs"]}
         for arch in ARCHS:
-            source = ASTSource(spec["kernel"], signature, spec["constexprs"])
+            source = ASTSource(spec["kernel"], signature, spec["constexprs"], alignment(spec))
             compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
             row = {"kernel": spec["kernel"].__name__, "arch": arch, "constexprs": str(spec["constexprs"])}
+            row |= {"aligned": spec.get("aligned", True), "signature": str(spec["signature"])}
             row |= resources(compiled.asm["cubin"]) | {"dynamic_shared": compiled.metadata.shared}
             row["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
             yield row

@@ -179,9 +179,30 @@ def test_strided_views(dtype, backend):
     expected = run(attention, packed, backend)
     odd = {k: torch.nn.functional.pad(x, (1, 2, 1, 0))[:, 1:, 1:-2] if k in "qkv" else x for k, x in inputs.items()}
     turned = {k: x.mT.contiguous().mT if k in "qkv" else x for k, x in inputs.items()}  # head_dim not contiguous
-    for views in (inputs, odd, turned):
+    flat = {
+        k: torch.nn.functional.pad(x.flatten(), (1, 0))[1:].view(x.shape) if k in "qkv" else x
+        for k, x in packed.items()
+    }
+    for views in (inputs, odd, turned, flat):  # flat: contiguous, but not on 16 bytes
         out = attention(**views, backend=backend)
         assert torch.equal(out, expected["output 0"]) and out.is_contiguous()
+
+
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_boundaries_outside_the_tensors_reach_nothing_there(cross):
+    """What lies around q, k and v in memory does not change the result of wrong boundaries."""
+    inputs = make_inputs([5, 4], [5, 4] if cross else None, dim=16)
+    require("attention", "triton", *(inputs[k] for k in ("q", "k", "v")))
+    wide = {name: torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 40, 40), value=float("nan")) for name in "qkv"}
+    wrong = inputs | {name: x[40:-40] for name, x in wide.items()} | {"max_seqlen": 64}
+    right = inputs | {"max_seqlen": 64}
+    for name in [name for name in inputs if name.startswith("cu_seqlens")]:
+        wrong[name] = torch.tensor([-3, 5, 40], dtype=torch.int32, device=DEVICE)
+    if cross:
+        wrong["max_seqlen_k"] = right["max_seqlen_k"] = 64
+    right, wrong = run(attention, right, "triton"), run(attention, wrong, "triton")
+    for name in right:
+        assert torch.equal(right[name], wrong[name]), name
 
 
 @pytest.mark.parametrize("rotate_half", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,3 +26,7 @@ def test_offline(op):
     for row in rows:
         assert row["local"] == 0 and row["stack"] == 0, f"spills: {row}"
         assert row["dynamic_shared"] + row["shared"] <= LIMIT[row["arch"]], f"too much shared memory: {row}"
+        if op == "attention" and row["kernel"] == "_forward_kernel" and row["arch"] == 90 and row["aligned"]:
+            head_dim = re.search(r"'DIM': (\d+)", row["constexprs"])[1]
+            if "*bf16" in row["signature"] and head_dim in ("64", "128"):
+                assert row["wgmma"] > 0, f"not on Hopper's tensor cores: {row}"

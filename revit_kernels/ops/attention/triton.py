@@ -76,10 +76,17 @@ def _scores(a, a_rest, b, b_rest, REST: tl.constexpr):
 
 
 @triton.jit
+def _bounds(cu_seqlens_ptr, image, tokens):
+    """First and last + 1 of the image's rows: within the buffer, whatever cu_seqlens says."""
+    begin = tl.maximum(tl.load(cu_seqlens_ptr + image), 0)
+    return begin, tl.minimum(tl.load(cu_seqlens_ptr + image + 1), tokens)
+
+
+@triton.jit
 def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros in the rows from `first` on of a contiguous (tokens, width) buffer."""
-    start = first.to(tl.int64) * width + program * BLOCK
-    end = tokens.to(tl.int64) * width
+    start = tl.maximum(first, 0).to(tl.int64) * width + program * BLOCK
+    end = (tl.full([], 0, tl.int64) + tokens) * width  # tokens has no .to(): Triton makes a constant of a 1
     cols = tl.arange(0, BLOCK)
     for at in range(start, end, PROGRAMS * BLOCK):
         tl.store(y_ptr + at + cols, tl.zeros([BLOCK], y_ptr.dtype.element_ty), mask=at + cols < end)
@@ -88,7 +95,7 @@ def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLO
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -102,13 +109,11 @@ def _forward_kernel(
             _zero_tail(y_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
             _zero_tail(lse_ptr, tokens, first, tl.program_id(1), heads, TAIL, 1024)
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     first = begin + tl.program_id(1) * BLOCK_QUERIES
     if first >= end:
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
     q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)  # [BLOCK_QUERIES, MAIN]
@@ -143,7 +148,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_q_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -157,13 +162,11 @@ def _backward_q_kernel(
             first = tl.load(cu_seqlens_ptr + images)
             _zero_tail(dq_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     first = begin + tl.program_id(1) * BLOCK_QUERIES
     if first >= end:
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
     y_row = heads * DIM
@@ -196,7 +199,7 @@ def _backward_q_kernel(
 @triton.jit
 def _backward_kv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
-    tokens, images, heads, scale,
+    tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
@@ -208,16 +211,14 @@ def _backward_kv_kernel(
     if image == images:
         if head == 0:
             first = tl.load(cu_seqlens_k_ptr + images)
-            _zero_tail(dk_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
-            _zero_tail(dv_ptr, tokens, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dk_ptr, tokens_k, first, tl.program_id(1), heads * DIM, TAIL, 1024)
+            _zero_tail(dv_ptr, tokens_k, first, tl.program_id(1), heads * DIM, TAIL, 1024)
         return
-    begin_k = tl.load(cu_seqlens_k_ptr + image)
-    end_k = tl.load(cu_seqlens_k_ptr + image + 1)
+    begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     first = begin_k + tl.program_id(1) * BLOCK_KEYS
     if first >= end_k:
         return
-    begin = tl.load(cu_seqlens_ptr + image)
-    end = tl.load(cu_seqlens_ptr + image + 1)
+    begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     keys = first + tl.arange(0, BLOCK_KEYS)
     inside = keys < end_k
     k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, DIM, MAIN, REST, ALIGNED)
@@ -258,33 +259,49 @@ def _pieces(dim):
 
 def _tiles(dim, dtype, step):
     """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
-    wide = sum(_pieces(dim)) > 128
+    (main, rest), aligned = _pieces(dim), _aligned(dim, dtype)
     if dtype == torch.float32:
-        queries, keys, warps, stages = (32, 32, 4, 1) if step == "forward" and not wide else (16, 16, 4, 1)
-        if step != "forward" and not wide:
-            keys = 32
-    elif wide:
-        queries, keys, warps, stages = 32, 32, 4, 1
+        if main + rest > 128:
+            tiles = 16, 16, 8, 1
+        elif main == 128:
+            tiles = {"forward": (32, 32, 8, 1), "backward_q": (16, 16, 8, 1), "backward_kv": (16, 32, 8, 1)}[step]
+        else:
+            tiles = (32, 32, 4, 1) if step == "forward" else (16, 32, 4, 1)
+    elif main + rest > 128:
+        tiles = 32, 32, 8 if step == "backward_kv" or not aligned else 4, 1
+    elif not aligned:  # every number has an address of its own
+        queries = 64 if step == "forward" else 16 if step == "backward_kv" and rest else 32
+        tiles = queries, 64 if step == "backward_kv" and main == 32 else 32, 8, 1
     elif step == "forward":
-        queries, keys, warps, stages = 64, 32 if _pieces(dim)[1] > 16 else 64, 4, 2
+        tiles = 64, 32 if rest > 16 else 64, 8 if main == 128 > dim else 4, 2
     elif step == "backward_q":
-        queries, keys, warps, stages = 64, 32, 4, 2
+        tiles = 64, 32, 4, 2
+    elif rest > 16:
+        tiles = 16, 64, 8, 2
     else:
-        queries, keys, warps, stages = {0: (32, 64, 4, 2), 16: (32, 64, 8, 2)}.get(_pieces(dim)[1], (16, 64, 4, 2))
-    return {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages}
+        tiles = 32, 64, 8 if rest or main == 128 > dim else 4, 2
+    return dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps", "num_stages"), tiles))
 
 
-def _aligned(*tensors):
-    """Whether every row of every head starts on 16 bytes."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(n * x.element_size() % 16 == 0 for n in (x.shape[2], *x.stride()[:2]))
+def _aligned(dim, dtype):
+    """Whether every row of every head starts on 16 bytes: the tiles depend on it, so it must not depend on strides."""
+    return dim * dtype.itemsize % 16 == 0
+
+
+def _align(*tensors):
+    """The tensors, copied where their strides keep rows from starting on 16 bytes though head_dim would allow it."""
+    return [
+        x.clone(memory_format=torch.contiguous_format)
+        if _aligned(x.shape[2], x.dtype)
+        and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:2]))
+        else x
         for x in tensors
-    )
+    ]
 
 
-def _launch(dim, dtype, step, aligned):
+def _launch(dim, dtype, step):
     main, rest = _pieces(dim)
-    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned, "TAIL": TAIL_PROGRAMS}
+    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": _aligned(dim, dtype), "TAIL": TAIL_PROGRAMS}
     return launch | _tiles(dim, dtype, step)
 
 
@@ -297,10 +314,11 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     tokens, heads, dim = q.shape
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    launch = _launch(dim, q.dtype, "forward", _aligned(q, k, v))
+    q, k, v = _align(q, k, v)
+    launch = _launch(dim, q.dtype, "forward")
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, cu_seqlens.shape[0] - 1, heads, scale,
+            q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **launch,
         )  # fmt: skip
     return y, lse
@@ -308,21 +326,21 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
 
 def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     heads, dim = q.shape[1:]
-    images = cu_seqlens.shape[0] - 1
+    tokens, images = (q.shape[0], k.shape[0]), cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
-    aligned = _aligned(q, k, v, grad)
+    grad, q, k, v = _align(grad, q, k, v)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
-        launch = _launch(dim, q.dtype, "backward_q", aligned)
+        launch = _launch(dim, q.dtype, "backward_q")
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
-            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, q.shape[0], images, heads, scale,
+            grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
-        launch = _launch(dim, q.dtype, "backward_kv", aligned)
+        launch = _launch(dim, q.dtype, "backward_kv")
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
-            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, k.shape[0], images, heads, scale,
+            grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     return dq, dk, dv
@@ -331,24 +349,25 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
 def offline():
     """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
     kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
-    for dtype, name, dims in (
-        (torch.bfloat16, "bf16", (32, 64, 72, 80, 88, 96, 128)),
-        (torch.float32, "fp32", (64, 80)),
-    ):
-        for dim in dims:
-            for step, kernel in kernels.items():
-                launch = _launch(dim, dtype, step, True)
-                options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
-                signature = {}
-                for parameter in kernel.arg_names:
-                    if parameter in launch:
-                        continue
-                    if parameter.startswith("cu_seqlens"):
-                        signature[parameter] = "*i32"
-                    elif parameter in ("lse_ptr", "delta_ptr"):
-                        signature[parameter] = "*fp32"
-                    elif parameter.endswith("_ptr"):
-                        signature[parameter] = f"*{name}"
-                    else:
-                        signature[parameter] = "fp32" if parameter == "scale" else "i32"
-                yield {"kernel": kernel, "signature": signature, "constexprs": launch, **options}
+    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    ones = ("tokens", "tokens_k", "images", "heads")  # one query of one image; Triton makes a constant of a 1
+    cases = [(torch.bfloat16, dim, ()) for dim in (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)]
+    cases += [(torch.float16, dim, ()) for dim in (64, 128)]
+    cases += [(torch.float32, dim, ()) for dim in (64, 128)]
+    cases += [(torch.bfloat16, 27, ()), (torch.bfloat16, 100, ()), (torch.bfloat16, 64, ones)]
+    for dtype, dim, ones in cases:
+        types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+        # Rows of the fused projection are multiples of 16 apart, heads where head_dim is one.
+        multiples = ("grad_token", "q_token", "k_token", "v_token")
+        multiples += ("grad_head", "q_head", "k_head", "v_head") if dim % 16 == 0 else ()
+        for step, kernel in kernels.items():
+            launch = _launch(dim, dtype, step)
+            options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
+            constexprs = launch | {name: 1 for name in ones if name in kernel.arg_names}
+            signature = {}
+            for name in kernel.arg_names:
+                if name not in constexprs:
+                    number = f"*{names[dtype]}" if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
+                    signature[name] = types.get(name, number)
+            spec = {"kernel": kernel, "signature": signature, "constexprs": constexprs, **options}
+            yield spec | ({"multiples": multiples} if launch["ALIGNED"] else {"aligned": False})

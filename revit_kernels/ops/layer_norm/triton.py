@@ -227,44 +227,37 @@ def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
 def offline():
     """Every kernel as a model calls it, for tests/compile_triton.py."""
     pointers = "x weight bias row branch gamma y sum mean rstd dy dsum dx dbranch partial touched out".split()
-    fixed = {"row_ptr": "*i32", "touched_ptr": "*i32"} | {
-        f"{n}_ptr": "*fp32" for n in ("mean", "rstd", "partial", "out")
-    }
-    for dim in (384, 768, 1280):
-        for dtype, affine, missing, rms in (
-            ("fp32", "fp32", (), False),
-            ("bf16", "fp32", (), False),
-            ("fp16", "fp16", (), False),
-            ("bf16", "bf16", ("row", "branch", "gamma", "dsum"), False),
-            ("bf16", "fp32", ("bias",), True),
+    fixed = {"row_ptr": "*i32", "touched_ptr": "*i32"}
+    fixed |= {f"{name}_ptr": "*fp32" for name in ("mean", "rstd", "partial", "out")}
+    ints = ("tokens", "lengths", "dim", "tokens_per_program", "slots", "programs")
+    fixed |= dict.fromkeys(ints, "i32") | {"eps": "fp32"}
+    branchless = ("row", "branch", "gamma", "dsum")
+    # dim, dtypes of x, branch and parameters, what is None, RMS, what is 1 (Triton makes a constant of it), aligned
+    cases = [
+        (768, "fp32", "fp32", "fp32", (), False, (), True),
+        (768, "fp32", "bf16", "fp32", (), False, (), True),
+        (768, "fp16", "fp16", "fp16", (), False, (), True),
+        (768, "bf16", "bf16", "fp32", ("bias",), True, (), True),
+        (768, "bf16", "bf16", "bf16", ("weight", *branchless), False, ("lengths",), True),
+        (768, "bf16", "bf16", "bf16", branchless, False, (), False),
+        (1, "bf16", "bf16", "bf16", ("weight", "bias"), False, (*ints[:3], *ints[4:]), True),
+    ]
+    cases += [(dim, "bf16", "bf16", "bf16", ("row",), False, ("lengths",), True) for dim in (192, 384, 1024, 1280)]
+    for dim, dtype, branch, affine, missing, rms, ones, aligned in cases:
+        types = {f"{name}_ptr": f"*{affine if name in ('weight', 'bias', 'gamma') else dtype}" for name in pointers}
+        types |= fixed | {"branch_ptr": f"*{branch}", "dbranch_ptr": f"*{branch}"}
+        absent = {f"{name}_ptr": None for name in missing} | dict.fromkeys(ones, 1)
+        block_dim = triton.next_power_of_2(dim)
+        backward = {"RMS": rms, "HAS_BIAS": "bias" not in missing, "BLOCK_DIM": block_dim}
+        backward["BLOCK_LENGTHS"] = 1 if "lengths" in ones else 4
+        reduce = {"HAS_GAMMA": "gamma" not in missing, "BLOCK_PROGRAMS": 32, "BLOCK_DIM": 64}
+        for kernel, constants, warps in (
+            (_forward_kernel, {"RMS": rms} | _forward_blocks(dim), 4),
+            (_backward_kernel, backward, _backward_warps(block_dim)),
+            (_reduce_kernel, reduce, 4),
         ):
-            types = {f"{n}_ptr": f"*{affine if n in ('weight', 'bias', 'gamma') else dtype}" for n in pointers} | fixed
-            absent = {f"{n}_ptr": None for n in missing if n in pointers}
-            ints = dict.fromkeys(("tokens", "lengths", "dim", "tokens_per_program", "slots", "programs"), "i32")
-            types |= ints | {"eps": "fp32"}
-            block_dim = triton.next_power_of_2(dim)
-            backward = {"RMS": rms, "HAS_BIAS": "bias" not in missing, "BLOCK_LENGTHS": 4, "BLOCK_DIM": block_dim}
-            for kernel, constants, warps in (
-                (_forward_kernel, {"RMS": rms} | _forward_blocks(dim), 4),
-                (_backward_kernel, backward, _backward_warps(block_dim)),
-            ):
-                constexprs = constants | {n: v for n, v in absent.items() if n in kernel.arg_names}
-                signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
-                yield {"kernel": kernel, "signature": signature, "constexprs": constexprs, "num_warps": warps}
-    # One affine and one token, or LayerScale alone: Triton makes a constant of an argument that is 1.
-    ones = dict.fromkeys(("tokens", "lengths", "slots", "programs", "HAS_GAMMA"), 1) | {"weight_ptr": None}
-    small = {
-        "RMS": False,
-        "HAS_BIAS": False,
-        "BLOCK_LENGTHS": 1,
-        "BLOCK_DIM": 64,
-        "BLOCK_TOKENS": 1,
-        "BLOCK_PROGRAMS": 32,
-    }
-    for kernel in (_forward_kernel, _backward_kernel, _reduce_kernel):
-        constexprs = {n: v for n, v in (ones | small).items() if n in kernel.arg_names}
-        signature = {n: types[n] for n in kernel.arg_names if n not in constexprs}
-        yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
-    constexprs = {"HAS_GAMMA": True, "BLOCK_PROGRAMS": 32, "BLOCK_DIM": 64}
-    signature = {n: types[n] for n in _reduce_kernel.arg_names if n not in constexprs}
-    yield {"kernel": _reduce_kernel, "signature": signature, "constexprs": constexprs}
+            constexprs = constants | {name: value for name, value in absent.items() if name in kernel.arg_names}
+            signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+            multiples = ("dim", "tokens_per_program") if aligned and dim % 16 == 0 else ()
+            options = {"num_warps": warps, "aligned": aligned, "multiples": multiples}
+            yield {"kernel": kernel, "signature": signature, "constexprs": constexprs} | options

@@ -1,11 +1,12 @@
 """The op in Triton: one fused kernel where images fit their grids, a resizing kernel ahead of it where they do not."""
 
 import os
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
+
+from revit_kernels.device_cache import DeviceCache, to_device
 
 PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -38,7 +39,8 @@ def _filter(numerator, denominator, CUBIC: tl.constexpr):
 
 @triton.jit
 def _patchify_kernel(
-    table_ptr,  # (images, 6) int64: address, height, width, and strides of channel, row and pixel
+    table_ptr,  # (images, 6) int64: address less `origin`, height, width, and strides of channel, row and pixel
+    origin,
     cu_seqlens_ptr,
     placement_ptr,  # (images, 3): grid, first row of `pos`
     image_ptr,  # (capacity,)
@@ -69,7 +71,7 @@ def _patchify_kernel(
         table = table_ptr + image * 6
         height, width = tl.load(table + 1).to(tl.int32), tl.load(table + 2).to(tl.int32)
         pitch, step = tl.load(table + 4), tl.load(table + 5)
-        base = tl.load(table).to(tl.pointer_type(PIXEL)) + channel * tl.load(table + 3)
+        base = (tl.load(table) + origin).to(tl.pointer_type(PIXEL)) + channel * tl.load(table + 3)
         rows = tl.load(placement_ptr + image * 3)
         columns = tl.load(placement_ptr + image * 3 + 1)
         high, wide = rows * PATCH_H, columns * PATCH_W
@@ -115,7 +117,8 @@ def _patchify_kernel(
 @triton.jit
 def _forward_kernel(
     patches_ptr,  # (capacity, WIDTH), unless FUSED
-    table_ptr,  # these three as in _patchify_kernel, if FUSED
+    table_ptr,  # these four as in _patchify_kernel, if FUSED
+    origin,
     placement_ptr,
     affine_ptr,
     weight_ptr,  # (dim, WIDTH)
@@ -152,7 +155,7 @@ def _forward_kernel(
     if FUSED:
         table = table_ptr + image.to(tl.int64) * 6
         columns = tl.load(placement_ptr + image * 3 + 1, mask=known, other=1)
-        base = tl.load(table, mask=known, other=0).to(tl.pointer_type(PIXEL))
+        base = (tl.load(table, mask=known, other=0) + origin).to(tl.pointer_type(PIXEL))
         plane = tl.load(table + 3, mask=known, other=0).to(tl.int32)  # the host made sure that an image fits in int32
         pitch = tl.load(table + 4, mask=known, other=0).to(tl.int32)
         step = tl.load(table + 5, mask=known, other=0).to(tl.int32)
@@ -220,29 +223,35 @@ def _sums_kernel(
     tl.store(sums_ptr + slot.to(tl.int64) * dim + col, total, mask=col < dim)
 
 
-@lru_cache(maxsize=64)
-def _on_device(rows, dtype, device):
-    """A small table that the host knows; kept, so that a captured graph or an unchanged batch copies nothing."""
-    return torch.tensor(rows, dtype=dtype, device=device)
+_CACHE = DeviceCache()
 
 
 def _table(images, channels_last, device):
-    """One row per image for the kernels, and whether offsets within every image fit in 32 bits."""
+    """One row per image for the kernels, the origin of its addresses, and whether offsets in an image fit in 32 bits.
+
+    The images of one tensor lie evenly behind its address, so that the same table serves the next tensor.
+    """
+    origin = images[0].data_ptr() if len(images) == 1 else 0
     rows, small = [], True
     for x in images:
         c, h, w = (x.ndim + i for i in ((-1, -3, -2) if channels_last else (-3, -2, -1)))
         shape = (x.shape[h], x.shape[w], x.stride(c), x.stride(h), x.stride(w))
         small &= sum((n - 1) * abs(s) for n, s in zip(x.shape[-3:], x.stride()[-3:])) < 2**31
         many, pitch = (x.shape[0], x.stride(0)) if x.ndim == 4 else (1, 0)
-        rows += [(x.data_ptr() + i * pitch * x.element_size(), *shape) for i in range(many)]
-    return _on_device(tuple(rows) or ((0,) * 6,), torch.int64, device), small
+        rows += [(x.data_ptr() - origin + i * pitch * x.element_size(), *shape) for i in range(many)]
+    rows = tuple(rows) or ((0,) * 6,)
+    if len(images) > 1:  # addresses of this batch alone
+        (table,) = to_device([torch.tensor(rows)], device)
+    else:
+        (table,) = _CACHE.get(("table", rows), device, lambda: [torch.tensor(rows)])
+    return table, origin, small
 
 
 def _affine(images, channels, mean, std, device):
     mean, std = mean or [0.0] * channels, std or [1.0] * channels
     unit = 255 if images and images[0].dtype == torch.uint8 else 1
     rows = tuple(1 / (s * unit) for s in std), tuple(-m / s for m, s in zip(mean, std))
-    return _on_device(rows, torch.float32, device)
+    return _CACHE.get(("affine", rows), device, lambda: [torch.tensor(rows, dtype=torch.float32)])[0]
 
 
 def _tiles(dtype):
@@ -274,7 +283,7 @@ def forward(
     if capacity == 0:
         return y, patches
     weight = weight.contiguous()
-    table, small = _table(images, channels_last, weight.device)
+    table, origin, small = _table(images, channels_last, weight.device)
     affine = _affine(images, channels, mean, std, weight.device)
     pixel = PIXELS[images[0].dtype] if images else tl.uint8
     fused = not (resize or keep) and small
@@ -282,6 +291,7 @@ def forward(
         patches = weight.new_empty(capacity, patches.shape[1])
         _patchify_kernel[(capacity, channels)](
             table,
+            origin,
             cu_seqlens,
             placement,
             image,
@@ -296,12 +306,13 @@ def forward(
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
             BLOCK=32,
-            num_warps=8 if max(ph, pw) > 16 else 4,
+            num_warps=8,
         )
     tiles = _tiles(weight.dtype)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
         patches,
         table,
+        origin,
         placement,
         affine,
         weight,
@@ -343,60 +354,46 @@ def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
 
 
 def offline():
+    """Every kernel as a model calls it, for tests/compile_triton.py."""
     u8, names = tl.uint8, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    common = {"table_ptr": "*i64", "cu_seqlens_ptr": "*i32", "placement_ptr": "*i32", "image_ptr": "*i32"}
-    for dtype, pixel, patch in (("bf16", u8, 16), ("fp16", u8, 14), ("fp32", tl.float32, 32)):
+    fixed = dict.fromkeys(("cu_seqlens_ptr", "placement_ptr", "image_ptr"), "*i32")
+    fixed |= {"table_ptr": "*i64", "affine_ptr": "*fp32", "sums_ptr": "*fp32", "origin": "i64"}
+    fixed |= dict.fromkeys(("capacity", "dim", "prefix", "channels", "images"), "i32")
+
+    def spec(kernel, dtype, constexprs, warps=4, stages=3, ones=(), **alignment):
+        constexprs = constexprs | dict.fromkeys(ones, 1)
+        signature = {name: fixed.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
+        options = {"num_warps": warps, "num_stages": stages, "multiples": ("dim",)} | alignment
+        return {"kernel": kernel, "signature": signature, "constexprs": constexprs} | options
+
+    for dtype, pixel, patch, cubic, ones in (
+        ("bf16", u8, 16, True, ()),
+        ("bf16", u8, 16, False, ("prefix", "channels")),
+        ("fp16", u8, 14, True, ("prefix",)),
+        ("fp32", tl.float32, 32, True, ()),
+        ("fp32", tl.float32, 16, False, ()),
+    ):
         block = max(16, triton.next_power_of_2(patch))
-        yield {
-            "kernel": _patchify_kernel,
-            "signature": common
-            | {"affine_ptr": "*fp32", "patches_ptr": f"*{dtype}", "prefix": "i32", "channels": "i32"},
-            "constexprs": {
-                "PIXEL": pixel,
-                "CUBIC": True,
-                "PATCH_H": patch,
-                "PATCH_W": patch,
-                "BLOCK_H": block,
-                "BLOCK_W": block,
-                "BLOCK": 32,
-            },
-            "num_warps": 8 if patch > 16 else 4,
-        }
-    cases = (("bf16", u8, 16, True), ("bf16", u8, 14, False), ("fp16", tl.float16, 14, True), ("fp32", u8, 16, True))
-    for dtype, pixel, patch, fused in cases:
-        tiles = _tiles(names[dtype])
-        tokens = ("patches_ptr", "weight_ptr", "bias_ptr", "pos_ptr", "prefix_ptr", "y_ptr")
-        yield {
-            "kernel": _forward_kernel,
-            "signature": common
-            | dict.fromkeys(tokens, f"*{dtype}")
-            | {"affine_ptr": "*fp32", "capacity": "i32", "dim": "i32", "prefix": "i32"},
-            "constexprs": {
-                "FUSED": fused,
-                "PIXEL": pixel,
-                "OPERAND": PIXELS[names[dtype]],
-                "HAS_BIAS": True,
-                "HAS_POS": True,
-                "HAS_PREFIX": True,
-                "WIDTH": 3 * patch * patch,
-                "PATCH_H": patch,
-                "PATCH_W": patch,
-                **{name: tiles[name] for name in ("BLOCK_TOKENS", "BLOCK_DIM", "BLOCK_WIDTH")},
-            },
-            "num_warps": tiles["num_warps"],
-            "num_stages": tiles["num_stages"],
-        }
-    for dtype in ("fp32", "bf16"):
-        yield {
-            "kernel": _sums_kernel,
-            "signature": {
-                "grad_ptr": f"*{dtype}",
-                "cu_seqlens_ptr": "*i32",
-                "placement_ptr": "*i32",
-                "sums_ptr": "*fp32",
-                "images": "i32",
-                "dim": "i32",
-                "prefix": "i32",
-            },
-            "constexprs": {"BLOCK_IMAGES": 16, "BLOCK_DIM": 128},
-        }
+        sides = {"PATCH_H": patch, "PATCH_W": patch, "BLOCK_H": block, "BLOCK_W": block, "BLOCK": 32}
+        constexprs = {"PIXEL": pixel, "CUBIC": cubic} | sides
+        yield spec(_patchify_kernel, dtype, constexprs, warps=8, ones=ones)
+    everything, nothing = (True, True, True), (False, False, False)  # bias, pos, prefix
+    for dtype, pixel, patch, fused, has, ones, alignment in (
+        ("bf16", u8, 16, True, everything, ("prefix",), {}),
+        ("bf16", u8, 16, True, nothing, (), {}),
+        ("bf16", u8, 14, False, everything, ("prefix",), {}),
+        ("bf16", u8, 16, False, (True, True, False), (), {}),
+        ("bf16", u8, 16, False, (True, False, True), ("capacity", "dim", "prefix"), {}),
+        ("bf16", u8, 16, True, everything, (), {"aligned": False, "multiples": ()}),
+        ("fp16", tl.float16, 14, True, everything, ("prefix",), {}),
+        ("fp32", u8, 16, True, everything, ("prefix",), {}),
+        ("fp32", tl.float32, 16, True, nothing, (), {}),
+        ("fp32", tl.float32, 14, False, everything, ("prefix",), {}),
+    ):
+        constexprs = {"FUSED": fused, "PIXEL": pixel, "OPERAND": PIXELS[names[dtype]]}
+        constexprs |= dict(zip(("HAS_BIAS", "HAS_POS", "HAS_PREFIX"), has))
+        constexprs |= {"WIDTH": 3 * patch * patch, "PATCH_H": patch, "PATCH_W": patch} | _tiles(names[dtype])
+        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
+        yield spec(_forward_kernel, dtype, constexprs, warps, stages, ones, **alignment)
+    for dtype, ones in (("fp32", ()), ("bf16", ()), ("bf16", ("images", "prefix", "dim"))):
+        yield spec(_sums_kernel, dtype, {"BLOCK_IMAGES": 16, "BLOCK_DIM": 128}, ones=ones)

@@ -153,18 +153,18 @@ def backward(grad, x, cu_seqlens, tokens, kind, prefix, include_prefix):
 
 def offline():
     """Every kernel as a model calls it, for tests/compile_triton.py."""
-    ints = dict.fromkeys(("images", "tokens", "dim", "stride", "prefix"), "i32") | {"cu_seqlens_ptr": "*i32"}
-    for dtype in ("fp32", "bf16", "fp16"):
-        for kind in ("token", "avg", "max", "avgmax"):
-            types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "grad", "dx")} | ints
-            for kernel in (_forward_kernel, _backward_kernel):
-                without_x = kernel is _backward_kernel and kind in ("token", "avg")
-                constexprs = _constants(kind) | ({"x_ptr": None} if without_x else {})
-                signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
-                yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
-    # Triton makes a constant of an argument that is 1.
-    ones = dict.fromkeys(("images", "tokens", "dim", "stride", "prefix"), 1) | _constants("avgmax")
-    for kernel in (_forward_kernel, _backward_kernel):
-        constexprs = {name: value for name, value in ones.items() if name in kernel.arg_names}
-        signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
-        yield {"kernel": kernel, "signature": signature, "constexprs": constexprs}
+    ints = ("images", "tokens", "dim", "stride", "prefix")
+    cases = [
+        (dtype, kind, ("prefix",), True) for dtype in ("fp32", "bf16") for kind in ("token", "avg", "max", "avgmax")
+    ]
+    cases += [("fp16", "avgmax", (), True), ("bf16", "avgmax", (), False), ("bf16", "avgmax", ints, True)]
+    for dtype, kind, ones, aligned in cases:  # Triton makes a constant of an argument that is 1
+        types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "grad", "dx")} | dict.fromkeys(ints, "i32")
+        types["cu_seqlens_ptr"] = "*i32"
+        for kernel in (_forward_kernel, _backward_kernel):
+            without_x = kernel is _backward_kernel and kind in ("token", "avg")
+            constexprs = _constants(kind) | ({"x_ptr": None} if without_x else {})
+            constexprs |= {name: 1 for name in ones if name in kernel.arg_names}
+            signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
+            alignment = {"aligned": aligned, "multiples": ("dim", "stride") if aligned else ()}
+            yield {"kernel": kernel, "signature": signature, "constexprs": constexprs} | alignment

@@ -1,13 +1,13 @@
 """The op in Triton. Which cells a cell is made of, and their weights, come from the host: it knows the grids."""
 
 import os
-from functools import lru_cache
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
+from revit_kernels.device_cache import DeviceCache
 from revit_kernels.ops.pos_embed.interpolation import matrix
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,9 +71,8 @@ def _bands(weights):
     return np.array([(first, end - first) for first, end in spans], np.int32), values
 
 
-@lru_cache(maxsize=64)
-def _plan(backward, rows, columns, sizes, how, device):
-    """The last three arrays that the kernel takes, on the device. Nothing is copied again for grids seen before."""
+def _plan(backward, rows, columns, sizes, how):
+    """The last three arrays that the kernel takes."""
     grids = list(zip(sizes[::2], sizes[1::2]))
     axes = {}  # (source, target, whether the grid is the table's own): weights
     for h, w in grids:
@@ -92,7 +91,10 @@ def _plan(backward, rows, columns, sizes, how, device):
         parts.append(np.stack([down + y, across + x, np.full_like(y, first), np.full_like(y, pitch)], -1))
         start += h * w
     parts = np.stack(parts, 1) if backward else np.concatenate(parts)[:, None]  # (target cells, parts, 4)
-    return [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (parts.astype(np.int32), *_bands(weights))]
+    return [torch.from_numpy(np.ascontiguousarray(a)) for a in (parts.astype(np.int32), *_bands(weights))]
+
+
+_CACHE = DeviceCache()  # nothing is copied again for grids seen before
 
 
 def _resample(x, cells, plan):
@@ -111,7 +113,8 @@ def forward(table, sizes, *how):
     rows, columns, dim = table.shape
     if not sizes:
         return table.new_empty(0, dim)
-    plan = _plan(False, rows, columns, tuple(sizes), how, table.device)
+    key = (False, rows, columns, tuple(sizes), how)
+    plan = _CACHE.get(key, table.device, lambda: _plan(*key))
     return _resample(table.contiguous().view(-1, dim), plan[0].shape[0], plan)
 
 
@@ -119,24 +122,26 @@ def backward(grad, rows, columns, sizes, *how):
     dim = grad.shape[1]
     if not sizes:
         return grad.new_zeros(rows, columns, dim)
-    plan = _plan(True, rows, columns, tuple(sizes), how, grad.device)
+    key = (True, rows, columns, tuple(sizes), how)
+    plan = _CACHE.get(key, grad.device, lambda: _plan(*key))
     return _resample(grad.contiguous(), rows * columns, plan).view(rows, columns, dim)
 
 
 def offline():
-    for dtype in ("fp32", "bf16", "fp16"):
-        for block in (64, 128):
-            yield {
-                "kernel": _resample_kernel,
-                "signature": {
-                    "x_ptr": f"*{dtype}",
-                    "y_ptr": f"*{dtype}",
-                    "part_ptr": "*i32",
-                    "band_ptr": "*i32",
-                    "weight_ptr": "*fp32",
-                    "dim": "i32",
-                    "parts": "i32",
-                    "width": "i32",
-                },
-                "constexprs": {"BLOCK_TAPS": 16, "BLOCK_DIM": block},
-            }
+    """Every kernel as a model calls it, for tests/compile_triton.py."""
+    types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
+    types |= dict.fromkeys(("dim", "parts", "width"), "i32")
+    for dtype, block, ones, alignment in (
+        ("fp32", 128, ("parts",), {}),  # parts is 1 in every forward
+        ("fp32", 128, (), {}),
+        ("fp32", 64, ("parts",), {"aligned": False, "multiples": ()}),
+        ("bf16", 128, ("parts",), {}),
+        ("bf16", 64, (), {}),
+        ("fp16", 128, ("parts",), {}),
+        ("fp32", 1, ("parts", "dim", "width"), {}),
+    ):
+        constexprs = {"BLOCK_TAPS": 16, "BLOCK_DIM": block} | dict.fromkeys(ones, 1)
+        names = [name for name in _resample_kernel.arg_names if name not in constexprs]
+        signature = {name: types.get(name, f"*{dtype}") for name in names}
+        options = {"num_warps": 4, "multiples": ("dim",)} | alignment
+        yield {"kernel": _resample_kernel, "signature": signature, "constexprs": constexprs} | options

@@ -1,0 +1,63 @@
+"""What the host computes for the kernels, on the device: copied without waiting, and kept for captured CUDA graphs."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+_CAPTURED = []  # what a captured graph reads whenever it is replayed: a graph may live as long as the process
+
+
+def _capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def to_device(arrays: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Copies of CPU tensors on `device`. The copy is queued on the current stream: the host does not wait for it."""
+    if device.type != "cuda":
+        return [array.to(device) for array in arrays]
+    arrays = [array.pin_memory() for array in arrays]
+    copies = [array.to(device, non_blocking=True) for array in arrays]
+    if _capturing(device):  # a replay reads the host's memory again, and writes the device's
+        _CAPTURED.append((arrays, copies))
+    return copies
+
+
+class DeviceCache:
+    """The tensors of the `size` keys used last."""
+
+    def __init__(self, size: int = 64):
+        self.size = size
+        self._entries = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """The tensors of `key` on `device`: those of an earlier call, or what `make()` returns (on the CPU), copied.
+
+        While a CUDA graph is captured nothing is added (a copy that is recorded has not happened yet), and what is
+        returned stays allocated for good.
+        """
+        key = (key, device)
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is not None:
+                self._entries.move_to_end(key)
+        if entry is None:
+            tensors, capturing = to_device(make(), device), _capturing(device)
+            stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+            if not capturing:
+                with self._lock:
+                    self._entries[key] = tensors, stream, stream and stream.record_event()
+                    if len(self._entries) > self.size:
+                        self._entries.popitem(last=False)
+            return tensors
+        tensors, stream, copied = entry
+        if _capturing(device):
+            _CAPTURED.append(tensors)
+        elif stream is not None and (current := torch.cuda.current_stream(device)) != stream:
+            current.wait_event(copied)
+            for tensor in tensors:
+                tensor.record_stream(current)
+        return tensors
