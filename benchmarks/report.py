@@ -17,15 +17,12 @@ README = HERE.parent / "README.md"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
-README_BENCHES = {  # what the README shows, and as what
-    "bench_vit": "A whole ViT: 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14, patch 16",
-    "bench_vit_prepacked": "The same with `model.prepack()`, against timm one dense batch per length",
-    "bench_vit_one_length": "ViT-S/16, all images of one length, against timm dense",
-    "bench_attention": "Attention alone, forward, 12 heads of 64",
-    "bench_layer_norm": "LayerNorm with the residual add before it",
-    "bench_patch_embed": "Patch embedding",
-    "bench_pos_embed": "Position table to every grid of a batch",
-    "bench_pool": "Pooling",
+README_BENCHES = {  # what the README shows: file::function, and what it is
+    "bench_vit::bench_vit": "ViT-S/16, 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
+    "bench_vit::bench_vit_prepacked": "The same with `model.prepack()`",
+    "bench_vit::bench_vit_one_length": "ViT-S/16, all images of one length: where packing has nothing to save",
+    "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
+    "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
 }
 RIVALS = {
     "bucketed": "one dense batch per length",
@@ -34,6 +31,8 @@ RIVALS = {
     "naflex_fastest": "NaFlexVit, padded, its fastest mode",
     "openvino": "OpenVINO, one dense batch per length",
     "padded": "padded, with a mask",
+    "convolve": "F.conv2d",
+    "unfold": "F.unfold and a product",
 }
 
 
@@ -48,7 +47,8 @@ def collect(path: Path) -> None:
         results = json.loads(file.read_text()) if file.exists() else {"device": info["device"], "rows": {}}
         row = {key: info[key] for key in KEPT if key in info}
         row |= {"rounds": bench["stats"]["rounds"], "date": run["datetime"][:10]}
-        results["rows"][bench["name"]] = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
+        name = bench["fullname"].rpartition("/")[2].replace(".py::", "::")
+        results["rows"][name] = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
         RESULTS.mkdir(exist_ok=True)
         file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
@@ -62,7 +62,13 @@ def _rows(results: dict, bench: str):
 
 def _case(parameters: str, row: dict) -> str:
     """The parameters less what has a column of its own."""
-    for taken in (row["rival"], f"torch.{row['dtype']}", "forward"):
+    for taken in (
+        row["rival"],
+        f"torch.{row['dtype']}",
+        "forward",
+        "vit_small_patch16_224-32",
+        "vit_small_patch16_224",
+    ):
         parameters = re.sub(rf"(^|-){re.escape(taken)}(?=-|$)", "", parameters)
     return parameters.strip("-").replace("-", ", ")
 
@@ -75,7 +81,8 @@ def table(results: dict, bench: str) -> list[str]:
     for parameters, row in sorted(_rows(results, bench), key=lambda item: (item[0].split("-")[0], item[1]["dtype"])):
         share = row.get("percent_of_matmul", row.get("percent_of_copy"))
         cells = [_case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
-        cells += [f"{row['ours_ms']:.3g}", f"{row['rival_ms']:.3g}", f"**{row['speedup']:.2f}**"]
+        cells += [*(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (row["ours_ms"], row["rival_ms"]))]
+        cells += [f"**{row['speedup']:.2f}**"]
         lines.append("| " + " | ".join([*cells, f"{share:.0f} %" if share else ""]) + " |")
     return lines
 
