@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from revit_kernels.device_cache import DeviceCache
+
 Grid = tuple[int, int]
 
 
@@ -30,27 +32,21 @@ def _distinct(grids: Sequence[Grid]) -> tuple[Grid, ...]:
     return tuple(sorted(set(grids), key=lambda grid: (-grid[0] * grid[1], grid)))
 
 
-_tables: dict[tuple, Tensor] = {}
+_tables = DeviceCache(1024)  # menus of native aspects are many
 
 
 def _table(menu: tuple[Grid, ...], device: torch.device) -> Tensor:
-    """(menu, 3) int32: rows, columns, and where the grid's cells start in a list of the cells of the whole menu.
+    """(menu, 3) int32: rows, columns, and where the grid's cells start in a list of the cells of the whole menu."""
 
-    Copied to a device once: a copy from the host would make every later call wait for the device.
-    """
-    tracing = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None  # tensors without values
-    table = None if tracing else _tables.get((menu, device))
-    if table is None:
+    def make() -> list[Tensor]:
         starts = accumulate((h * w for h, w in menu), initial=0)
         rows = [[h, w, start] for (h, w), start in zip(menu, starts)] or [[0, 0, 0]]
-        if tracing:
-            return torch.tensor(rows, dtype=torch.int32).to(device)
-        with torch.inference_mode(False):  # else it could not be saved for a backward
-            table = torch.tensor(rows, dtype=torch.int32).to(device)
-        if len(_tables) >= 1024:  # menus of native aspects are many, and seldom the same
-            _tables.clear()
-        _tables[menu, device] = table
-    return table
+        return [torch.tensor(rows, dtype=torch.int32)]
+
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # tensors without values
+        return make()[0].to(device)
+    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+        return _tables.get(menu, device, make)[0]
 
 
 @dataclass(eq=False)
