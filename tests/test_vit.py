@@ -293,3 +293,49 @@ def test_sharded_by_fsdp():
             torch.testing.assert_close(model(images()), expected)
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+@torch.no_grad()
+def test_a_captured_graph_follows_other_boundaries():
+    """One graph, replayed for other choices, some of the same total: nothing of the first is baked in."""
+    model = make()
+    menu, capacity = [(4, 4), (2, 2)], 64
+    x = torch.randn(4, 3, 64, 64, device=DEVICE)
+    choice = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+
+    def run():
+        return model(x, packing=Packing.from_choice(choice, menu, model.num_prefix_tokens, capacity=capacity))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    choice.copy_(torch.tensor([0, 1, 0, 1]))
+    with torch.cuda.graph(graph):
+        out = run()
+    for chosen in ([0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 1, 1], [0, 0, 1, 1]):
+        choice.copy_(torch.tensor(chosen))
+        graph.replay()
+        assert torch.isfinite(out).all()
+        torch.testing.assert_close(out, run())
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU runs beside its host")
+@torch.no_grad()
+def test_the_host_never_waits_for_the_device():
+    model = make()
+    x = torch.randn(4, 3, 64, 64, device=DEVICE)
+    choice = torch.tensor([0, 1, 0, 1], device=DEVICE)
+
+    def run():
+        return model(x, packing=Packing.from_choice(choice, [(4, 4), (2, 2)], model.num_prefix_tokens, capacity=64))
+
+    run()  # compiles the kernels, and copies the menu
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
