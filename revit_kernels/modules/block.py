@@ -182,50 +182,10 @@ class Block(_Streaming):
 class ResPostBlock(_Streaming):
     """Post-norm block: the norms stand on the branches (Swin v2's residual post-norm)."""
 
-    def __init__(
-        self,
-        dim,
-        num_heads,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_norm=False,
-        scale_attn_norm=False,
-        scale_mlp_norm=False,
-        proj_bias=True,
-        proj_drop=0.0,
-        attn_drop=0.0,
-        init_values=None,
-        drop_path=0.0,
-        act_layer=nn.GELU,
-        norm_layer=LayerNorm,
-        mlp_layer=Mlp,
-        attn_layer=Attention,
-        depth=0,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, dim, num_heads, *, init_values=None, **kwargs):
+        """Arguments as of Block; init_values is what the norms' weights start with."""
         super().__init__()
-        plain = Block(
-            dim,
-            num_heads,
-            mlp_ratio,
-            qkv_bias,
-            qk_norm,
-            scale_attn_norm,
-            scale_mlp_norm,
-            proj_bias,
-            proj_drop,
-            attn_drop,
-            None,
-            drop_path,
-            act_layer,
-            norm_layer,
-            mlp_layer,
-            attn_layer,
-            depth,
-            device,
-            dtype,
-        )
+        plain = Block(dim, num_heads, **kwargs)
         self.init_values = init_values
         for name in ("attn", "norm1", "drop_path1", "mlp", "norm2", "drop_path2"):
             self.add_module(name, getattr(plain, name))
@@ -350,55 +310,14 @@ class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
 class ParallelThingsBlock(nn.Module):
     """Several attentions side by side, then several MLPs (Touvron et al., arXiv:2203.09795)."""
 
-    def __init__(
-        self,
-        dim,
-        num_heads,
-        num_parallel=2,
-        mlp_ratio=4.0,
-        qkv_bias=False,
-        qk_norm=False,
-        scale_attn_norm=False,
-        scale_mlp_norm=False,
-        proj_bias=True,
-        init_values=None,
-        proj_drop=0.0,
-        attn_drop=0.0,
-        drop_path=0.0,
-        act_layer=nn.GELU,
-        norm_layer=LayerNorm,
-        mlp_layer=Mlp,
-        attn_layer=Attention,
-        depth=0,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, dim, num_heads, num_parallel=2, **kwargs):
+        """Arguments as of Block; num_parallel is how many stand side by side."""
         super().__init__()
         self.num_parallel = num_parallel
         self.attns = nn.ModuleList()
         self.ffns = nn.ModuleList()
         for _ in range(num_parallel):
-            plain = Block(
-                dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                qk_norm,
-                scale_attn_norm,
-                scale_mlp_norm,
-                proj_bias,
-                proj_drop,
-                attn_drop,
-                init_values,
-                drop_path,
-                act_layer,
-                norm_layer,
-                mlp_layer,
-                attn_layer,
-                depth,
-                device,
-                dtype,
-            )
+            plain = Block(dim, num_heads, **kwargs)
             attn = {"norm": plain.norm1, "attn": plain.attn, "ls": plain.ls1, "drop_path": plain.drop_path1}
             ffn = {"norm": plain.norm2, "mlp": plain.mlp, "ls": plain.ls2, "drop_path": plain.drop_path2}
             for branches, parts in ((self.attns, attn), (self.ffns, ffn)):
