@@ -164,6 +164,16 @@ def test_autocast(qk_norm):
 
 
 @torch.no_grad()
+def test_many_tokens_give_the_same_as_few():
+    """The MLP takes a large batch in parts where nothing is recorded."""
+    model = make()
+    batch = images([(4, 4)] * 140)
+    together = model(batch)
+    torch.testing.assert_close(together, torch.cat([model(batch[:70]), model(batch[70:])]))
+    assert torch.equal(together[:70], model(batch[:70])) or DEVICE == "cuda"
+
+
+@torch.no_grad()
 def test_hooks_on_the_stack_of_blocks():
     model, seen = make(), []
     x = torch.randn(2, 3, 64, 64, device=DEVICE)

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.modules.linear import linear, linear_then
+from revit_kernels.modules.linear import is_plain, linear, linear_then
+
+ROWS = 1024  # tokens that an MLP takes at a time on a CPU where nothing is recorded
 
 
 class QuickGELU(nn.Module):
@@ -42,6 +44,18 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[:-1].numel()
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if rows <= 2 * ROWS or recorded or x.device.type != "cpu" or not self._is_plain():
+            return self._forward(x)
+        parts = x.reshape(rows, -1).split(ROWS)  # the hidden layer of all tokens is the largest thing there would be
+        return torch.cat([self._forward(part) for part in parts]).view(*x.shape[:-1], -1)
+
+    def _is_plain(self) -> bool:
+        linears = is_plain(self.fc1, "Linear") and is_plain(self.fc2, "Linear")
+        return linears and is_plain(self.act, "GELU", "GELUTanh")
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.drop1(linear_then(self.fc1, self.act, x)))
         return self.drop2(linear(self.fc2, x))
 
