@@ -44,9 +44,9 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.shape[:-1].numel()
+        rows = x.numel() // x.shape[-1]
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if rows <= 2 * ROWS or recorded or x.device.type != "cpu" or not self._is_plain():
+        if recorded or type(rows) is not int or x.device.type != "cpu" or rows <= 2 * ROWS or not self._is_plain():
             return self._forward(x)
         parts = x.reshape(rows, -1).split(ROWS)  # the hidden layer of all tokens is the largest thing there would be
         return torch.cat([self._forward(part) for part in parts]).view(*x.shape[:-1], -1)
