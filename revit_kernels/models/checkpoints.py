@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -18,6 +19,7 @@ WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what traini
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 HEADS = ("head.", "head_dist.")
 UNUSED = ("mask_token", "decoder_", "pre_logits")  # of pretraining; timm's models have none of them
+CFG = ("mean", "std", "label_names", "trained_on")  # fields of pretrained_cfg that a file keeps
 LISTED = 4  # how many keys of each kind an error names
 
 
@@ -256,6 +258,8 @@ def load_checkpoint(
     """
     state = _to_timm(read_checkpoint(path), model)
     _fit_positions(state, model, _grid_of(path), interpolation, antialias)
+    if model.menu is not None:
+        model.fill_lengths(state)
     _check(state, model, path, strict)
     return model.load_state_dict(state, strict=strict)
 
@@ -297,8 +301,10 @@ def _describe(model: nn.Module) -> dict:
         json.dumps(kwargs)
     except TypeError:
         raise ValueError(f"the arguments of the model cannot be written down: {kwargs}") from None
+    resizable = None if model.menu is None else {"menu": [list(grid) for grid in model.menu], **model.resizable}
     with torch.device("meta"):
-        again = type(model)(**created["arguments"] | changes).state_dict()
+        again = type(model)(**created["arguments"] | changes)
+        again = (again.make_resizable(**resizable) if resizable else again).state_dict()
     here = model.state_dict()
     shared = [k for k in here.keys() & again.keys() if here[k].shape == again[k].shape]
     if differ := (here.keys() | again.keys()) - set(shared):
@@ -306,7 +312,24 @@ def _describe(model: nn.Module) -> dict:
             f"the model is no longer what create_model({created['name']!r}) makes: {_some(sorted(differ))}"
         )
     dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
-    return {"name": created["name"], "kwargs": kwargs, "grid": list(model.patch_embed.grid_size), "dtype": dtype}
+    found = {"name": created["name"], "kwargs": kwargs, "grid": list(model.patch_embed.grid_size), "dtype": dtype}
+    cfg = {field: model.pretrained_cfg[field] for field in CFG if model.pretrained_cfg.get(field) is not None}
+    return found | ({"resizable": resizable} if resizable else {}) | {"cfg": cfg}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The sha256 of the weights, rounded to bfloat16, and of the menu: what labels and assigners know their model by.
+
+    The same in float32 and bfloat16; a model turned to float16 keeps the one of the file that it came from.
+    """
+    created = getattr(model, "created_from", None) or {}
+    if model.patch_embed.proj.weight.dtype == torch.float16 and "fingerprint" in created:
+        return created["fingerprint"]
+    digest = hashlib.sha256(json.dumps([model.menu, model.resizable]).encode())
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(model: nn.Module, path) -> None:
@@ -321,9 +344,23 @@ def save_checkpoint(model: nn.Module, path) -> None:
     if path.suffix != ".safetensors":
         raise ValueError(f"path must end in .safetensors, got {path}")
     metadata = {"format": "pt", METADATA: json.dumps(_describe(model))}
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def write_whole(path: Path, write) -> None:
+    """Let `write` write a file under a temporary name, which then takes its own: whole or not at all.
+
+    Raises RuntimeError, in one sentence, where the disk is full or the folder cannot be written to; what was there
+    before is then still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, temporary, metadata)
+        write(temporary)
         os.replace(temporary, path)
+    except Exception as error:  # of the disk, but writers have exceptions of their own for it
+        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+        kept = " (the file of before is unharmed)" if path.exists() else ""
+        raise RuntimeError(f"{path} could not be written: {why}{kept}") from error
     finally:
         temporary.unlink(missing_ok=True)

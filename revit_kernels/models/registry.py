@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from revit_kernels.models.checkpoints import description, load_checkpoint
+from revit_kernels.models.checkpoints import description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.vit import VarLenViT
 
@@ -138,7 +138,11 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     if found is None:
         raise ValueError(f"{path} does not say what model it is for: use create_model(name, checkpoint_path={path!r})")
     model = create_model(found["name"], **found["kwargs"] | kwargs).to(getattr(torch, found["dtype"]))
+    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | found.get("cfg", {})
+    if "resizable" in found:
+        model.make_resizable(**found["resizable"])
     load_checkpoint(model, path)
+    model.created_from["fingerprint"] = fingerprint(model)
     return model
 
 

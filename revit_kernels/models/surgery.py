@@ -14,6 +14,11 @@ from revit_kernels.modules.patch_embed import pair
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
 
 
+def _is_affine(name: str) -> bool:
+    """Whether a parameter is the affine of shorter lengths, or their positions: two-dimensional, yet not to decay."""
+    return name.endswith(("shorter_weight", "shorter_bias")) or name.startswith("pos_embed_shorter")
+
+
 class Surgery:
     """The methods of VarLenViT that change its parameters or name groups of them."""
 
@@ -45,7 +50,8 @@ class Surgery:
         load_checkpoint(self, checkpoint_path)
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        tables = {"pos_embed", "cls_token", "reg_token", "dist_token"}
+        return tables | {name for name, _ in self.named_parameters() if _is_affine(name)}
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Regular expressions of parameter groups, for optimisers with layer decay."""

@@ -13,9 +13,10 @@ from revit_kernels.grids import native_grid
 from revit_kernels.models import adopt
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
+from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules.attention import by_length, dense_packing
-from revit_kernels.modules.layer_norm import add, normalise
+from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
 from revit_kernels.packing import Packing
@@ -36,7 +37,7 @@ class PackedTokens(NamedTuple):
         return self.packing.split(self.tokens)
 
 
-class VarLenViT(Intermediates, Surgery, nn.Module):
+class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     """A Vision Transformer (Dosovitskiy et al., arXiv:2010.11929) that takes images at different token lengths.
 
     Constructor, module tree, state_dict keys, methods and attributes are those of timm 1.0.31's `VisionTransformer`;
@@ -212,6 +213,8 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
         self.patch_method = "resize"  # or "patch": the patch kernel is resized (FlexiViT), the image is not
         self.pos_interpolation = "bicubic"
         self.pos_antialias = True
+        self.menu = self.resizable = None  # of make_resizable
+        self.register_load_state_dict_pre_hook(_start_lengths)
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> VarLenViT:
@@ -266,13 +269,8 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
         prefix = torch.cat(parts) if parts else None
         if self.pos_embed is None:
             return None, prefix
-        table = self.pos_embed[0]
-        if not self.no_embed_class and prefix is not None:
-            prefix = prefix + table[: self.num_prefix_tokens]
-            table = table[self.num_prefix_tokens :]
-        table = table.view(*self.patch_embed.grid_size, -1)
-        rows = ops.pos_embed(table, packing.menu, interpolation=self.pos_interpolation, antialias=self.pos_antialias)
-        return rows, prefix
+        _, own = self._table()
+        return self._position_rows(packing.menu), prefix if own is None else prefix + own
 
     def _embed(self, images, packing: Packing, channels_last: bool) -> tuple[Tensor, Packing]:
         """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout."""
@@ -285,9 +283,12 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
                 raise ValueError(
                     f"uint8 images need the {self.in_chans} channels' mean and std in pretrained_cfg, got {statistics}"
                 )
-        x = self.patch_embed.pack(
-            images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
-        )
+        if self.menu is not None and self.resizable["embedding"] != "resize":
+            x = self._embed_by_length(images, packing, pos, prefix, channels_last=channels_last, **statistics)
+        else:
+            x = self.patch_embed.pack(
+                images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
+            )
         if self.pos_embed is not None:
             x = self.pos_drop(x)
         if self.training and not isinstance(self.patch_drop, nn.Identity):
@@ -317,13 +318,34 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
             return normalise(self.norm, self.blocks(x), packing)[0], packing
         stream = [x, None, None]
         del x
-        for i, block in enumerate(self.blocks[:depth] if depth else self.blocks):
-            stream = self._run_block(block, stream, packing, mask)
+        x, branch, gamma = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
+        return normalise(self.norm, x, packing, branch, gamma)[0], packing
+
+    def embed(self, images, packing: Packing, channels_last: bool = False) -> Tensor:
+        """(capacity, dim): the tokens before the first block, of images as `forward` takes them beside a packing.
+
+        With `run_blocks` and `finish`, the forward in parts: for what goes on from an early block. Not in training.
+        """
+        images, packing, _ = self._inputs(images, None, packing, None, channels_last)
+        return normalise(self.norm_pre, self._embed(images, packing, channels_last)[0], packing)[0]
+
+    def run_blocks(self, stream, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None):
+        """The stream [x, branch, gamma], for x + gamma * branch, after the blocks from `start` to before `stop`.
+
+        stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
+        visit:  called with each block's number, its output (capacity, dim), and the packing
+        """
+        for i, block in enumerate(self.blocks[start:stop] if start or stop else self.blocks, start):
+            stream = self._run_block(block, stream, packing, mask or {})
             if visit is not None:
                 stream = [add(*stream), None, None]
                 visit(i, stream[0], packing)
+        return stream
+
+    def finish(self, stream, packing: Packing) -> Tensor:
+        """(images, classes): the final norm, pooling and head, of the stream after the last block."""
         x, branch, gamma = stream
-        return normalise(self.norm, x, packing, branch, gamma)[0], packing
+        return self.forward_head(PackedTokens(normalise(self.norm, x, packing, branch, gamma)[0], packing))
 
     def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
         if not isinstance(block, tuple(BLOCKS.values())):
@@ -387,11 +409,12 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
         packing = x.packing if isinstance(x, PackedTokens) else None
+        lengths = packing or self._packed(x)[1]
         x = self.pool(x)
         if isinstance(x, PackedTokens):  # no pooling: an answer per token
-            head = self.head_drop(self.fc_norm(x.tokens))
+            head = self.head_drop(apply_norm(self.fc_norm, x.tokens, x.packing))
             return PackedTokens(head if pre_logits else linear(self.head, head), x.packing)
-        x = self.head_drop(self.fc_norm(x))
+        x = self.head_drop(apply_norm(self.fc_norm, x, lengths))
         x = x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
         return x if packing is None else self._answered(x, packing)
 
@@ -423,3 +446,9 @@ class VarLenViT(Intermediates, Surgery, nn.Module):
             channels_last=channels_last,
         )
         return self.forward_head(features)
+
+
+def _start_lengths(model, state, prefix, *_) -> None:
+    """A plain checkpoint into a ReViT: what it knows nothing of starts from what it knows."""
+    if model.menu is not None:
+        model.fill_lengths(state, prefix)

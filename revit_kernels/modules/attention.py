@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.layer_norm import RmsNorm
+from revit_kernels.modules.layer_norm import RmsNorm, apply_norm
 from revit_kernels.modules.linear import linear
 from revit_kernels.packing import Packing
 
@@ -117,8 +117,8 @@ class Attention(nn.Module):
         qkv = linear(self.qkv, x).view(-1, 3, self.num_heads, self.head_dim)
         q, k, v = qkv.unbind(1)
         y = attend(
-            self.q_norm(q),
-            self.k_norm(k),
+            apply_norm(self.q_norm, q, packing),
+            apply_norm(self.k_norm, k, packing),
             v,
             packing,
             self.scale,
@@ -126,7 +126,7 @@ class Attention(nn.Module):
             is_causal=is_causal,
             dropout=self.attn_drop.p if self.training else 0.0,
         )
-        y = self.norm(y.reshape(*x.shape[:-1], self.attn_dim))
+        y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.attn_dim), packing)
         if self.gate is not None:
             y = y * linear(self.gate, x).sigmoid()
         return self.proj_drop(linear(self.proj, y))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.modules.attention import Attention, DiffAttention, _Lambda, attend, by_length, dense_packing
-from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, normalise
+from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.mlp import Mlp
 from revit_kernels.packing import Packing
@@ -267,7 +267,8 @@ class ParallelScalingBlock(_Streaming):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options) -> Tensor:
         """q, k, v: (capacity, dim). Returns (capacity, dim)."""
         q, k, v = (t.view(-1, self.num_heads, self.head_dim) for t in (q, k, v))
-        return attend(self.q_norm(q), self.k_norm(k), v, packing, self.scale, **options).flatten(1)
+        q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
+        return attend(q, k, v, packing, self.scale, **options).flatten(1)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
         x, branch, gamma = take(stream)

@@ -1,9 +1,13 @@
-"""Normalisation of packed tokens, with the residual add and LayerScale before it in the same pass."""
+"""Normalisation of packed tokens, with the residual add and LayerScale before it in the same pass.
+
+Token-length-aware: LengthLayerNorm and LengthRmsNorm hold an affine for each length of a model's menu.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
+from revit_kernels.modules.lengths import Grid, select
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.packing import Packing
 
@@ -35,6 +39,70 @@ class RmsNorm(nn.Module):
         return (y if self.weight is None else y * self.weight).to(x.dtype)
 
 
+class _PerLength(nn.Module):
+    """An affine per length of a menu: the longest's stands where it always did, the others' in `shorter_*`.
+
+    So a checkpoint without the additional keys is a plain model's, at full length. Tokens of a grid that is not on the
+    menu get the affine interpolated between those of its neighbours.
+    """
+
+    menu: tuple[Grid, ...]
+
+    @classmethod
+    def from_norm(cls, norm: nn.Module, menu: tuple[Grid, ...]) -> nn.Module:
+        """The norm with its own affine for every length; shares its parameters, and starts the others from them."""
+        new = cls.__new__(cls)
+        new.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in norm.__dict__.items()})
+        new.menu = menu
+        for name in ("weight", "bias"):
+            parameter = new._parameters.get(name)
+            if parameter is not None:
+                rows = parameter.detach().repeat(len(menu) - 1, 1)
+                new.register_parameter(f"shorter_{name}", nn.Parameter(rows, requires_grad=parameter.requires_grad))
+        return new
+
+    def affine(self, packing: Packing) -> tuple[Tensor | None, Tensor | None]:
+        """(lengths of the packing's menu, dim) weight and bias, a row each; (dim,) where that menu has one length."""
+        return tuple(
+            None
+            if getattr(self, name, None) is None
+            else select(getattr(self, name), getattr(self, f"shorter_{name}"), self.menu, packing.menu)
+            for name in ("weight", "bias")
+        )
+
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
+        """x: (capacity, ..., dim), (images, ..., dim), or dense. Without a packing the longest length's affine runs."""
+        if packing is None:
+            return super().forward(x)
+        return normalise_plain(self, x, packing)[0]
+
+
+class LengthLayerNorm(_PerLength, LayerNorm):
+    """LayerNorm with an affine per token length (ReViT, arXiv:2112.01686)."""
+
+
+class LengthRmsNorm(_PerLength, RmsNorm):
+    """RmsNorm with an affine per token length."""
+
+
+PER_LENGTH = {"LayerNorm": LengthLayerNorm, "RmsNorm": LengthRmsNorm}
+PLAIN = (*PER_LENGTH, *(cls.__name__ for cls in PER_LENGTH.values()))
+
+
+def apply_norm(norm: nn.Module, x: Tensor, packing: Packing) -> Tensor:
+    """norm(x), with the affine of each token's length where the norm has one per length."""
+    return norm(x, packing) if isinstance(norm, _PerLength) else norm(x)
+
+
+def _rows(x: Tensor, packing: Packing) -> Tensor | None:
+    """Which affine each row of x (flattened to its last dimension) uses; None where all use one."""
+    if len(packing.menu) == 1:
+        return packing.first_row if x.ndim == 2 and x.shape[0] == packing.capacity else None
+    row = packing.row if x.shape[0] == packing.capacity else packing.length_index
+    inner = x.shape[1:-1].numel()
+    return row if inner == 1 else row.repeat_interleave(inner)
+
+
 def normalise(
     norm: nn.Module, x: Tensor, packing: Packing, branch: Tensor | None = None, gamma: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -43,16 +111,27 @@ def normalise(
     x, branch: (capacity, dim), or (images, length, dim) where all images are of one length
     gamma:     (dim,) or None
     """
-    if not is_plain(norm, "LayerNorm", "RmsNorm"):
+    if not is_plain(norm, *PLAIN):
         x = add(x, branch, gamma)
-        return norm(x), x
+        return apply_norm(norm, x, packing), x
+    return normalise_plain(norm, x, packing, branch, gamma)
+
+
+def normalise_plain(
+    norm: nn.Module, x: Tensor, packing: Packing, branch: Tensor | None = None, gamma: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`normalise` for a norm that is known to be plain."""
     dim = x.shape[-1]
-    rms = type(norm).__name__ == "RmsNorm"
+    rms = isinstance(norm, RmsNorm) or type(norm).__name__ == "RmsNorm"
+    if isinstance(norm, _PerLength):
+        (weight, bias), row = norm.affine(packing), _rows(x, packing)
+    else:
+        weight, bias, row = norm.weight, None if rms else norm.bias, packing.first_row
     result = ops.layer_norm(
         x.reshape(-1, dim),
-        norm.weight,
-        None if rms else norm.bias,
-        packing.first_row,
+        weight,
+        bias,
+        row,
         branch=None if branch is None else branch.reshape(-1, dim),
         gamma=gamma,
         eps=norm.eps,

@@ -1,0 +1,92 @@
+"""The `revit` command: a module per subcommand, each with `add` (its arguments) and `run` (which imports the work)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from importlib import import_module
+
+COMMANDS = ("infer", "samples")  # modules of this package, in the order of --help
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence; the usage is a --help away
+
+
+def parser() -> argparse.ArgumentParser:
+    main = _Parser(prog="revit", description="Vision Transformers on images of different token lengths, packed.")
+    main.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = main.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    for name in COMMANDS:
+        module = import_module(f"revit_kernels.cli.{name}")
+        module.add(commands).set_defaults(run=module.run)
+    return main
+
+
+def _version() -> str:
+    from revit_kernels import __version__
+
+    return f"revit_kernels {__version__}"
+
+
+def _terminate(number, frame):
+    sys.exit(128 + number)  # an exception, so that temporary files are removed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status. Errors are one sentence on standard error."""
+    args = parser().parse_args(argv)
+    if args.version:
+        print(_version())
+        return 0
+    if args.command is None:
+        parser().print_help()
+        return 2
+    previous = _catch()
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("revit: interrupted, nothing was left half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
+        _forget_output()
+        return 141
+    except (ValueError, NotImplementedError, ImportError) as error:
+        return _error(error, 2)
+    except (OSError, RuntimeError) as error:
+        return _error(error, 1)
+    except MemoryError:
+        return _error("out of memory", 1)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _catch() -> dict:
+    """Let what ends the process leave as an exception; returns the handlers of before."""
+    previous = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup ignores SIGHUP
+            try:
+                previous[number] = signal.signal(number, _terminate)
+            except ValueError:  # not the main thread
+                break
+    return previous
+
+
+def _error(error: Exception | str, status: int) -> int:
+    print(f"revit: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if sys.stdout is sys.__stdout__:
+        try:
+            sys.stdout.flush()
+        except OSError:  # on a full disk: it would be tried again at exit
+            _forget_output()
+    return status
+
+
+def _forget_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

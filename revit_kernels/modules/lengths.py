@@ -1,0 +1,99 @@
+"""Parameters that exist once per length of a menu, picked or interpolated for the lengths of a batch."""
+
+import math
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from revit_kernels.device_cache import DeviceCache
+
+Grid = tuple[int, int]
+
+_tables = DeviceCache(256)
+
+
+def cells(grid: Grid) -> int:
+    """The patches of a grid: its length."""
+    return grid[0] * grid[1]
+
+
+def check_menu(menu) -> tuple[Grid, ...]:
+    """The menu as grids. Raises ValueError where it is empty or its lengths do not strictly decrease."""
+    menu = tuple(tuple(int(n) for n in grid) for grid in menu)
+    if not menu or any(len(grid) != 2 or min(grid) < 1 for grid in menu):
+        raise ValueError(f"menu must list grids (rows, columns), got {menu}")
+    lengths = [cells(grid) for grid in menu]
+    if any(longer <= shorter for longer, shorter in pairwise(lengths)):
+        raise ValueError(f"the menu's grids must have fewer and fewer patches, got {lengths}")
+    return menu
+
+
+def nearest(length: int, menu: tuple[Grid, ...]) -> int:
+    """The row of the menu whose length is off by the smallest factor."""
+    return min(range(len(menu)), key=lambda i: abs(math.log(length / cells(menu[i]))))
+
+
+def weights(length: int, menu: tuple[Grid, ...]) -> list[float]:
+    """How much of each menu row a length gets: one row where it is on the menu, or beyond its ends; else its two
+    neighbours, linearly in the logarithm of the length (our choice: a length twice as long is one step)."""
+    lengths = [cells(grid) for grid in menu]
+    row = [0.0] * len(menu)
+    if length >= lengths[0] or length <= lengths[-1]:
+        row[0 if length >= lengths[0] else -1] = 1.0
+        return row
+    after = next(i for i, n in enumerate(lengths) if n <= length)
+    if lengths[after] == length:
+        row[after] = 1.0
+        return row
+    upper, lower = (math.log(lengths[i]) for i in (after - 1, after))
+    share = (math.log(length) - lower) / (upper - lower)
+    row[after - 1], row[after] = share, 1 - share
+    return row
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1024)
+def _rows(menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> tuple[tuple[int, ...] | None, list[list[float]]]:
+    """The menu row of each wanted grid, or None where some lie between; and the weights of every one."""
+    mix = [weights(cells(grid), menu) for grid in wanted]
+    exact = all(max(row) == 1.0 for row in mix)
+    return (tuple(row.index(1.0) for row in mix) if exact else None), mix
+
+
+def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> Tensor:
+    """The rows for the wanted grids.
+
+    longest: (dim,), of menu[0]; shorter: (lengths - 1, dim), of the others
+
+    Returns (wanted, dim), or (dim,) where one grid is wanted. Differentiable; nothing waits for the device.
+    """
+    exact, mix = _rows(menu, wanted)
+    if exact is not None and len(exact) == 1:
+        return longest if exact[0] == 0 else shorter[exact[0] - 1]
+    if not wanted:
+        return longest
+    table = torch.cat([longest[None], shorter])
+    if exact == tuple(range(len(menu))):
+        return table
+    if exact is not None:
+        return table[_index(exact, table.device)]
+    share = _table(tuple(map(tuple, mix)), table.device).to(table.dtype)
+    mixed = (share[:, :, None] * table).sum(1)  # no matrix product: autocast would round it
+    return mixed[0] if len(wanted) == 1 else mixed
+
+
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    return _kept(rows, device, lambda: [torch.tensor(rows)])
+
+
+def _table(mix: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    return _kept(mix, device, lambda: [torch.tensor(mix)])
+
+
+def _kept(key, device: torch.device, make) -> Tensor:
+    if torch.compiler.is_compiling():
+        return make()[0].to(device)
+    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+        return _tables.get(key, device, make)[0]

@@ -1,0 +1,1 @@
+"""Training a ReViT, the labels taken from it, and the assigner that learns them."""

@@ -1,0 +1,79 @@
+"""Self-distillation between lengths: every image at every length in one packed forward, the longest teaching."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from revit_kernels.modules.lengths import Grid
+from revit_kernels.packing import Packing
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a ReViT is trained for.
+
+    distillation: how much of a shorter length's loss is the divergence from the longest length's answer; the rest is
+                  cross-entropy with the truth. 0: every length learns from the truth alone
+    temperature:  of both softmaxes in that divergence
+    smoothing:    label smoothing of the cross-entropy
+
+    The loss is the mean over lengths: CE(z_1, y) for the longest, and for each shorter one
+    (1 - distillation) CE(z_i, y) + distillation * temperature^2 * KL(softmax(z_1 / t) || softmax(z_i / t)), where z_1
+    is detached. The form is the usual one of self-distillation; the weights are ours.
+    """
+
+    distillation: float = 0.5
+    temperature: float = 1.0
+    smoothing: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.distillation <= 1:
+            raise ValueError(f"distillation must be between 0 and 1, got {self.distillation}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, losses).
+
+        logits:  (lengths, images, classes), longest length first
+        targets: (images,) classes, or (images, classes) probabilities
+
+        losses: (lengths,), detached, each length's own
+        """
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        longest, shorter = logits[0], logits[1:]
+        truth = [F.cross_entropy(z, targets, label_smoothing=self.smoothing) for z in logits]
+        losses = [truth[0]]
+        teacher = F.log_softmax(longest.detach() / self.temperature, -1)
+        for z, own in zip(shorter, truth[1:]):
+            if self.distillation:
+                student = F.log_softmax(z / self.temperature, -1)
+                apart = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
+                own = (1 - self.distillation) * own + self.distillation * apart
+            losses.append(own)
+        losses = torch.stack(losses)
+        return losses.mean(), losses.detach()
+
+
+def all_lengths(menu: tuple[Grid, ...], images: int, prefix: int, device) -> Packing:
+    """The packing of every image at every length: all images at the longest first."""
+    grids = [grid for grid in menu for _ in range(images)]
+    return Packing.from_grids(grids, prefix, menu=menu, device=device)
+
+
+def packed_logits(forward: Callable, images: Tensor | list[Tensor], menu, prefix: int, **options) -> Tensor:
+    """(lengths, images, classes): the answers at every length of the menu, from one packed forward.
+
+    forward: a VarLenViT, or what wraps it (DistributedDataParallel, torch.compile)
+    images:  as VarLenViT takes them
+    """
+    count, lengths = len(images), len(menu)
+    device = images.device if isinstance(images, Tensor) else images[0].device
+    repeated = images.repeat(lengths, 1, 1, 1) if isinstance(images, Tensor) else list(images) * lengths
+    packing = all_lengths(menu, count, prefix, device)
+    return forward(repeated, packing=packing, **options).unflatten(0, (lengths, count))

@@ -1,0 +1,80 @@
+"""Training images in an order that depends on the seed and the epoch alone, so that any step can be begun at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+
+def seed_of(*parts: int) -> int:
+    """One seed of several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Order:
+    """The batches of one epoch, as (index, seed) pairs: DataLoader's batch sampler.
+
+    batch: images of a step in each process; images that make no whole step are left out, others each epoch
+    rank, world: of this process and how many there are: a step takes batch * world images, dealt out in turn
+    start: the first step
+    """
+
+    def __init__(self, images: int, batch: int, seed: int, epoch: int, rank: int = 0, world: int = 1, start: int = 0):
+        if images < batch * world:
+            raise ValueError(f"a step takes {batch * world} images, but there are only {images}: give a smaller batch")
+        self.images, self.batch, self.seed, self.epoch = images, batch, seed, epoch
+        self.rank, self.world, self.start = rank, world, start
+        self.steps = images // (batch * world)
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        whole = self.batch * self.world
+        for step in range(self.start, self.steps):
+            members = order[step * whole : (step + 1) * whole][self.rank :: self.world]
+            yield [(int(i), seed_of(self.seed, self.epoch, int(i))) for i in members]
+
+
+class Augmented(Dataset):
+    """The images of a set, augmented: what an image becomes depends on its seed alone, in whatever process.
+
+    images:  a data.datasets.ImageSet
+    size:    (height, width) of what is returned
+    augment: of `augmentation`, or None
+    """
+
+    def __init__(self, images, size: tuple[int, int], augment: Callable | None = None):
+        self.images, self.size, self.augment = images, size, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = item
+        pixels = torch.from_numpy(np.ascontiguousarray(self.images.pixels(index)))
+        if self.augment is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                pixels = self.augment(pixels.permute(2, 0, 1)).permute(1, 2, 0)
+        if tuple(pixels.shape[:2]) != self.size:
+            pixels = _fit(pixels, self.size)
+        return pixels.contiguous(), int(self.images.targets[index])
+
+
+def _fit(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """The whole image, stretched to the size: as the model sees an image at evaluation."""
+    planes = pixels.permute(2, 0, 1)[None].float()
+    planes = F.interpolate(planes, size, mode="bicubic", antialias=True)
+    return planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+def load(dataset: Augmented, order: Order, workers: int, pin: bool = False) -> DataLoader:
+    """Batches (images (batch, height, width, 3) uint8, targets (batch,))."""
+    return DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=pin, persistent_workers=False)
