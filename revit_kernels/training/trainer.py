@@ -1,0 +1,260 @@
+"""Trains a ReViT: every step takes each image at every length of the menu, in one packed forward and backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from revit_kernels.models.checkpoints import save_checkpoint
+from revit_kernels.training.distillation import Objective, packed_logits
+from revit_kernels.training.loader import Augmented, Order, load, seed_of
+from revit_kernels.training.optimiser import adamw, learning_rate
+from revit_kernels.training.run_folder import RunFolder
+
+LOG_EVERY = 50  # steps
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a ReViT is trained.
+
+    batch:        images of a step in each process; every one is seen at every length
+    accumulate:   parts that a step's images are taken in, to need less memory
+    warmup:       share of all steps in which the learning rate rises
+    least_lr:     share of the learning rate at the last step
+    layer_decay:  each layer's learning rate is so many times that of the layer above it
+    clip:         the norm that gradients are clipped to, 0 for none
+    ema:          decay of the moving average of the weights, 0 for none
+    autocast:     compute in bfloat16 where torch's autocast says so; weights stay float32
+    """
+
+    epochs: float = 10.0
+    batch: int = 64
+    accumulate: int = 1
+    lr: float = 1e-3
+    least_lr: float = 0.01
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    clip: float = 1.0
+    ema: float = 0.0
+    autocast: bool = False
+    seed: int = 0
+    objective: Objective = field(default_factory=Objective)
+
+    def __post_init__(self):
+        for name in ("epochs", "batch", "accumulate", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+
+    def as_settings(self) -> dict:
+        return asdict(self)
+
+
+class Trainer:
+    """One run: a resizable model, its images, a recipe, and the folder that it is kept in.
+
+    model:   a VarLenViT made resizable, on its device
+    images:  Augmented training images
+    folder:  a RunFolder (in every process the same; only the first writes)
+    mix:     of augmentation.mixing, or None
+    score:   called with a model, gives {"name": number, ...} for the log; run at the end of every epoch
+
+    With torch.distributed initialised, the gradients are averaged over the processes.
+    """
+
+    def __init__(
+        self,
+        model,
+        images: Augmented,
+        recipe: Recipe,
+        folder: RunFolder | None = None,
+        *,
+        mix: Callable | None = None,
+        score: Callable | None = None,
+        workers: int = 0,
+    ):
+        if model.menu is None:
+            raise ValueError("the model must be made resizable first")
+        self.model, self.images, self.recipe, self.folder = model, images, recipe, folder
+        self.mix, self.score, self.workers = mix, score, workers
+        self.device = next(model.parameters()).device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.forward = DistributedDataParallel(model) if self.world > 1 else model
+        self.optimiser = adamw(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
+        average = get_ema_multi_avg_fn(recipe.ema)
+        self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
+        self.steps_an_epoch = Order(len(images), recipe.batch, recipe.seed, 0, self.rank, self.world).steps
+        self.steps = max(1, round(recipe.epochs * self.steps_an_epoch))
+        self.step = 0
+        self.losses: Tensor | None = None  # each length's, added up over the steps since the log's last row
+        self.logged = 0  # those steps
+
+    @property
+    def best_weights(self):
+        """The model to use: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    # ------------------------------------------------------------------ one step
+
+    def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
+        """One update; returns (lengths,), each length's own loss. images: (batch, height, width, 3) uint8"""
+        recipe = self.recipe
+        # Drop path, dropout and mixing draw from torch's generator: a step's draws depend on its number alone.
+        torch.manual_seed(seed_of(recipe.seed, self.step, self.rank))
+        if self.mix is not None:
+            images, targets = self.mix(images, targets)
+        lr = learning_rate(
+            self.step, self.steps, round(recipe.warmup * self.steps), recipe.lr, recipe.lr * recipe.least_lr
+        )
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr * group["scale"]
+        losses = []
+        parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)))
+        for i, (part, target) in enumerate(parts):
+            last = i == len(parts) - 1
+            wait = nullcontext() if last or self.world == 1 else self.forward.no_sync()
+            with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
+                logits = packed_logits(
+                    self.forward, part, self.model.menu, self.model.num_prefix_tokens, channels_last=True
+                )
+                loss, own = recipe.objective(logits, target)
+                (loss / len(parts)).backward()
+            losses.append(own)
+        if recipe.clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.step += 1
+        return torch.stack(losses).mean(0)
+
+    # ------------------------------------------------------------------ the run
+
+    def train(
+        self, *, save_every: float = 300.0, tensorboard: bool = False, progress=None, stop_after: int | None = None
+    ):
+        """Train to the end, from the folder's state if it has one.
+
+        save_every: seconds after which the state is written again; it always is at the end of an epoch
+        progress:   called with the number of the step, of all steps, and the mean loss
+        stop_after: leave off after this step, as if the run had been killed then
+        """
+        first = self.rank == 0 and self.folder is not None
+        if self.folder is not None and (state := self.folder.state()) is not None:
+            self.load_state(state)
+        if first:
+            lengths = [f"{h}x{w}" for h, w in self.model.menu]
+            names = [f"loss_{length}" for length in lengths] + [f"accuracy_{length}" for length in lengths]
+            self.folder.begin_log(self.step, tensorboard, ["step", "epoch", "lr", "images_per_s", *names])
+        saved = time.monotonic()
+        self.model.train()
+        stop = self.steps if stop_after is None else min(self.steps, stop_after)
+        while self.step < stop:
+            epoch, start = divmod(self.step, self.steps_an_epoch)
+            order = Order(len(self.images), self.recipe.batch, self.recipe.seed, epoch, self.rank, self.world, start)
+            began, end = time.monotonic(), min(self.steps, (epoch + 1) * self.steps_an_epoch)
+            for images, targets in load(self.images, order, self.workers, pin=self.device.type == "cuda"):
+                losses = self.train_step(*(t.to(self.device, non_blocking=True) for t in (images, targets)))
+                self.losses = losses if self.losses is None else self.losses + losses
+                if progress is not None:
+                    progress(self.step, self.steps, losses)
+                self.logged += 1
+                if first and self.step % LOG_EVERY == 0 and self.step != end:
+                    self.folder.log(self._row(epoch, began))
+                    began = time.monotonic()
+                if self.step == end:  # what ends the epoch is written in one: its scores, then the state
+                    break
+                if first and time.monotonic() - saved > save_every:
+                    self.folder.save_state(self.state())
+                    saved = time.monotonic()
+                if self.step >= stop:
+                    return self.best_weights
+            self._end_epoch(self._row(epoch, began), first)
+            saved = time.monotonic()
+        if first:
+            self.folder.close()
+        return self.best_weights
+
+    def _row(self, epoch: int, began: float) -> dict:
+        """A row of the log: losses are means since the row before."""
+        rate = self.logged * self.recipe.batch * self.world / (time.monotonic() - began)
+        losses = (self.losses / self.logged).tolist()
+        self.losses, self.logged = None, 0
+        row = {"step": self.step, "epoch": epoch + 1, "lr": self.optimiser.param_groups[-1]["lr"], "images_per_s": rate}
+        return row | {f"loss_{h}x{w}": loss for (h, w), loss in zip(self.model.menu, losses)}
+
+    def _end_epoch(self, row: dict, first: bool) -> None:
+        if not first:
+            return
+        if self.score is not None:
+            weights = self.best_weights
+            weights.eval()
+            row |= self.score(weights)
+            self.model.train()
+        self.folder.log(row)
+        self.folder.save_state(self.state())
+        if hasattr(self.model, "created_from"):
+            save_checkpoint(self.best_weights, self.folder.path / "model.safetensors")
+
+    # ------------------------------------------------------------------ its state
+
+    def state(self) -> dict:
+        """Everything that the rest of the run depends on, but the settings and the images."""
+        average = None if self.average is None else self.average.state_dict()
+        model, optimiser = self.model.state_dict(), self.optimiser.state_dict()
+        losses = None if self.losses is None else self.losses.cpu()
+        return {
+            "step": self.step,
+            "losses": losses,
+            "logged": self.logged,
+            "model": model,
+            "average": average,
+            "optimiser": optimiser,
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step = int(state["step"])
+        self.logged = int(state["logged"])
+        self.losses = None if state["losses"] is None else state["losses"].to(self.device)
+
+
+def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = False) -> dict[str, float]:
+    """{"accuracy_7x7": ..., ...}: the share of images that the model recognises at each length, in one packed forward.
+
+    model:  resizable, in eval mode
+    images: a data.datasets.ImageSet
+    """
+    device = next(model.parameters()).device
+    tokens = sum(model.num_prefix_tokens + h * w for h, w in model.menu)
+    batch = max(1, batch_tokens // tokens)
+    right = np.zeros(len(model.menu))
+    size = tuple(np.asarray(images.pixels(0)).shape[:2])
+    for start in range(0, len(images), batch):
+        members = range(start, min(start + batch, len(images)))
+        pixels = [torch.from_numpy(np.ascontiguousarray(images.pixels(i))) for i in members]
+        same = all(tuple(p.shape[:2]) == size for p in pixels)
+        pixels = torch.stack(pixels).to(device) if same else [p.to(device) for p in pixels]
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            logits = packed_logits(model, pixels, model.menu, model.num_prefix_tokens, channels_last=True)
+        truth = torch.as_tensor(np.asarray(images.targets)[members.start : members.stop], device=device)
+        right += (logits.argmax(-1) == truth).sum(-1).cpu().numpy()
+    return {f"accuracy_{h}x{w}": float(r) / len(images) for (h, w), r in zip(model.menu, right)}
