@@ -8,7 +8,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -123,12 +123,13 @@ def show(path: str) -> str:
 
 
 def decode(
-    path: str,
+    path: str | BinaryIO,
     target: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     hold: Callable[[int], None] | None = None,
 ) -> Decoded:
     """The image in a file, upright and as RGB.
 
+    path:   of the file; or a file object, open for reading bytes
     target: from the image's (height, width) to the (height, width) it will be resized to. A JPEG may then be decoded
             at half, a quarter or an eighth of its size, but never at less than twice the target: an antialiased resize
             from there is still right.
@@ -138,11 +139,8 @@ def decode(
     Raises ImageError for whatever is wrong with the file.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
-        if status.st_size == 0:
-            raise ImageError("the file is empty")
+        if isinstance(path, str | os.PathLike):
+            _check_file(os.stat(path))
         with Image.open(path) as image:
             return _decode(image, target, hold)
     except ImageError:
@@ -160,6 +158,13 @@ def decode(
     except Exception as error:  # Pillow's plugins raise what their parsers happen to raise
         why = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be decoded: {why}") from error
+
+
+def _check_file(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
+    if status.st_size == 0:
+        raise ImageError("the file is empty")
 
 
 def _decode(image: Image.Image, target, hold) -> Decoded:

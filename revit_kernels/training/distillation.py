@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -60,10 +61,12 @@ class Objective:
         return losses.mean(), losses.detach()
 
 
-def all_lengths(menu: tuple[Grid, ...], images: int, prefix: int, device) -> Packing:
-    """The packing of every image at every length: all images at the longest first."""
+@lru_cache(maxsize=4)
+def all_lengths(menu: tuple[Grid, ...], images: int, prefix: int, device: torch.device) -> Packing:
+    """The packing of every image at every length: all images at the longest first. Kept: each step's is the same."""
     grids = [grid for grid in menu for _ in range(images)]
-    return Packing.from_grids(grids, prefix, menu=menu, device=device)
+    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+        return Packing.from_grids(grids, prefix, menu=menu, device=device)
 
 
 def packed_logits(forward: Callable, images: Tensor | list[Tensor], menu, prefix: int, **options) -> Tensor:

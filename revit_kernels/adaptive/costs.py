@@ -1,0 +1,202 @@
+"""What an image costs at each length of the menu: measured, on the device that will serve it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_kernels.grids import Grid
+from revit_kernels.packing import Packing
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for one image, as `measure_costs` finds them.
+
+    menu:       the grids (rows, columns), longest first
+    per_length: seconds at each row of the menu, in a packed batch of that length
+    assigner:   seconds of the assigner, 0 without one
+    repack:     seconds to pick an unsure image out of a batch and send it on to the next stage of a cascade
+    reused:     seconds saved by an image of the shortest length that goes on from the assigner's tokens
+    device:     the device's name, see `device_name`
+    dtype:      the dtype of the model's weights
+    batch:      images of a batch
+    """
+
+    menu: tuple[Grid, ...]
+    per_length: tuple[float, ...]
+    assigner: float = 0.0
+    repack: float = 0.0
+    reused: float = 0.0
+    device: str = ""
+    dtype: str = "float32"
+    batch: int = 0
+
+    def __post_init__(self):
+        if len(self.menu) != len(self.per_length) or not self.menu:
+            raise ValueError(f"costs need one time for each of the {len(self.menu)} grids, got {len(self.per_length)}")
+        times = np.array([*self.per_length, self.assigner, self.repack, self.reused], np.float64)
+        if not (np.isfinite(times).all() and (times >= 0).all() and min(self.per_length) > 0):
+            raise ValueError(f"costs must be finite, at least 0, and above 0 at each length, got {times.tolist()}")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Costs:
+        """The costs that `to_json` wrote. Raises ValueError for any other text."""
+        try:
+            found = json.loads(text)
+            menu = tuple((int(rows), int(columns)) for rows, columns in found.pop("menu"))
+            return cls(menu, tuple(found.pop("per_length")), **found)
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no JSON of costs: {error}") from None
+
+    def without_reuse(self) -> Costs:
+        """The costs where the assigner's tokens are not reused."""
+        return replace(self, reused=0.0)
+
+
+def device_name(device: torch.device | str) -> str:
+    """What the device is: the GPU's or the processor's model."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def model_device(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def model_dtype(model) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def check_resizable(model) -> None:
+    """Raise ValueError for a model that was never made resizable."""
+    if getattr(model, "menu", None) is None:
+        raise ValueError("the model knows one length only: make it resizable first, with model.make_resizable(menu)")
+
+
+def _round_robin(works: list[Callable[[], object]], rounds: int, warmup: int, device: torch.device) -> list[float]:
+    """Median seconds of each work; all are timed in turn, so that drift hits all alike."""
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    seconds = np.zeros((rounds, len(works)))
+    for turn in range(-warmup, rounds):
+        for i, work in enumerate(works):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            if turn >= 0:
+                seconds[turn, i] = time.perf_counter() - start
+    return np.median(seconds, 0).tolist()
+
+
+def _batch_of(images, model, batch: int, device: torch.device) -> Tensor | list[Tensor]:
+    """The images on the device: those given, or noise of the size given."""
+    if isinstance(images, Tensor) or (isinstance(images, list) and images and isinstance(images[0], Tensor)):
+        return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
+    height, width = model.patch_embed.img_size if images is None else images
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, height, width, model.in_chans)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+
+def pick(images: Tensor | list[Tensor], indices: list[int]) -> Tensor | list[Tensor]:
+    """The images of these indices, on the host known, out of a tensor or a list."""
+    if isinstance(images, Tensor):
+        return images.index_select(0, torch.tensor(indices, dtype=torch.long).to(images.device))
+    return [images[i] for i in indices]
+
+
+def confidence_of(logits: Tensor) -> Tensor:
+    """(images,) float32: the largest probability that the softmax of the logits gives, computed in fp32."""
+    return logits.float().softmax(-1).amax(-1)
+
+
+@torch.inference_mode()
+def measure_costs(
+    model,
+    assigner=None,
+    images: Tensor | list[Tensor] | tuple[int, int] | None = None,
+    batch: int = 64,
+    rounds: int = 5,
+    warmup: int = 1,
+    channels_last: bool = True,
+) -> Costs:
+    """Time the model at each length of its menu, and its assigner, on the device where they are.
+
+    model:    a resizable VarLenViT
+    assigner: a TokenLengthAssigner of the same menu
+    images:   uint8 images (images, height, width, channels) or a list of them, or the (height, width) of noise; noise
+              of the size that the model was made for, if not given
+    batch:    images of a packed batch, where noise is used
+    rounds:   how often each is timed; the median counts
+    warmup:   rounds before those that count
+
+    Returns Costs. Raises ValueError for a model that is not resizable, and for numbers below 1.
+    """
+    check_resizable(model)
+    if batch < 1 or rounds < 1 or warmup < 0:
+        raise ValueError(f"batch and rounds must be at least 1, warmup at least 0, got {batch}, {rounds} and {warmup}")
+    device = model_device(model)
+    images = _batch_of(images, model, batch, device)
+    number, prefix = len(images), model.num_prefix_tokens
+    packings = [Packing.from_grids([grid] * number, prefix, menu=model.menu, device=device) for grid in model.menu]
+
+    def at(packing):
+        return lambda: model(images, packing=packing, channels_last=channels_last)
+
+    logits = model(images, packing=packings[-1], channels_last=channels_last)
+    half = confidence_of(logits).median()
+
+    def repack():  # what AdaptiveViT does between two stages
+        going = (confidence_of(logits) <= half).cpu().nonzero()[:, 0].tolist()
+        pick(images, going)
+
+    works = {"repack": repack} | {row: at(packing) for row, packing in enumerate(packings)}
+    if assigner is not None:
+        works["assigner"] = lambda: assigner(images, model=model, channels_last=channels_last)
+        if assigner.kind == "features":
+
+            def reused():
+                _, stream, packing = assigner.with_tokens(images, model, channels_last=channels_last)
+                model.finish(model.run_blocks(list(stream), packing, assigner.depth, len(model.blocks)), packing)
+
+            works["reused"] = reused
+    seconds = dict(zip(works, _round_robin(list(works.values()), rounds, warmup, device)))
+    saved = 0.0
+    if "reused" in seconds:
+        saved = max(0.0, seconds["assigner"] + seconds[len(packings) - 1] - seconds["reused"])
+        saved = min(saved, seconds[len(packings) - 1] * (1 - 1e-3))  # noise must not make a length free
+    return Costs(
+        tuple(model.menu),
+        tuple(seconds[row] / number for row in range(len(packings))),
+        seconds.get("assigner", 0.0) / number,
+        2 * seconds["repack"] / number,
+        saved / number,
+        device_name(device),
+        model_dtype(model),
+        number,
+    )
