@@ -138,7 +138,8 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     if found is None:
         raise ValueError(f"{path} does not say what model it is for: use create_model(name, checkpoint_path={path!r})")
     model = create_model(found["name"], **found["kwargs"] | kwargs).to(getattr(torch, found["dtype"]))
-    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | found.get("cfg", {})
+    cfg = {k: tuple(v) if k in ("mean", "std") else v for k, v in found.get("cfg", {}).items()}
+    model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
     load_checkpoint(model, path)

@@ -1,0 +1,1 @@
+"""How many tokens an image gets: policies, budgets, the cascade, and AdaptiveViT."""

@@ -1,0 +1,74 @@
+"""`revit train-assigner`: its arguments."""
+
+from revit_kernels.cli.arguments import count
+
+
+def add(commands):
+    train = commands.add_parser(
+        "train-assigner",
+        help="train the network that picks each image's length",
+        description="Trains a token-length assigner on the labels of `revit label`, and keeps with it what budgets are "
+        "solved from: its answers for images that it has not learnt from.",
+    )
+    train.add_argument("model", metavar="FILE", help="the ReViT that the labels were taken from")
+    train.add_argument("--labels", required=True, metavar="FILE", help=".parquet of `revit label`")
+    train.add_argument("--data", required=True, metavar="SET", help="the images that were labelled")
+    train.add_argument("--split", default="train", help="default: train")
+    train.add_argument("--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)")
+    train.add_argument("--output", "-o", required=True, metavar="FILE", help=".safetensors")
+    train.add_argument(
+        "--kind",
+        choices=("features", "pixels"),
+        default="features",
+        help="features: the ReViT's first blocks at the shortest length (default); pixels: a micro network of its own",
+    )
+    train.add_argument("--loss", choices=("cross_entropy", "ordinal", "cost"), default="cross_entropy")
+    train.add_argument("--balance", action="store_true", help="weigh labels by how rare they are")
+    train.add_argument("--depth", type=count, metavar="N", help="blocks (default: as many as 2 %% of a pass allow)")
+    train.add_argument("--dim", type=count, metavar="N", help="width of the micro network")
+    train.add_argument("--epochs", type=count, default=30, metavar="N")
+    train.add_argument("--batch", type=count, default=256, metavar="N")
+    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--folds", type=count, default=5, metavar="K", help="for answers on images not learnt from")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    train.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
+    train.add_argument("--quiet", "-q", action="store_true", help="no progress")
+    return train
+
+
+def run(args) -> int:
+    import sys
+
+    from tqdm import tqdm
+
+    from revit_kernels.adaptive.costs import measure_costs
+    from revit_kernels.adaptive.outcomes import Outcomes
+    from revit_kernels.data.datasets import open_set
+    from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
+    from revit_kernels.training.label_command import load_resizable
+
+    outcomes = Outcomes.load(args.labels)
+    model = load_resizable(args.model, args.device, args.dtype)
+    images = open_set(args.data, args.split, root=args.root)
+    names = ("loss", "balance", "epochs", "batch", "lr", "folds", "seed")
+    recipe = AssignerRecipe(**{name: getattr(args, name) for name in names})
+    with tqdm(total=len(outcomes), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
+        assigner = train_assigner(
+            model, outcomes, images, args.kind, recipe, depth=args.depth, embed_dim=args.dim, progress=bar.update
+        )
+    assigner.save(args.output)
+    if not args.quiet:
+        parameter = next(model.parameters())
+        served = assigner.to(parameter.device, parameter.dtype)
+        costs = measure_costs(model, served, tuple(images.pixels(0).shape[:2]), rounds=5)
+        share = costs.assigner / costs.per_length[0]
+        found = quality(assigner)
+        print(
+            f"revit: labels predicted {found['accuracy']:.1%} (always the commonest: {found['commonest_label']:.1%}), "
+            f"too short {found['too_short']:.1%}, calibration error {found['calibration_error_before']:.3f} before and "
+            f"{found['calibration_error']:.3f} after",
+            file=sys.stderr,
+        )
+        print(f"revit: it costs {share:.1%} of a full-length pass, measured on {costs.device}", file=sys.stderr)
+    return 0

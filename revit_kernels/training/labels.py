@@ -1,0 +1,145 @@
+"""Token-length labels: what a ReViT says of every image at every length, in one packed forward."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from revit_kernels.adaptive.outcomes import Outcomes, label_of
+from revit_kernels.data.datasets import ImageSet, read_batches
+from revit_kernels.models.checkpoints import fingerprint, write_whole
+from revit_kernels.training.distillation import packed_logits
+
+SHARD = 4096  # images after which what was found is written, to go on from
+
+
+def _to_device(pixels: Tensor | list[Tensor], device) -> Tensor | list[Tensor]:
+    return pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
+
+
+@torch.inference_mode()
+def _ask(model, images: ImageSet, members, batch_tokens: int, keep: bool, progress) -> dict[str, np.ndarray]:
+    """The columns of some images, (images, lengths, ...) each."""
+    device, prefix = next(model.parameters()).device, model.num_prefix_tokens
+    tokens = sum(prefix + h * w for h, w in model.menu)
+    found: dict[str, list[np.ndarray]] = {}
+    for indices, pixels in read_batches(images, members, max(1, batch_tokens // tokens)):
+        logits = packed_logits(model, _to_device(pixels, device), model.menu, prefix, channels_last=True)
+        p = logits.float().softmax(-1).transpose(0, 1)  # (images, lengths, classes)
+        top = p.topk(min(2, p.shape[-1]), -1).values
+        columns = {
+            "predicted": p.argmax(-1).int(),
+            "confidence": top[..., 0],
+            "margin": top[..., 0] - top[..., -1] if p.shape[-1] > 1 else top[..., 0],
+            "entropy": -(p * p.clamp_min(1e-30).log()).sum(-1),
+        }
+        if keep:
+            columns["probabilities"] = p.half()
+        for name, values in columns.items():
+            found.setdefault(name, []).append(values.cpu().numpy())
+        if progress is not None:
+            progress(len(indices))
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def collect(
+    model,
+    images: ImageSet,
+    *,
+    unsolved: str = "smallest",
+    rule: str = "first_correct",
+    against: str = "truth",
+    probabilities: bool = False,
+    batch_tokens: int = 16384,
+    progress: Callable[[int], None] | None = None,
+    partial: Path | None = None,
+) -> Outcomes:
+    """What the model says of the images at every length of its menu.
+
+    model:         resizable, in eval mode
+    unsolved, rule: as of `label_of`
+    against:       "truth", or "full": right is what the longest length answers, whatever the truth
+    probabilities: keep those of all classes
+    batch_tokens:  tokens of one packed batch, every length of an image counted
+    progress:      called with the number of images just done
+    partial:       a folder to keep what was found in until all is, and to go on from
+
+    Raises ValueError for a model that is not resizable or has other classes than the images.
+    """
+    if model.menu is None:
+        raise ValueError("the model is not resizable: labels need a model with a menu of lengths")
+    if model.num_classes != len(images.classes):
+        raise ValueError(f"the model has {model.num_classes} classes, {images.name} has {len(images.classes)}")
+    if against not in ("truth", "full"):
+        raise ValueError(f"against must be 'truth' or 'full', got {against!r}")
+    label_of(np.zeros((0, 1), bool), unsolved, rule)
+    mark = fingerprint(model)
+    shards = [range(i, min(i + SHARD, len(images))) for i in range(0, len(images), SHARD)]
+    if partial is not None:
+        _begin(partial, {"model": mark, "images": images.fingerprint(), "probabilities": probabilities})
+    parts = []
+    for number, members in enumerate(shards):
+        file = partial / f"{number:05d}.npz" if partial is not None else None
+        if file is not None and file.exists():
+            with np.load(file) as kept:
+                parts.append({name: kept[name] for name in kept.files})
+            if progress is not None:
+                progress(len(members))
+            continue
+        parts.append(_ask(model, images, members, batch_tokens, probabilities, progress))
+        if file is not None:
+            write_whole(file, lambda temporary, part=parts[-1]: _save(temporary, part))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    truth = images.targets[:, None] if against == "truth" else columns["predicted"][:, :1]
+    correct = columns["predicted"] == truth
+    about = {"images": images.name, "unsolved": unsolved, "rule": rule, "against": against}
+    return Outcomes(
+        menu=model.menu,
+        keys=tuple(images.keys),
+        targets=np.asarray(images.targets),
+        correct=correct,
+        label=label_of(correct, unsolved, rule),
+        fingerprint=mark,
+        about=about,
+        **columns,
+    )
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def _begin(folder: Path, settings: dict) -> None:
+    """Make the folder of shards, or keep the one there is if it was begun with these settings."""
+    told = folder / "settings.json"
+    if folder.exists() and (not told.exists() or json.loads(told.read_text()) != settings):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not told.exists():
+        write_whole(told, lambda temporary: temporary.write_text(json.dumps(settings)))
+
+
+def join(parts: list[Outcomes]) -> Outcomes:
+    """The outcomes of several models, each of the images that it has not learnt from: k-fold labels.
+
+    Raises ValueError where their menus differ, or an image is in two.
+    """
+    if len({part.menu for part in parts}) != 1:
+        raise ValueError(f"the models of the folds have different menus: {sorted({part.menu for part in parts})}")
+    keys = tuple(key for part in parts for key in part.keys)
+    if len(set(keys)) != len(keys):
+        raise ValueError("an image is in two folds")
+    names = ("targets", "correct", "predicted", "confidence", "margin", "entropy", "label", "probabilities")
+    arrays = {
+        name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
+        for name in names
+    }
+    about = parts[0].about | {"folds": [part.fingerprint for part in parts]}
+    return Outcomes(menu=parts[0].menu, keys=keys, fingerprint="", about=about, **arrays)
