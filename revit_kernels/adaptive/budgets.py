@@ -47,7 +47,7 @@ class Budget:
             return budget
         text = str(budget).strip().lower().replace(" ", "")
         try:
-            if text.startswith("full"):
+            if text == "full" or text.startswith("full-"):
                 return cls(loss=float(text.removeprefix("full").removeprefix("-") or 0) / 100)
             if text.endswith("x"):
                 return cls(speed=float(text[:-1]))

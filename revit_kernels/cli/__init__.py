@@ -8,7 +8,15 @@ import signal
 import sys
 from importlib import import_module
 
-COMMANDS = ("infer", "train", "label", "train_assigner", "data", "samples")  # modules here, in the order of --help
+COMMANDS = (
+    "infer",
+    "train",
+    "label",
+    "train_assigner",
+    "evaluate",
+    "data",
+    "samples",
+)  # modules here, in the order of --help
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,6 +6,8 @@ from revit_kernels.cli.arguments import count, grids
 
 EXAMPLES = """\
 examples:
+  revit infer clothes/
+  revit infer photos/ --model revit.safetensors --assigner assigner.safetensors --budget 2x
   revit infer photos/ --model deit_small_patch16_224 --pretrained
   revit infer photos/ more.jpg "scans/*.png" @list.txt --model weights.safetensors --output answers.csv
   revit infer photos/ --model vit_small_patch14_dinov2 --checkpoint dinov2.safetensors --features --output features.npz
@@ -33,7 +35,12 @@ def add(commands):
     infer.add_argument("--no-recursive", dest="recursive", action="store_false", help="leave out folders of a folder")
 
     model = infer.add_argument_group("model")
-    model.add_argument("--model", required=True, metavar="NAME_OR_FILE", help="timm's name, or a .safetensors file")
+    model.add_argument(
+        "--model",
+        metavar="NAME_OR_FILE",
+        help="timm's name, or a .safetensors file (default: the small ReViT that comes with the package, which tells "
+        "ten kinds of clothes apart)",
+    )
     model.add_argument("--checkpoint", "--weights", metavar="FILE", help="the weights of --model NAME")
     model.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
     model.add_argument("--untrained", action="store_true", help="random weights: for timing only")
@@ -74,6 +81,20 @@ def add(commands):
     )
     tokens.add_argument(
         "--batch-tokens", type=count, metavar="N", default=8192, help="tokens of one packed batch (default: 8192)"
+    )
+
+    adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
+    adaptive.add_argument(
+        "--policy",
+        choices=("fixed", "random", "assigner", "cascade", "assigner+cascade"),
+        help="who gives each image its length (default: the cascade, where --assigner or --outcomes is given)",
+    )
+    adaptive.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
+    adaptive.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`, to solve budgets from")
+    adaptive.add_argument(
+        "--budget",
+        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length), or full: the cheapest that "
+        "loses nothing (default)",
     )
 
     output = infer.add_argument_group("output")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from revit_kernels import dispatch
 from revit_kernels.data.images import find_images, show
+from revit_kernels.serving.adapt import SHIPPED, make_adaptive
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import GridRule, Totals, full_length, infer
 from revit_kernels.serving.prepare import choose_device, choose_dtype, load_model, read_labels
@@ -47,20 +48,22 @@ def run(args) -> int:
 
 
 def _answer(args, paths: list[str], device: torch.device) -> Totals:
+    name = args.model or str(SHIPPED)
     model = load_model(
-        args.model,
+        name,
         checkpoint=args.checkpoint,
         pretrained=args.pretrained,
         untrained=args.untrained,
         device=device,
         dtype=choose_dtype(args.dtype, device),
     )
-    columns = _columns(args, model)
     model.patch_method = args.method
+    adaptive = make_adaptive(args, model)
+    columns = _columns(args, model, adaptive is not None)
     rule = GridRule(
         model.patch_embed.patch_size,
         args.max_tokens or full_length(model),
-        args.grids,
+        args.grids if adaptive is None else (model.menu[0],),
         crop=args.fit != "squash",
         resize=args.method == "resize",
     )
@@ -68,7 +71,7 @@ def _answer(args, paths: list[str], device: torch.device) -> Totals:
     bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
     with bar, _written(args.output), open_records(args.output, columns) as writer:
         totals = infer(
-            model,
+            adaptive or model,
             paths,
             rule,
             writer,
@@ -79,7 +82,7 @@ def _answer(args, paths: list[str], device: torch.device) -> Totals:
             keep=sample.keep if sample else None,
         )
     if not args.quiet:
-        _say(closing_line(totals, full_length(model)))
+        _say(closing_line(totals, full_length(adaptive or model)))
     if sample is not None and sample.pixels:
         _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
     return totals
@@ -125,7 +128,14 @@ def _cores() -> int:
 def _check_options(args) -> None:
     if args.grids and args.max_tokens:
         raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
-    if args.fit and not args.grids:
+    if args.policy and (args.grids or args.max_tokens or args.features or args.compare or args.method == "patch"):
+        raise ValueError(
+            "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens, "
+            "--features, --compare or --method patch"
+        )
+    if (args.checkpoint or args.pretrained or args.untrained) and not args.model:
+        raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
+    if args.fit and args.model and not args.grids and not args.policy:
         raise ValueError("--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched")
     if args.method == "patch" and args.compare:
         raise ValueError("--compare times images that are resized: leave out --method patch")
@@ -147,7 +157,7 @@ def _backend(name: str | None):
         dispatch.FORCED = previous
 
 
-def _columns(args, model) -> Columns:
+def _columns(args, model, adaptive: bool) -> Columns:
     if args.features:
         return Columns(features=model.num_features)
     if model.num_classes < 1:
@@ -156,6 +166,7 @@ def _columns(args, model) -> Columns:
         classes=model.num_classes,
         top=min(args.top, model.num_classes),
         labels=read_labels(args.labels, model),
+        adaptive=adaptive,
     )
 
 

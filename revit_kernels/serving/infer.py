@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.images import Decoded, ImageError, show
 from revit_kernels.grids import Grid, largest_grid, native_grid
 from revit_kernels.serving.batching import token_batches
@@ -81,10 +83,28 @@ class Totals:
     seconds: float = 0.0
 
 
-def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> torch.Tensor:
-    """(images, classes) probabilities or (images, features), float32 on the device, of images without errors."""
+class Results(NamedTuple):
+    """Of a batch, on the device.
+
+    values: (images, classes) probabilities or (images, features), float32
+    row:    (images,) menu row of the length that answered, where a policy chose it; tokens: (images,) of all passes
+    """
+
+    values: torch.Tensor
+    row: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+
+
+def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> Results:
+    """What the model, a VarLenViT or an AdaptiveViT, says of images without errors."""
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
-    grids = [loaded.grid for loaded in batch]
+    if isinstance(model, AdaptiveViT):
+        found = model.predict(images, channels_last=True)
+        return Results(found.logits.float().softmax(-1), found.choice, found.tokens)
+    return Results(_answer(model, images, [loaded.grid for loaded in batch], features))
+
+
+def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
     with torch.inference_mode():
         if features:
             packed = model.forward_features(images, grids=grids, channels_last=True)
@@ -106,7 +126,8 @@ def infer(
 ) -> Totals:
     """Run the model over image files and write one record for each, in the order given.
 
-    model:        a VarLenViT in eval mode
+    model:        a VarLenViT in eval mode, or an AdaptiveViT, which gives each image a length by its policy: `rule` is
+                  then to give the longest
     paths:        image files; one that is missing or broken becomes a record with its error
     rule:         which grid each image gets
     writer:       of serving.records
@@ -120,14 +141,16 @@ def infer(
     is larger.
     """
     device = next(model.parameters()).device
-    prefix = model.num_prefix_tokens
+    plain = model.model if isinstance(model, AdaptiveViT) else model
+    prefix = plain.num_prefix_tokens
     totals = Totals(full=len(paths) * full_length(model))
     smallest = prefix + min((h * w for h, w in rule.grids or ()), default=rule.max_tokens)
     ahead = min(256, max(2 * workers, 2 * batch_tokens // smallest))
     start = time.perf_counter()
 
-    def write(batch: list[Loaded], results: torch.Tensor | None) -> None:
-        rows = iter(results.cpu().numpy() if results is not None else ())
+    def write(batch: list[Loaded], results: Results | None) -> None:
+        rows = iter(results.values.cpu().numpy() if results is not None else ())
+        chosen = iter(_choices(model, results) if results is not None and results.row is not None else ())
         for loaded in batch:
             if loaded.error is not None:
                 totals.errors.append((loaded.path, loaded.error))
@@ -135,9 +158,11 @@ def infer(
                 writer.write(Answer(show(loaded.path), error=loaded.error))
                 continue
             row = next(rows)
-            totals.tokens += loaded.grid[0] * loaded.grid[1]
+            grid, tokens = next(chosen, (loaded.grid, None))
+            cost = None if tokens is None else tokens / full_length(model)
+            totals.tokens += grid[0] * grid[1] if tokens is None else tokens
             kind = {"features": row} if features else {"probabilities": row}
-            writer.write(Answer(show(loaded.path), loaded.size, loaded.grid, **kind))
+            writer.write(Answer(show(loaded.path), loaded.size, grid, cost=cost, **kind))
         totals.images += len(batch)
         totals.seconds = time.perf_counter() - start
         if progress is not None:
@@ -170,7 +195,14 @@ def infer(
     return totals
 
 
+def _choices(model: AdaptiveViT, results: Results) -> list[tuple[Grid, int]]:
+    """The grid that answered, and the tokens of all passes, of each image."""
+    return [(model.menu[row], tokens) for row, tokens in zip(results.row.tolist(), results.tokens.tolist())]
+
+
 def full_length(model) -> int:
-    """The patches of an image at the model's full length."""
+    """The patches of an image at the model's full length; for an AdaptiveViT, whose tokens count them, with prefix."""
+    if isinstance(model, AdaptiveViT):
+        return model.model.num_prefix_tokens + full_length(model.model)
     rows, columns = model.patch_embed.grid_size
     return rows * columns

@@ -25,6 +25,7 @@ class Answer:
     grid:          (rows, columns) of patches
     probabilities: (classes,) float32, or None where features were asked for
     features:      (features,) float32, or None where classes were asked for
+    cost:          tokens of all passes, in parts of a full-length pass's, where a policy chose the length
     error:         what was wrong with the file, or None
     """
 
@@ -33,6 +34,7 @@ class Answer:
     grid: tuple[int, int] | None = None
     probabilities: np.ndarray | None = None
     features: np.ndarray | None = None
+    cost: float | None = None
     error: str | None = None
 
     @property
@@ -42,12 +44,14 @@ class Answer:
 
 @dataclass
 class Columns:
-    """What every record of a run holds: `features` numbers, or the `top` of `classes` classes, which `labels` name."""
+    """What every record of a run holds: `features` numbers, or the `top` of `classes` classes, which `labels` name;
+    and what the image cost, where a policy chose its length (`adaptive`)."""
 
     features: int = 0
     classes: int = 0
     top: int = 0
     labels: list[str] | None = None
+    adaptive: bool = False
 
     def best(self, answer: Answer) -> list[dict]:
         """The most probable classes, best first; of equally probable ones, the first."""
@@ -79,6 +83,7 @@ class JsonLines:
         else:
             record |= {"width": answer.size[1], "height": answer.size[0]}
             record |= {"grid": list(answer.grid), "tokens": answer.tokens}
+            record |= {"cost": round(answer.cost, 4)} if self.columns.adaptive else {}
             if answer.features is not None:
                 record["features"] = [short(value) for value in answer.features]
             else:
@@ -103,6 +108,7 @@ class Csv:
         self.file = open(path, "w", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file, lineterminator="\n")
         names = ["path", "width", "height", "rows", "columns", "tokens"]
+        names += ["cost"] if columns.adaptive else []
         names += [f"feature_{i}" for i in range(columns.features)]
         fields = ("class", "label", "probability") if columns.labels else ("class", "probability")
         names += [f"{field}_{i + 1}" for i in range(columns.top) for field in fields]
@@ -114,6 +120,7 @@ class Csv:
             self.writer.writerow([answer.path, *[""] * (len(self.names) - 2), answer.error])
             return
         row = [answer.path, answer.size[1], answer.size[0], *answer.grid, answer.tokens]
+        row += [round(answer.cost, 4)] if self.columns.adaptive else []
         if answer.features is not None:
             row += [short(value) for value in answer.features]
         else:
@@ -149,6 +156,7 @@ class Parquet:
         self.pyarrow, self.columns, self.rows = pyarrow, columns, []
         fields = [("path", pyarrow.string())]
         fields += [(name, pyarrow.int32()) for name in ("width", "height", "rows", "columns", "tokens")]
+        fields += [("cost", pyarrow.float32())] if columns.adaptive else []
         if columns.features:
             fields.append(("features", pyarrow.list_(pyarrow.float32())))
         else:
@@ -164,6 +172,8 @@ class Parquet:
         if answer.error is None:
             row |= {"height": answer.size[0], "width": answer.size[1]}
             row |= {"rows": answer.grid[0], "columns": answer.grid[1], "tokens": answer.tokens}
+            if self.columns.adaptive:
+                row["cost"] = answer.cost
             if answer.features is not None:
                 row["features"] = answer.features
             else:
@@ -195,6 +205,7 @@ class Npz:
     def __init__(self, path: Path, columns: Columns):
         self.path, self.width = path, columns.features or columns.classes
         self.name = "features" if columns.features else "probabilities"
+        self.adaptive = columns.adaptive
         self.answers: list[Answer] = []
         # The wide array waits on disk, in the output's folder: for a large archive it may not fit in memory.
         self.body = tempfile.TemporaryFile(dir=path.parent)
@@ -203,7 +214,7 @@ class Npz:
         values = answer.features if answer.features is not None else answer.probabilities
         values = np.full(self.width, np.nan) if values is None else values
         self.body.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
-        self.answers.append(Answer(answer.path, answer.size, answer.grid, error=answer.error))
+        self.answers.append(Answer(answer.path, answer.size, answer.grid, cost=answer.cost, error=answer.error))
 
     def close(self) -> None:
         answers = self.answers
@@ -215,6 +226,8 @@ class Npz:
             "tokens": np.array([a.tokens for a in answers], np.int32),
             "errors": text([a.error or "" for a in answers]),
         }
+        if self.adaptive:
+            arrays["costs"] = np.array([np.nan if a.cost is None else a.cost for a in answers], np.float32)
         with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:

@@ -1,0 +1,103 @@
+"""`revit evaluate`: its arguments."""
+
+from revit_kernels.cli.arguments import count
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def add(commands):
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="report what a ReViT and its policies are worth, in accuracy and measured speed",
+        description="Measures every length alone, and every policy at every budget, on the same images and machine, "
+        "and writes a report: report.md, report.json and pictures.",
+    )
+    evaluate.add_argument("model", metavar="FILE", help="a .safetensors file of `revit train`")
+    evaluate.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
+    evaluate.add_argument(
+        "--labels", metavar="FILE", help="held-out labels to solve budgets from, instead of the assigner's"
+    )
+    evaluate.add_argument(
+        "--data", required=True, metavar="SET", help="a known set, a folder of classes, .csv, .parquet"
+    )
+    evaluate.add_argument("--split", default="test", help="default: test")
+    evaluate.add_argument(
+        "--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)"
+    )
+    evaluate.add_argument("--limit", type=count, metavar="N", help="only so many images, of every class alike")
+    evaluate.add_argument("--output", "-o", required=True, metavar="DIR", help="where the report goes")
+    evaluate.add_argument(
+        "--policies",
+        type=_words,
+        default=["random", "assigner", "cascade", "assigner+cascade", "oracle"],
+        metavar="NAME,...",
+        help="default: all",
+    )
+    evaluate.add_argument(
+        "--budgets",
+        type=_words,
+        default=["1.5x", "2x", "2.5x", "3x", "full-0.2"],
+        metavar="BUDGET,...",
+        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length); "
+        "default: 1.5x,2x,2.5x,3x,full-0.2",
+    )
+    evaluate.add_argument("--rounds", type=count, default=3, metavar="N", help="times each is timed (default: 3)")
+    evaluate.add_argument(
+        "--timed", type=count, default=2048, metavar="N", help="images that are timed (default: 2048)"
+    )
+    evaluate.add_argument("--batch-tokens", type=count, default=16384, metavar="N", help="default: 16384")
+    evaluate.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
+    evaluate.add_argument("--quiet", "-q", action="store_true", help="no progress")
+    return evaluate
+
+
+def run(args) -> int:
+    import shlex
+    import sys
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from revit_kernels.adaptive import plots, report
+    from revit_kernels.adaptive.evaluate import evaluate
+    from revit_kernels.adaptive.outcomes import Outcomes
+    from revit_kernels.data.datasets import open_set
+    from revit_kernels.models.assigner import TokenLengthAssigner
+    from revit_kernels.training.label_command import load_resizable
+
+    images = open_set(args.data, args.split, root=args.root)
+    if args.limit and args.limit < len(images):
+        images = images.split(args.limit, 0)[1]
+    model = load_resizable(args.model, args.device, args.dtype)
+    if model.num_classes != len(images.classes):
+        raise ValueError(f"{args.model} has {model.num_classes} classes, {images.name} has {len(images.classes)}")
+    assigner, parameter = None, next(model.parameters())
+    if args.assigner:
+        assigner = TokenLengthAssigner.load(args.assigner).to(parameter.device, parameter.dtype).require(model)
+    held_out = Outcomes.load(args.labels) if args.labels else None
+
+    def say(text: str) -> None:
+        print(f"revit: {text}", file=sys.stderr)
+
+    if not plots.available():
+        say("the report has no plots: pip install matplotlib")
+    found = evaluate(
+        model,
+        images,
+        assigner=assigner,
+        held_out=held_out,
+        policies=args.policies,
+        budgets=args.budgets,
+        rounds=args.rounds,
+        timed=args.timed,
+        batch_tokens=args.batch_tokens,
+        say=say,
+        bar=partial(tqdm, disable=True if args.quiet else None, file=sys.stderr),
+    )
+    path = report.write(found, images, args.output, " ".join(["revit", *map(shlex.quote, sys.argv[1:])]))
+    print("\n".join(report.verdict(found)))
+    print(f"the report is {path}")
+    return 0

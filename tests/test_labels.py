@@ -1,0 +1,164 @@
+"""Token-length labels: the rules, extraction in one packed forward, resuming, files, and whose they are."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_revit import MENU, held_out, make_images, make_model, trained
+
+from revit_kernels import cli
+from revit_kernels.adaptive.outcomes import Outcomes, label_of
+from revit_kernels.data.division import folds, hold_out
+from revit_kernels.models.checkpoints import save_checkpoint
+from revit_kernels.training import labels
+from revit_kernels.training.labels import collect, join
+
+CORRECT = np.array([[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 0, 1], [0, 1, 0]], bool)
+
+
+@pytest.mark.parametrize(
+    "unsolved, rule, expected",
+    [
+        ("smallest", "first_correct", [2, 1, 0, 2, 2, 1]),
+        ("largest", "first_correct", [2, 1, 0, 0, 2, 1]),
+        ("drop", "first_correct", [2, 1, 0, -1, 2, 1]),
+        ("smallest", "stable", [2, 1, 0, 2, 0, 2]),
+        ("drop", "stable", [2, 1, 0, -1, 0, -1]),
+    ],
+)
+def test_rules(unsolved, rule, expected):
+    assert label_of(CORRECT, unsolved, rule).tolist() == expected
+
+
+def test_unknown_rules():
+    with pytest.raises(ValueError, match="unsolved must be one of"):
+        label_of(CORRECT, "middle")
+
+
+def test_one_packed_forward_says_what_each_length_says():
+    model, (images, outcomes) = trained(), held_out()
+    x = torch.from_numpy(images.array)
+    for row, grid in enumerate(MENU):
+        with torch.inference_mode():
+            p = model(x, grids=[grid] * len(x), channels_last=True).softmax(-1)
+        assert np.array_equal(outcomes.predicted[:, row], p.argmax(-1).numpy())
+        assert np.array_equal(outcomes.confidence[:, row], p.amax(-1).numpy())
+        top = p.topk(2).values
+        np.testing.assert_allclose(outcomes.margin[:, row], (top[:, 0] - top[:, 1]).numpy(), rtol=1e-5, atol=1e-6)
+        entropy = -(p.double() * p.double().log()).sum(-1)
+        np.testing.assert_allclose(outcomes.entropy[:, row], entropy.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(outcomes.correct, outcomes.predicted == images.targets[:, None])
+    assert np.array_equal(outcomes.label, label_of(outcomes.correct))
+
+
+def test_against_the_full_length():
+    images, outcomes = held_out()
+    found = collect(trained(), images, against="full", probabilities=True)
+    assert found.correct[:, 0].all() and np.array_equal(found.correct, found.predicted == found.predicted[:, :1])
+    assert found.probabilities.shape == (200, 3, 3)
+    again = outcomes.relabel("drop", "stable", against="full")
+    assert np.array_equal(again.label, label_of(found.correct, "drop", "stable"))
+
+
+def test_file_keeps_everything(tmp_path):
+    _, outcomes = held_out()
+    outcomes = outcomes.relabel("drop")
+    outcomes.save(tmp_path / "labels.parquet")
+    again = Outcomes.load(tmp_path / "labels.parquet").require(trained())
+    for name, value in vars(outcomes).items():
+        other = getattr(again, name)
+        same = np.array_equal(value, other) if isinstance(value, np.ndarray) else value == other
+        assert same, name
+
+
+def test_killed_extraction_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(labels, "SHARD", 64)
+    model, (images, outcomes) = trained(), held_out()
+    seen, ask = [], labels._ask
+
+    def dies(model, images, members, *rest):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(members)
+        return ask(model, images, members, *rest)
+
+    monkeypatch.setattr(labels, "_ask", dies)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, images, partial=tmp_path / "partial")
+    seen.append(None)  # now it lives on
+    again = collect(model, images, partial=tmp_path / "partial")
+    assert seen[3:] == [range(128, 192), range(192, 200)]
+    assert np.array_equal(again.confidence, outcomes.confidence)
+    other = make_model()
+    seen.append(None)
+    assert not np.array_equal(collect(other, images, partial=tmp_path / "partial").confidence, outcomes.confidence)
+
+
+def test_labels_of_another_model():
+    _, outcomes = held_out()
+    with pytest.raises(ValueError, match="taken from another model"):
+        outcomes.require(make_model())
+    with pytest.raises(ValueError, match="of the menu"):
+        model = make_model()
+        model.menu = MENU[:2]
+        outcomes.require(model)
+
+
+def test_wrong_models_and_images():
+    model = make_model(num_classes=4)
+    with pytest.raises(ValueError, match="4 classes"):
+        collect(model, make_images(4))
+    model.menu = None
+    with pytest.raises(ValueError, match="not resizable"):
+        collect(model, make_images(4))
+
+
+@pytest.mark.parametrize("content, match", [(b"PAR1 broken", "cannot be read"), (None, "no labels at")])
+def test_broken_files(tmp_path, content, match):
+    path = tmp_path / "labels.parquet"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        Outcomes.load(path)
+
+
+def test_foreign_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "labels.parquet")
+    with pytest.raises(ValueError, match="holds no labels"):
+        Outcomes.load(tmp_path / "labels.parquet")
+
+
+def test_folds_are_joined():
+    _, outcomes = held_out()
+    halves = [outcomes.take(np.arange(0, 200, 2)), outcomes.take(np.arange(1, 200, 2))]
+    joined = join(halves)
+    assert len(joined) == 200 and joined.about["folds"] == [outcomes.fingerprint] * 2
+    joined.require(trained())
+    with pytest.raises(ValueError, match="in two folds"):
+        join([halves[0], halves[0]])
+
+
+def test_division():
+    targets = np.repeat([0, 1, 2], [60, 30, 10])
+    rest, held = hold_out(targets, 20, 3)
+    assert np.bincount(targets[held]).tolist() == [12, 6, 2] and len(np.intersect1d(rest, held)) == 0
+    assert np.array_equal(held, hold_out(targets, 0.2, 3)[1]) and not np.array_equal(held, hold_out(targets, 20, 4)[1])
+    of_fold = folds(targets, 5, 0)
+    assert all(np.bincount(targets[of_fold == f]).tolist() == [12, 6, 2] for f in range(5))
+    with pytest.raises(ValueError, match="can be held out"):
+        hold_out(targets, 100, 0)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    save_checkpoint(trained(), tmp_path / "revit.safetensors")
+    from revit_kernels.data import datasets
+
+    images, outcomes = held_out()
+    monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: images)
+    monkeypatch.setattr("revit_kernels.training.label_command.open_set", lambda *args, **kwargs: images)
+    command = ["label", str(tmp_path / "revit.safetensors"), "--data", "held", "--dtype", "float32"]
+    assert cli.main([*command, "--output", str(tmp_path / "labels.parquet")]) == 0
+    assert "4x4 is right on" in capsys.readouterr().err
+    assert np.array_equal(Outcomes.load(tmp_path / "labels.parquet").label, outcomes.label)
+    assert cli.main([*command, "--output", str(tmp_path / "labels.csv")]) == 2
+    assert "must end in .parquet" in capsys.readouterr().err
