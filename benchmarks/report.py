@@ -15,6 +15,8 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 README = HERE.parent / "README.md"
 START, END = "<!-- results:start -->", "<!-- results:end -->"
+REPORTS = HERE.parent / "recipes" / "reports"  # of `revit evaluate`
+REVIT_START, REVIT_END = "<!-- revit:start -->", "<!-- revit:end -->"
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
 README_BENCHES = {  # what the README shows: file::function, and what it is
@@ -101,12 +103,42 @@ def readme() -> str:
     return "\n".join(text)
 
 
+def revit() -> str:
+    """The headline rows of every evaluation that is kept: each length alone, and each policy at each budget."""
+    text = []
+    for file in sorted(REPORTS.glob("*/report.json")):
+        found = json.loads(file.read_text())
+        about, name = found["about"], file.parent.name
+        text += [
+            f"**[{name}](recipes/reports/{name}/report.md)**: {found['count']:,} images of {found['images']}, "
+            f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}.",
+            "",
+        ]
+        text += [*found["verdict"], ""]
+        text += ["| policy | budget | accuracy, % | points lost | images/s | speed |", "|---|---|---|---|---|---|"]
+        for row in found["static"] + found["policies"]:
+            numbers = row["numbers"]
+            h, w = found["menu"][numbers["row"]] if row["policy"] == "fixed" else (0, 0)
+            cells = [f"all at {h}x{w}" if row["policy"] == "fixed" else row["policy"], row["budget"]]
+            cells += [f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}", f"{100 * row['lost']:.2f}"]
+            cells += [f"{row['images_per_second']:.0f}", f"**{row['speed']:.2f}x**"]
+            text.append("| " + " | ".join(cells) + " |")
+        text.append("")
+    ablation = REPORTS / "ablation.md"
+    if ablation.exists():
+        text += [line for line in ablation.read_text().splitlines() if not line.startswith("# ")] + [""]
+    return "\n".join(text).replace("\n## ", "\n#### ")
+
+
 def main() -> None:
     for path in sys.argv[1:]:
         collect(Path(path))
-    before, _, rest = README.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{START}\n{readme()}{END}{after}")
+    text = README.read_text()
+    for start, end, written in ((START, END, readme()), (REVIT_START, REVIT_END, revit())):
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}\n{written}{end}{after}"
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def markdown(e: Evaluation, pictures: list[tuple[str, str]], command: str = "") 
         "",
         f"{len(e.outcomes):,} images, {len(e.classes)} classes. {about['device']}{threads}, {about['dtype']}; "
         f"{versions}; {about['date']}. Accuracy is of all images, with its standard error; points lost are against "
-        "full length, with the standard error of the difference image by image. Speed is from uint8 images in memory to "
-        f"logits, decoding not counted, assigner and repacking counted: the median of {about['rounds']} rounds over "
+        "full length, with the standard error of the difference image by image. Speed is from uint8 images in memory "
+        f"to logits, decoding not counted, assigner and repacking counted: the median of {about['rounds']} rounds over "
         f"{about['timed']:,} images in batches of {about['batch']}, all configurations in turn, each against full "
         "length in the same round.",
         "",

@@ -53,13 +53,14 @@ def weights(length: int, menu: tuple[Grid, ...]) -> list[float]:
     return row
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=1024)
 def _rows(menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> tuple[tuple[int, ...] | None, list[list[float]]]:
     """The menu row of each wanted grid, or None where some lie between; and the weights of every one."""
     mix = [weights(cells(grid), menu) for grid in wanted]
     exact = all(max(row) == 1.0 for row in mix)
     return (tuple(row.index(1.0) for row in mix) if exact else None), mix
+
+
+_kept_rows = lru_cache(maxsize=1024)(_rows)
 
 
 def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> Tensor:
@@ -69,7 +70,8 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
 
     Returns (wanted, dim), or (dim,) where one grid is wanted. Differentiable; nothing waits for the device.
     """
-    exact, mix = _rows(menu, wanted)
+    # torch.compile would trace through the cache, and warns of that
+    exact, mix = (_rows if torch.compiler.is_compiling() else _kept_rows)(menu, wanted)
     if exact is not None and len(exact) == 1:
         return longest if exact[0] == 0 else shorter[exact[0] - 1]
     if not wanted:
