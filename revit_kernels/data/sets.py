@@ -92,10 +92,19 @@ def fetch(name: str, root=None) -> Path:
             done = subprocess.run(archive.get, cwd=root, capture_output=True, text=True)
         except FileNotFoundError:
             raise ValueError(f"{name} comes through {archive.get[0]}, which is not installed here") from None
+        if (done.returncode or not any(root.glob(archive.file))) and archive.get[0] == "apt-get" and _may_update():
+            done = subprocess.run(archive.get, cwd=root, capture_output=True, text=True)
         if done.returncode or not any(root.glob(archive.file)):
             why = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
             raise ValueError(f"{name} could not be gathered with '{' '.join(archive.get[-3:])}': {why}")
     return locate(name, root)
+
+
+def _may_update() -> bool:
+    """A fresh machine's apt-get knows no packages yet: update its lists, where this user may."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return False
+    return subprocess.run(("apt-get", "update", "-q"), capture_output=True).returncode == 0
 
 
 def locate(name: str, root: Path) -> Path:

@@ -1,0 +1,49 @@
+"""The recipes: the one of minutes is run whole, as a user would run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def test_scripts_are_sound():
+    for script in RECIPES.glob("*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        assert os.access(script, os.X_OK), f"{script} cannot be run"
+
+
+def test_digits_from_training_to_report(tmp_path):
+    """train -> label -> assign -> evaluate -> infer on real images, each by its command."""
+    pytest.importorskip("sklearn")
+    from sklearn.datasets import load_digits
+
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    run = tmp_path / "digits"
+    done = subprocess.run(["bash", str(RECIPES / "digits.sh"), str(run)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((run / "report" / "report.json").read_text())
+    best = max(one["accuracy"] for one in found["static"])
+    assert best > 0.9, "the digits were not learnt"
+    cascades = [one for one in found["policies"] if one["policy"] == "cascade"]
+    assert cascades and max(one["accuracy"] for one in cascades) > best - 0.03
+    assert len((run / "log.csv").read_text().splitlines()) > 10
+
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    digits = load_digits()
+    for i in range(20):
+        array = (digits.images[i] * (255 / 16)).astype("uint8")
+        Image.fromarray(array).save(tmp_path / "images" / f"{i:02d}_{digits.target[i]}.png")
+    command = ["revit", "infer", str(tmp_path / "images"), "--model", str(run / "model.safetensors")]
+    command += ["--assigner", str(run / "assigner.safetensors"), "--quiet"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    right = [record["classes"][0]["label"] == record["path"][-5] for record in records]
+    assert len(records) == 20 and sum(right) >= 16 and all(record["cost"] > 0 for record in records)
