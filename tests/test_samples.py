@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+from small_packages import debian_package, fashion_files
 
 from revit_kernels import cli
-from revit_kernels.data import samples
+from revit_kernels.data import samples, sets
+from revit_kernels.data.datasets import open_set
 from revit_kernels.data.onnx_weights import read_onnx
 
 
@@ -88,7 +91,7 @@ def fake_pip(folder, monkeypatch, members):
 
 def test_a_wheel_of_another_checksum_is_refused(tmp_path, monkeypatch, capsys):
     fake_pip(tmp_path, monkeypatch, {"skimage/data/a.png": b"?"})
-    assert cli.main(["samples", str(tmp_path / "out"), "--no-fashion"]) == 2
+    assert cli.main(["samples", str(tmp_path / "out")]) == 2
     assert "has the checksum" in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.*"))
 
@@ -96,7 +99,7 @@ def test_a_wheel_of_another_checksum_is_refused(tmp_path, monkeypatch, capsys):
 def test_pip_that_fails_is_quoted(tmp_path, monkeypatch, capsys):
     failed = SimpleNamespace(returncode=1, stderr="WARNING: a\nERROR: No matching distribution found for x\n")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
-    assert cli.main(["samples", str(tmp_path), "--no-fashion"]) == 2
+    assert cli.main(["samples", str(tmp_path)]) == 2
     assert "scikit-image==0.26.0 could not be downloaded: No matching distribution" in capsys.readouterr().err
 
 
@@ -118,3 +121,49 @@ def test_gather(tmp_path, monkeypatch, capsys):
     with safe_open(tmp_path / "out" / "vit_small_patch14_dinov2.safetensors", "np") as file:
         assert json.loads(file.metadata()["revit_kernels"])["name"] == "vit_small_patch14_dinov2"
         assert "blocks.0.ls1.gamma" in file.keys()
+
+
+@pytest.fixture
+def only_fashion(tmp_path, monkeypatch):
+    """No other samples, and a Fashion-MNIST of 20 test images; returns its files."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("REVIT_DATA", raising=False)
+    monkeypatch.setattr(sets, "IDX_FOLDERS", ("",))
+    monkeypatch.setattr(samples, "gather_photographs", lambda folder: [])
+    return fashion_files(monkeypatch)
+
+
+@pytest.mark.parametrize("place", ["data", "package"])
+def test_fashion(tmp_path, monkeypatch, capsys, only_fashion, place):
+    content, whole = only_fashion
+    deb = debian_package(content)
+    if place == "data":  # where `revit data` put it
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "dataset-fashion-mnist_1.deb").write_bytes(deb)
+        monkeypatch.setattr(sets, "fetch", None)
+    else:
+
+        def gather(name, root):
+            (samples.Path(root) / "dataset-fashion-mnist_1.deb").write_bytes(deb)
+
+        monkeypatch.setattr(sets, "fetch", gather)
+    assert cli.main(["samples", "out", "--no-weights"]) == 0
+    assert "20 images in out/fashion, a folder for each class" in capsys.readouterr().out
+    found = open_set("out/fashion", "all").with_classes(sets.FASHION)
+    assert len(found) == 20 and found.keys[0] == "ankle-boot/00009.png"
+    for key, target in zip(found.keys, found.targets.tolist()):
+        number = int(samples.Path(key).stem)
+        assert target == number % 10
+        with Image.open(tmp_path / "out" / "fashion" / key) as image:
+            np.testing.assert_array_equal(np.asarray(image), whole["t10k-images-idx3-ubyte"][number])
+
+
+def test_without_fashion(monkeypatch, capsys, only_fashion):
+    archive = sets.ARCHIVES["fashion-mnist"]._replace(get=("no-such-client",))
+    monkeypatch.setitem(sets.ARCHIVES, "fashion-mnist", archive)
+    assert cli.main(["samples", "out", "--no-weights"]) == 0
+    captured = capsys.readouterr()
+    assert "0 images in out/photographs" in captured.out
+    assert "out/fashion is left out: fashion-mnist comes through no-such-client, which is not" in captured.err
+    assert cli.main(["samples", "out", "--no-weights", "--no-fashion"]) == 0
+    assert "fashion" not in capsys.readouterr().err

