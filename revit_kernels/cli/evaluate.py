@@ -66,7 +66,7 @@ def run(args) -> int:
     from revit_kernels.adaptive.outcomes import Outcomes
     from revit_kernels.data.datasets import open_set
     from revit_kernels.models.assigner import TokenLengthAssigner
-    from revit_kernels.training.label_command import load_resizable
+    from revit_kernels.training.label_command import fit_images, load_resizable
 
     images = open_set(args.data, args.split, root=args.root)
     if args.limit and args.limit < len(images):
@@ -74,6 +74,7 @@ def run(args) -> int:
     model = load_resizable(args.model, args.device, args.dtype)
     if model.num_classes != len(images.classes):
         raise ValueError(f"{args.model} has {model.num_classes} classes, {images.name} has {len(images.classes)}")
+    images = fit_images(images, model)
     assigner, parameter = None, next(model.parameters())
     if args.assigner:
         assigner = TokenLengthAssigner.load(args.assigner).to(parameter.device, parameter.dtype).require(model)

@@ -26,10 +26,12 @@ def add(commands):
     train.add_argument("--balance", action="store_true", help="weigh labels by how rare they are")
     train.add_argument("--depth", type=count, metavar="N", help="blocks (default: as many as 2 %% of a pass allow)")
     train.add_argument("--dim", type=count, metavar="N", help="width of the micro network")
-    train.add_argument("--epochs", type=count, default=30, metavar="N")
+    train.add_argument("--epochs", type=count, metavar="N", help="default: 30, or 10 for pixels")
     train.add_argument("--batch", type=count, default=256, metavar="N")
     train.add_argument("--lr", type=float, default=1e-3)
-    train.add_argument("--folds", type=count, default=5, metavar="K", help="for answers on images not learnt from")
+    train.add_argument(
+        "--folds", type=count, metavar="K", help="for answers on images not learnt from (default: 5, or 2)"
+    )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     train.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
@@ -46,13 +48,13 @@ def run(args) -> int:
     from revit_kernels.adaptive.outcomes import Outcomes
     from revit_kernels.data.datasets import open_set
     from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
-    from revit_kernels.training.label_command import load_resizable
+    from revit_kernels.training.label_command import fit_images, load_resizable
 
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
-    images = open_set(args.data, args.split, root=args.root)
+    images = fit_images(open_set(args.data, args.split, root=args.root), model)
     names = ("loss", "balance", "epochs", "batch", "lr", "folds", "seed")
-    recipe = AssignerRecipe(**{name: getattr(args, name) for name in names})
+    recipe = AssignerRecipe.for_kind(args.kind, **{name: getattr(args, name) for name in names})
     with tqdm(total=len(outcomes), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
         assigner = train_assigner(
             model, outcomes, images, args.kind, recipe, depth=args.depth, embed_dim=args.dim, progress=bar.update

@@ -42,6 +42,12 @@ class AssignerRecipe:
     folds: int = 5
     seed: int = 0
 
+    @classmethod
+    def for_kind(cls, kind: str, **given) -> AssignerRecipe:
+        """The recipe of a kind of assigner: a micro network of its own takes longer than a head on kept features."""
+        own = {"epochs": 10, "folds": 2} if kind == "pixels" else {}
+        return cls(**own | {name: value for name, value in given.items() if value is not None})
+
     def __post_init__(self):
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {LOSSES}, got {self.loss!r}")
@@ -156,7 +162,7 @@ def train_assigner(
     Returns it calibrated, with `outcomes` that hold its logits for every labelled image, each from an assigner that
     had not learnt from that image. Raises ValueError where labels, images and model do not belong together.
     """
-    recipe = recipe or AssignerRecipe()
+    recipe = recipe or AssignerRecipe.for_kind(kind)
     outcomes.require(model)
     outcomes, images = _together(outcomes, images)
     label = torch.from_numpy(outcomes.label)

@@ -45,6 +45,8 @@ def run(args) -> int:
     if dist.is_initialized() and not rank:
         dist.barrier()
     size = _size(images, args.size, model)
+    longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
+    images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
     augment = augmentation(size, args.crop, args.flip, args.rand, args.erase)
     recipe = Recipe(
         **{name: getattr(args, name) for name in ("epochs", "batch", "accumulate", "lr", "least_lr", "warmup")},
