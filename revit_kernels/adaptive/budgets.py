@@ -40,6 +40,14 @@ class Budget:
     accuracy: float | None = None
     loss: float | None = None
 
+    def __post_init__(self):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"a budget is exactly one of speed, tokens, accuracy and loss, got {given}")
+        ((name, value),) = given.items()
+        if not np.isfinite(value) or (value < 0 if name == "loss" else value <= 0):
+            raise ValueError(f"a budget's {name} must be finite and above 0 (a loss may be 0), got {value}")
+
     @classmethod
     def parse(cls, budget) -> Budget:
         """From "2.0x", "80 tokens", "95%", "full" or "full-0.3" (points), or a Budget. Raises ValueError otherwise."""
@@ -147,6 +155,10 @@ def solve(
     problem = _Problem(outcomes, costs, Budget.parse(budget), prefix)
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
+    if len(outcomes) == 0:
+        raise ValueError("a budget is solved from held-out images, and these outcomes hold none")
+    if policy == "assigner+cascade" and len(outcomes.menu) < 2:
+        raise ValueError("policy 'assigner+cascade' needs a menu of two lengths or more")
     if "assigner" in policy and outcomes.assigner is None:
         raise ValueError(f"policy {policy!r} needs an assigner, with its answers for the held-out images")
     relative = tuple(c / costs.per_length[0] for c in costs.per_length)

@@ -75,8 +75,8 @@ class Calibration:
         """
         if len(confidence) == 0:
             raise ValueError("a calibration needs at least one image")
-        x, y, _ = pool_adjacent_violators(confidence, correct)
-        x = np.clip(x, 0.0, 1.0)
+        # before pooling: the softmax of float32 may round to above 1, and two blocks must not meet there
+        x, y, _ = pool_adjacent_violators(np.clip(confidence, 0.0, 1.0), correct)
         if x[0] > 0:
             x, y = np.append(0.0, x), np.append(y[0], y)
         if x[-1] < 1:

@@ -82,7 +82,7 @@ class AdaptiveViT(nn.Module):
             raise ValueError(f"policy must be one of {POLICIES}, a Policy or a function, got {policy!r}")
         if isinstance(policy, Policy) and policy.uses_assigner() and assigner is None:
             raise ValueError(f"policy {policy.name!r} needs an assigner")
-        self.policy = policy
+        self.policy = policy.require(model.menu) if isinstance(policy, Policy) else policy
 
     def _solved(self, name: str, outcomes: Outcomes | None, budget) -> Policy:
         if name not in POLICIES:
@@ -161,6 +161,7 @@ class AdaptiveViT(nn.Module):
         elif isinstance(policy, Oracle):
             if labels is None:
                 raise ValueError("the oracle needs the images' true labels: it is for evaluation only")
+            labels = torch.as_tensor(labels, device=device)
             choice = torch.where(labels >= 0, labels, len(self.menu) - 1)
         elif isinstance(policy, Fixed):
             choice = torch.full((count,), policy.row, dtype=torch.int32, device=device)
@@ -173,6 +174,8 @@ class AdaptiveViT(nn.Module):
                 raise ValueError(f"the policy must give ({count},) menu rows, got {tuple(choice.shape)} {choice.dtype}")
         if not device_choice:
             choice = choice.cpu()
+            if not ((choice >= 0) & (choice < len(self.menu))).all():
+                raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {choice.unique().tolist()}")
             return self._once(self._at(images, choice, channels_last), choice)
         return self._on_device(images, choice, channels_last)
 
@@ -203,7 +206,8 @@ class AdaptiveViT(nn.Module):
         packing = Packing.from_choice(choice, self.menu, prefix, capacity=capacity)
         logits = self.model(images, packing=packing, channels_last=channels_last)
         rows = packing.cu_seqlens
-        return Prediction(logits, choice.long(), (rows[1:] - rows[:-1]).long(), packing.fits)
+        row = packing.length_index.long()  # not `choice`: a row that is none was brought within the menu
+        return Prediction(logits, row, (rows[1:] - rows[:-1]).long(), packing.fits)
 
     # ------------------------------------------------------------------ the assigner
 

@@ -54,6 +54,10 @@ class Policy:
     def uses_assigner(self) -> bool:
         return False
 
+    def require(self, menu) -> Policy:
+        """Raise ValueError unless its numbers are of a menu of this many lengths."""
+        return self
+
     def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int = 1) -> Simulated:
         """What the policy comes to on outcomes that it was not solved from, or was."""
         lengths = np.array([prefix + h * w for h, w in outcomes.menu])
@@ -81,6 +85,10 @@ class Fixed(Policy):
     def rows_run(self, outcomes):
         return [np.full(len(outcomes), self.row)]
 
+    def require(self, menu):
+        _check_rows("row", (self.row,), menu)
+        return self
+
     def describe(self, menu) -> str:
         return f"every image at {_grid(menu, self.row)}"
 
@@ -101,6 +109,11 @@ class Random(Policy):
 
     def rows_run(self, outcomes):
         return [self.draw(len(outcomes))]
+
+    def require(self, menu):
+        if len(self.mix) != len(menu) or not (min(self.mix) >= 0 and 0 < sum(self.mix) < np.inf):
+            raise ValueError(f"mix must be {len(menu)} shares, none below 0 and not all 0, got {self.mix}")
+        return self
 
     def describe(self, menu) -> str:
         shares = ", ".join(f"{_grid(menu, i)} {share:.0%}" for i, share in enumerate(self.mix) if share)
@@ -150,6 +163,14 @@ class Assign(Policy):
     def rows_run(self, outcomes):
         return [self.decide(torch.from_numpy(_logits(outcomes))).numpy().astype(int)]
 
+    def require(self, menu):
+        if len(self.costs) != len(menu) or not self.temperature > 0:
+            raise ValueError(
+                f"an assigner's policy needs {len(menu)} costs and a temperature above 0, got {self.costs} and "
+                f"{self.temperature}"
+            )
+        return self
+
     def describe(self, menu) -> str:
         return f"the assigner's choice at a price of {self.price:.3g} per full-length pass"
 
@@ -169,6 +190,12 @@ class Cascade(Policy):
     def __post_init__(self):
         if not self.stages or len(self.thresholds) != len(self.stages) - 1:
             raise ValueError(f"a cascade of {len(self.stages)} stages needs a threshold for each but the last")
+
+    def require(self, menu):
+        _check_rows("stages", self.stages, menu)
+        if any(a <= b for a, b in zip(self.stages, self.stages[1:])):
+            raise ValueError(f"stages must be rows in descending order, the shortest length first, got {self.stages}")
+        return self
 
     def goes_on(self, stage: int, confidence: Tensor) -> Tensor:
         """(images,) bool: which images the stage is unsure of. confidence: (images,) float32"""
@@ -218,6 +245,11 @@ class AssignedCascade(Policy):
     def _rows(self) -> int:
         return len(self.assign.costs)
 
+    def require(self, menu):
+        self.assign.require(menu)
+        self.cascade.require(menu)
+        return self
+
     def uses_assigner(self) -> bool:
         return True
 
@@ -227,6 +259,11 @@ class AssignedCascade(Policy):
 
     def describe(self, menu) -> str:
         return f"{self.assign.describe(menu)}, as the start of: {self.cascade.describe(menu)}"
+
+
+def _check_rows(name: str, rows, menu) -> None:
+    if any(not 0 <= row < len(menu) for row in rows):
+        raise ValueError(f"{name} must be of rows 0 to {len(menu) - 1} of the menu, got {tuple(rows)}")
 
 
 def _grid(menu, row: int) -> str:
