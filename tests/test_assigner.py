@@ -7,9 +7,12 @@ import pytest
 import torch
 from tiny_revit import MENU, held_out, make_images, make_model, trained
 
+from revit_kernels import cli
 from revit_kernels.models import checkpoints
-from revit_kernels.models.assigner import KINDS, SHARE, TokenLengthAssigner, model_macs, vit_macs
+from revit_kernels.models.assigner import KINDS, METADATA, SHARE, TokenLengthAssigner, model_macs, vit_macs
 from revit_kernels.training.assigner import LOSSES, AssignerRecipe, assigner_loss, quality, train_assigner
+from revit_kernels.training.assigner import _augmented as augmented
+from revit_kernels.training.labels import join
 
 RECIPE = AssignerRecipe(epochs=3, folds=2)
 
@@ -78,6 +81,34 @@ def test_loss_by_hand():
     torch.testing.assert_close(cost, torch.tensor((0.5 * (16 - 9) / 16 + 0 + 1) / 3))
 
 
+def test_labels_of_folds_become_those_of_the_model_they_serve():
+    images, outcomes = held_out()
+    joined = join([outcomes.take(np.arange(0, 200, 2)), outcomes.take(np.arange(1, 200, 2))])
+    with pytest.warns(UserWarning, match="of models of folds"):
+        found = train_assigner(trained(), joined, images, "features", RECIPE)
+    assert found.outcomes.fingerprint == found.fingerprint == outcomes.fingerprint
+    with pytest.raises(ValueError, match="another model"):
+        found.outcomes.require(make_model())
+
+
+def test_augmentation_mirrors_and_shifts():
+    edge = 8
+    pixels = torch.arange(edge).repeat(64, edge, 1)[..., None].repeat(1, 1, 1, 3).to(torch.uint8)  # each its column
+    torch.manual_seed(0)
+    found = augmented(pixels)[:, 0, :, 0].long()
+    shifted = [[min(max(c + s, 0), edge - 1) for c in range(edge)] for s in (-1, 0, 1)]
+    assert {tuple(row) for row in found.tolist()} == {tuple(row[::turn]) for row in shifted for turn in (1, -1)}
+
+
+def test_training_leaves_the_random_numbers_of_others():
+    images, outcomes = held_out()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    train_assigner(trained(), outcomes, images, "pixels", RECIPE)
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_budget_of_the_default_sizes():
     from revit_kernels import create_model
 
@@ -88,6 +119,67 @@ def test_budget_of_the_default_sizes():
     for kind in KINDS:
         assert TokenLengthAssigner.for_model(deit, kind).macs(deit) <= SHARE * full
     assert TokenLengthAssigner.for_model(deit, "features").depth == 2
+
+
+@pytest.mark.parametrize("name, products", [("vit_small_patch16_224", 2), ("vit_giant_patch14_dinov2", 3)])
+def test_work_of_blocks_by_hand(name, products):
+    from revit_kernels import create_model
+
+    small = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 3, "num_classes": 0}
+    model, tokens = create_model(name, **small), 16 + 1
+    hidden = model.blocks[0].mlp.fc2.in_features  # one product out; one in, or the two of SwiGLU
+    block = tokens * (4 * 96 * 96 + products * hidden * 96) + 2 * 96 * tokens * tokens
+    assert model_macs(model, (4, 4)) == 2 * block + tokens * 96 * 3 * 16 * 16
+
+
+def test_loss_that_is_not_finite():
+    images, outcomes = held_out()
+    with pytest.raises(RuntimeError, match="smaller --lr"):
+        train_assigner(trained(), outcomes, images, "features", replace(RECIPE, lr=float("inf")))
+
+
+@pytest.mark.parametrize("damage", ["json", "tensor", "config", "outcomes"])
+def test_files_that_lack_something(assigner, tmp_path, damage):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = tmp_path / "assigner.safetensors"
+    assigner.save(path)
+    with safe_open(path, "pt") as file:
+        head, tensors = file.metadata()[METADATA], {key: file.get_tensor(key) for key in file.keys()}
+    if damage == "json":
+        head = head[:-5]
+    elif damage == "config":
+        head = head.replace('"depth"', '"height"')
+    else:
+        tensors.pop("outcomes.correct" if damage == "outcomes" else "temperature")
+    save_file(tensors, path, {METADATA: head})
+    with pytest.raises(ValueError, match="is no whole assigner") as caught:
+        TokenLengthAssigner.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    from revit_kernels.data import datasets
+
+    images, outcomes = held_out()
+    checkpoints.save_checkpoint(trained(), tmp_path / "revit.safetensors")
+    outcomes.save(tmp_path / "labels.parquet")
+    monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: images)
+    model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
+    command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32"]
+    command += ["--epochs", "2", "--folds", "2"]
+    assert cli.main([*command, "--output", output]) == 0
+    told = capsys.readouterr().err
+    assert "tokens on average" in told and "of a full-length pass, measured on" in told
+    TokenLengthAssigner.load(output).require(trained())
+    for wrong, match in (
+        (str(tmp_path / "a.pt"), "must end in"),
+        (str(tmp_path / "no" / "a.safetensors"), "not exist"),
+    ):
+        monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: pytest.fail("work was done for nothing"))
+        assert cli.main([*command, "--output", wrong]) == 2
+        assert match in capsys.readouterr().err
 
 
 def test_wrong_use(tmp_path):

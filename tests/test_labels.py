@@ -1,12 +1,15 @@
 """Token-length labels: the rules, extraction in one packed forward, resuming, files, and whose they are."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from tiny_revit import MENU, held_out, make_images, make_model, trained
 
 from revit_kernels import cli
-from revit_kernels.adaptive.outcomes import Outcomes, label_of
+from revit_kernels.adaptive import outcomes as file_of_outcomes
+from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.division import folds, hold_out
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.training import labels
@@ -55,6 +58,7 @@ def test_against_the_full_length():
     found = collect(trained(), images, against="full", probabilities=True)
     assert found.correct[:, 0].all() and np.array_equal(found.correct, found.predicted == found.predicted[:, :1])
     assert found.probabilities.shape == (200, 3, 3)
+    assert collect(make_model(num_classes=5), images, against="full").correct[:, 0].all()  # needs no truth
     again = outcomes.relabel("drop", "stable", against="full")
     assert np.array_equal(again.label, label_of(found.correct, "drop", "stable"))
 
@@ -88,9 +92,19 @@ def test_killed_extraction_goes_on(tmp_path, monkeypatch):
     again = collect(model, images, partial=tmp_path / "partial")
     assert seen[3:] == [range(128, 192), range(192, 200)]
     assert np.array_equal(again.confidence, outcomes.confidence)
-    other = make_model()
-    seen.append(None)
-    assert not np.array_equal(collect(other, images, partial=tmp_path / "partial").confidence, outcomes.confidence)
+    (tmp_path / "partial" / "00001.npz").write_bytes(b"broken")  # that shard alone is asked for again
+    assert np.array_equal(collect(model, images, partial=tmp_path / "partial").confidence, outcomes.confidence)
+    assert seen[5:] == [range(64, 128)]
+    with pytest.warns(UserWarning, match="are of another model: they begin anew"):
+        other = collect(make_model(), images, partial=tmp_path / "partial")
+    assert not np.array_equal(other.confidence, outcomes.confidence)
+
+
+def test_partial_folder_of_something_else(tmp_path):
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no labels that were begun"):
+        collect(trained(), held_out()[0], partial=tmp_path)
+    assert (tmp_path / "precious.txt").exists()
 
 
 def test_labels_of_another_model():
@@ -121,6 +135,72 @@ def test_broken_files(tmp_path, content, match):
         Outcomes.load(path)
 
 
+def test_file_is_a_table_of_images(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    images, _ = held_out()
+    outcomes = collect(trained(), images, unsolved="drop", probabilities=True)
+    outcomes = replace(outcomes, label=np.where(np.arange(200) % 7 == 0, -1, outcomes.label))
+    outcomes.save(tmp_path / "labels.parquet")
+    rows = pyarrow.parquet.read_table(tmp_path / "labels.parquet").to_pylist()
+    tokens = [16, 9, 4, None]
+    for i in (0, 1, 199):
+        assert rows[i]["key"] == images.keys[i] and rows[i]["target"] == images.targets[i]
+        assert rows[i]["label_tokens"] == tokens[outcomes.label[i]]
+        assert rows[i]["correct"] == outcomes.correct[i].tolist()
+        assert rows[i]["probabilities"] == outcomes.probabilities[i].tolist()
+    assert np.array_equal(Outcomes.load(tmp_path / "labels.parquet").probabilities, outcomes.probabilities)
+
+
+@pytest.mark.parametrize("groups", [3, 200])
+def test_file_of_several_row_groups(tmp_path, monkeypatch, groups):
+    monkeypatch.setattr(file_of_outcomes, "ROWS", 200 // groups)
+    outcomes = collect(trained(), held_out()[0], probabilities=True)
+    outcomes.save(tmp_path / "labels.parquet")
+    again = Outcomes.load(tmp_path / "labels.parquet")
+    assert again.keys == outcomes.keys and np.array_equal(again.probabilities, outcomes.probabilities)
+    assert np.array_equal(again.confidence, outcomes.confidence)
+
+
+@pytest.mark.parametrize("damage", ["column", "menu", "json", "gap"])
+def test_files_that_lack_something(tmp_path, damage):
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "labels.parquet"
+    held_out()[1].save(path)
+    table = pyarrow.parquet.read_table(path)
+    head = table.schema.metadata[file_of_outcomes.METADATA]
+    if damage == "column":
+        table = table.drop_columns(["margin"])
+    elif damage == "gap":
+        gap = pyarrow.array([None] * len(table), pyarrow.int32())
+        table = table.set_column(table.column_names.index("target"), "target", gap)
+    head = {"menu": head.replace(b"[2, 2]", b"[2, 2], [1, 1]"), "json": head[:-4]}.get(damage, head)
+    pyarrow.parquet.write_table(table.replace_schema_metadata({file_of_outcomes.METADATA: head}), path)
+    with pytest.raises(ValueError, match="is no whole file of labels"):
+        Outcomes.load(path)
+
+
+def test_full_disk_keeps_the_file_of_before(tmp_path, monkeypatch):
+    path, (_, outcomes) = tmp_path / "labels.parquet", held_out()
+    outcomes.save(path)
+    before = path.read_bytes()
+
+    def full(table, file, **options):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pyarrow.parquet.write_table", full)
+    with pytest.raises(RuntimeError, match="No space left on device"):
+        outcomes.save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_names_of_another_encoding(tmp_path):
+    images = make_images(4)
+    images.keys = ["a.png", "caf\udce9.png", "c.png", "d.png"]  # what os.listdir says of a Latin-1 name
+    collect(trained(), images).save(tmp_path / "labels.parquet")
+    assert Outcomes.load(tmp_path / "labels.parquet").keys == tuple(map(name_of, images.keys))
+
+
 def test_foreign_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "labels.parquet")
@@ -133,7 +213,8 @@ def test_folds_are_joined():
     halves = [outcomes.take(np.arange(0, 200, 2)), outcomes.take(np.arange(1, 200, 2))]
     joined = join(halves)
     assert len(joined) == 200 and joined.about["folds"] == [outcomes.fingerprint] * 2
-    joined.require(trained())
+    with pytest.warns(UserWarning, match="of models of folds"):
+        joined.require(trained())
     with pytest.raises(ValueError, match="in two folds"):
         join([halves[0], halves[0]])
 

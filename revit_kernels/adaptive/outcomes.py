@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,19 @@ from revit_kernels.models.checkpoints import fingerprint, write_whole
 METADATA = b"revit_kernels"
 UNSOLVED = ("smallest", "largest", "drop")
 RULES = ("first_correct", "stable")
+ROWS = 16384  # images of a row group
+SUMMARY = ("correct", "predicted", "confidence", "margin", "entropy")
+COLUMNS = {  # of the file, beside the images' names
+    "target": np.int32,
+    "label": np.int16,
+    "correct": np.bool_,
+    "predicted": np.int32,
+    "confidence": np.float32,
+    "margin": np.float32,
+    "entropy": np.float32,
+    "probabilities": np.float32,
+    "assigner": np.float32,
+}
 
 
 def label_of(correct: np.ndarray, unsolved: str = "smallest", rule: str = "first_correct") -> np.ndarray:
@@ -37,6 +51,11 @@ def label_of(correct: np.ndarray, unsolved: str = "smallest", rule: str = "first
         label, solved = run - 1, run > 0
     other = {"smallest": correct.shape[1] - 1, "largest": 0, "drop": -1}[unsolved]
     return np.where(solved, label, other).astype(np.int64)
+
+
+def name_of(key: str) -> str:
+    """An image's name as every file can hold it: a file name of another encoding has escapes instead."""
+    return str(key).encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -74,11 +93,13 @@ class Outcomes:
         return len(self.targets)
 
     def require(self, model) -> Outcomes:
-        """Raise ValueError unless they are of this model: of its menu and weights."""
+        """Raise ValueError unless they are of this model: of its menu and weights. Warns of those of folds' models."""
         if tuple(self.menu) != model.menu:
             raise ValueError(f"the labels are of the menu {self.menu}, the model's is {model.menu}")
         if self.fingerprint and self.fingerprint != fingerprint(model):
             raise ValueError("the labels were taken from another model, or from this one before it changed")
+        if not self.fingerprint and "folds" in self.about:
+            warnings.warn("these labels are of models of folds: that they are meant for this model is not checked")
         return self
 
     def take(self, indices) -> Outcomes:
@@ -106,23 +127,27 @@ class Outcomes:
         path = Path(path)
         if path.suffix != ".parquet":
             raise ValueError(f"labels are written to a .parquet file, got {path}")
-        lengths = np.array([h * w for h, w in self.menu])
-        columns = {
-            "key": list(self.keys),
-            "target": self.targets.astype(np.int32),
-            "label": self.label.astype(np.int16),
-            "label_tokens": np.where(self.label >= 0, lengths[self.label], 0).astype(np.int32),
-        }
-        for name in ("correct", "predicted", "confidence", "margin", "entropy"):
-            columns[name] = list(getattr(self, name))
-        if self.probabilities is not None:
-            columns["probabilities"] = [list(row) for row in self.probabilities.astype(np.float32)]
-        if self.assigner is not None:
-            columns["assigner"] = list(self.assigner)
-        table = pyarrow.table(columns)
         head = {"menu": self.menu, "fingerprint": self.fingerprint, "about": self.about}
-        table = table.replace_schema_metadata({METADATA: json.dumps(head).encode()})
-        write_whole(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
+        metadata = {METADATA: json.dumps(head).encode()}
+        groups = [range(i, min(i + ROWS, len(self))) for i in range(0, len(self), ROWS)] or [range(0)]
+        tables = [self._table(pyarrow, slice(rows.start, rows.stop)) for rows in groups]
+        table = pyarrow.concat_tables(tables).replace_schema_metadata(metadata)
+        write_whole(path, lambda temporary: pyarrow.parquet.write_table(table, temporary, row_group_size=ROWS))
+
+    def _table(self, pyarrow, rows: slice):
+        """The pyarrow table of some images."""
+        label, lengths = self.label[rows], np.array([h * w for h, w in self.menu], np.int32)
+        columns = {
+            "key": pyarrow.array([name_of(key) for key in self.keys[rows]], pyarrow.string()),
+            "target": self.targets[rows].astype(np.int32),
+            "label": label.astype(np.int16),
+            "label_tokens": pyarrow.array(lengths[label], mask=label < 0),
+        }
+        for name in (*SUMMARY, "probabilities", "assigner"):
+            values = getattr(self, name)
+            if values is not None:  # older readers of Parquet know no float16
+                columns[name] = _lists(pyarrow, values[rows].astype(COLUMNS[name]))
+        return pyarrow.table(columns)
 
     @classmethod
     def load(cls, path) -> Outcomes:
@@ -137,26 +162,48 @@ class Outcomes:
         head = (table.schema.metadata or {}).get(METADATA)
         if head is None:
             raise ValueError(f"{path} holds no labels that `revit label` wrote")
-        head = json.loads(head)
+        try:
+            head = json.loads(head)
+            menu = tuple((int(rows), int(columns)) for rows, columns in head["menu"])
+            arrays = {name: _array(table, name, len(menu)) for name in COLUMNS if name in table.column_names}
+            return cls(
+                menu=menu,
+                keys=tuple(table["key"].to_pylist()),
+                fingerprint=head["fingerprint"],
+                about=head["about"],
+                targets=arrays.pop("target"),
+                **arrays,
+            )
+        except (KeyError, TypeError, ValueError) as error:  # a column or an entry is missing, or of another shape
+            raise ValueError(f"{path} is no whole file of labels: {' '.join(str(error).split())[:200]}") from error
 
-        def array(name, dtype):
-            return np.array(table[name].to_pylist(), dtype) if name in table.column_names else None
 
-        return cls(
-            menu=tuple(tuple(grid) for grid in head["menu"]),
-            keys=tuple(table["key"].to_pylist()),
-            targets=array("target", np.int64),
-            correct=array("correct", bool),
-            predicted=array("predicted", np.int32),
-            confidence=array("confidence", np.float32),
-            margin=array("margin", np.float32),
-            entropy=array("entropy", np.float32),
-            label=array("label", np.int64),
-            fingerprint=head["fingerprint"],
-            probabilities=array("probabilities", np.float16),
-            assigner=array("assigner", np.float32),
-            about=head["about"],
-        )
+def _lists(pyarrow, values: np.ndarray):
+    """(images, lengths, ...) as a column of lists."""
+    column = pyarrow.array(values.reshape(-1))
+    for axis in range(values.ndim - 1, 0, -1):
+        length, lists = values.shape[axis], int(np.prod(values.shape[:axis]))
+        column = pyarrow.ListArray.from_arrays(np.arange(lists + 1, dtype=np.int32) * np.int32(length), column)
+    return column
+
+
+def _array(table, name: str, lengths: int) -> np.ndarray:
+    """A column as an array. Raises ValueError where an image lacks a value."""
+    dtype = {"label": np.int64, "target": np.int64, "probabilities": np.float16}.get(name, COLUMNS[name])
+    parts, axes = [], 0
+    for chunk in table[name].chunks:
+        axes = 0
+        while hasattr(chunk.type, "value_type"):  # a list
+            chunk, axes = chunk.flatten(), axes + 1
+        if chunk.null_count:
+            raise ValueError(f"its column {name} has gaps")
+        parts.append(chunk.to_numpy(zero_copy_only=False).astype(dtype))
+    values = np.concatenate(parts) if parts else np.empty(0, dtype)
+    rows = table.num_rows
+    shape = (rows, lengths, values.size // max(1, rows * lengths))[: 1 + axes]
+    if values.size != np.prod(shape):
+        raise ValueError(f"its column {name} has {values.size} values for {rows} images and {lengths} lengths")
+    return values.reshape(shape)
 
 
 def _pyarrow():

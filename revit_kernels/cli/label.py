@@ -11,7 +11,10 @@ examples:
   revit label fold1.safetensors --fold-models fold2.safetensors fold3.safetensors --data photos/ --output labels.parquet
 
 Labels of images that the model has learnt from are too hopeful: give --held-out N as to `revit train` to label only
-those that were kept apart; or train K models with --fold I/K and name all of them, and each labels its own fold.
+those that were kept apart; or train K models with --fold I/K and name all of them in this order, and each labels its
+own fold. Labels of folds are meant for a model trained on all the images, which nothing in them can be checked against.
+
+A run that was killed goes on with the same command: what was found is kept beside the output until all of it is.
 """
 
 

@@ -41,6 +41,7 @@ def add(commands):
 
 def run(args) -> int:
     import sys
+    from pathlib import Path
 
     from tqdm import tqdm
 
@@ -50,6 +51,11 @@ def run(args) -> int:
     from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
     from revit_kernels.training.label_command import fit_images, load_resizable
 
+    output = Path(args.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output must end in .safetensors, got {args.output}")
+    if not output.resolve().parent.is_dir():
+        raise ValueError(f"the folder of --output {output} does not exist")
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
     images = fit_images(open_set(args.data, args.split, root=args.root), model)
@@ -59,17 +65,18 @@ def run(args) -> int:
         assigner = train_assigner(
             model, outcomes, images, args.kind, recipe, depth=args.depth, embed_dim=args.dim, progress=bar.update
         )
-    assigner.save(args.output)
+    assigner.save(output)
     if not args.quiet:
         parameter = next(model.parameters())
         served = assigner.to(parameter.device, parameter.dtype)
         costs = measure_costs(model, served, tuple(images.pixels(0).shape[:2]), rounds=5)
         share = costs.assigner / costs.per_length[0]
         found = quality(assigner)
+        before, after = found["calibration_error_before"], found["calibration_error"]
         print(
             f"revit: labels predicted {found['accuracy']:.1%} (always the commonest: {found['commonest_label']:.1%}), "
-            f"too short {found['too_short']:.1%}, calibration error {found['calibration_error_before']:.3f} before and "
-            f"{found['calibration_error']:.3f} after",
+            f"too short {found['too_short']:.1%}, {found['mean_tokens']:.1f} tokens on average, "
+            f"calibration error {before:.3f} before and {after:.3f} after",
             file=sys.stderr,
         )
         print(f"revit: it costs {share:.1%} of a full-length pass, measured on {costs.device}", file=sys.stderr)

@@ -29,11 +29,11 @@ def vit_macs(dim: int, depth: int, tokens: int, patch: int, mlp_ratio: float = 4
 
 def model_macs(model: VarLenViT, grid: Grid, blocks: int | None = None) -> int:
     """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
-    conv = model.patch_embed.proj
-    mlp = model.blocks[0].mlp.fc1.out_features / model.embed_dim if hasattr(model.blocks[0], "mlp") else 4.0
     tokens = model.num_prefix_tokens + cells(grid)
-    depth = len(model.blocks) if blocks is None else blocks
-    return vit_macs(model.embed_dim, depth, tokens, conv.weight[0].numel(), mlp)
+    linears = [m for block in model.blocks[:blocks] for m in block.modules() if isinstance(m, nn.Linear)]
+    attention = 2 * model.embed_dim * tokens * tokens * len(model.blocks[:blocks])
+    embedding = model.patch_embed.proj.weight[0].numel() * model.embed_dim * tokens
+    return sum(m.weight.numel() for m in linears) * tokens + attention + embedding
 
 
 class TokenLengthAssigner(nn.Module):
@@ -196,15 +196,18 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError(f"{path} cannot be read: {error}") from error
         if not head:
             raise ValueError(f"{path} holds no token-length assigner")
-        head = json.loads(head)
-        config = head["config"]
-        assigner = cls(config.pop("menu"), config.pop("kind"), **config)
-        kept = {k.removeprefix("outcomes."): v.numpy() for k, v in tensors.items() if k.startswith("outcomes.")}
-        assigner.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("outcomes.")})
-        assigner.fingerprint = head["fingerprint"]
-        if kept:
-            keys = tuple(kept.pop("keys").tobytes().decode("utf-8", "surrogateescape").split("\n"))
-            assigner.outcomes = Outcomes(menu=assigner.menu, keys=keys, **kept, **head["outcomes"])
+        try:
+            head = json.loads(head)
+            config = head["config"]
+            assigner = cls(config.pop("menu"), config.pop("kind"), **config)
+            kept = {k.removeprefix("outcomes."): v.numpy() for k, v in tensors.items() if k.startswith("outcomes.")}
+            assigner.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("outcomes.")})
+            assigner.fingerprint = head["fingerprint"]
+            if kept:
+                keys = tuple(kept.pop("keys").tobytes().decode("utf-8", "surrogateescape").split("\n"))
+                assigner.outcomes = Outcomes(menu=assigner.menu, keys=keys, **kept, **head["outcomes"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # an entry or a tensor is missing, or another
+            raise ValueError(f"{path} is no whole assigner: {' '.join(str(error).split())[:200]}") from error
         return assigner.eval()
 
     def require(self, model: VarLenViT) -> TokenLengthAssigner:

@@ -101,6 +101,8 @@ def _fit(
             now = assigner_loss(forward(apart, False), label[torch.from_numpy(apart)], menu, recipe, weights).item()
         if now < best:
             best, kept = now, {k: v.clone() for k, v in module.state_dict().items()}
+    if kept is None:
+        raise RuntimeError(f"the assigner's loss is not finite: give a smaller --lr than {recipe.lr:g}")
     module.load_state_dict(kept)
 
 
@@ -134,14 +136,17 @@ def _pixels(images: ImageSet, size: tuple[int, int]) -> Tensor:
 
 
 def _augmented(pixels: Tensor) -> Tensor:
-    """Half of the images mirrored, all shifted by up to a sixteenth."""
-    flip = torch.rand(len(pixels)) < 0.5
-    pixels = torch.where(flip[:, None, None, None], pixels.flip(2), pixels)
-    reach = max(1, pixels.shape[1] // 16)
-    down, right = (int(n) for n in torch.randint(-reach, reach + 1, (2,)))
-    return pixels.roll((down, right), (1, 2))
+    """Half of the images mirrored, each shifted by up to a sixteenth of its height, its edges repeated."""
+    count, height, width, _ = pixels.shape
+    reach = max(1, height // 16)
+    shift = torch.randint(-reach, reach + 1, (2, count, 1))
+    rows = (torch.arange(height) + shift[0]).clamp(0, height - 1)
+    columns = (torch.arange(width) + shift[1]).clamp(0, width - 1)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+@torch.random.fork_rng(devices=[])
 def train_assigner(
     model,
     outcomes: Outcomes,
@@ -195,7 +200,7 @@ def train_assigner(
     _fit(assigner, forward, label, np.arange(len(outcomes)), outcomes.menu, recipe)
     assigner.temperature.fill_(fit_temperature(logits, outcomes.label))
     assigner.fingerprint = fingerprint(model)
-    assigner.outcomes = replace(outcomes, assigner=logits, probabilities=None)
+    assigner.outcomes = replace(outcomes, assigner=logits, probabilities=None, fingerprint=assigner.fingerprint)
     return assigner.eval()
 
 

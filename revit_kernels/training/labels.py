@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_kernels.adaptive.outcomes import Outcomes, label_of
+from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.models.checkpoints import fingerprint, write_whole
 from revit_kernels.training.distillation import packed_logits
 
-SHARD = 4096  # images after which what was found is written, to go on from
+SHARD = 1024  # images after which what was found is written, to go on from
 
 
 def _to_device(pixels: Tensor | list[Tensor], device) -> Tensor | list[Tensor]:
@@ -68,13 +70,15 @@ def collect(
     probabilities: keep those of all classes
     batch_tokens:  tokens of one packed batch, every length of an image counted
     progress:      called with the number of images just done
-    partial:       a folder to keep what was found in until all is, and to go on from
+    partial:       a folder to keep what was found in until all is, and to go on from; what is there of another model
+                   or of other images is dropped, with a warning
 
-    Raises ValueError for a model that is not resizable or has other classes than the images.
+    Raises ValueError for a model that is not resizable, for one that has other classes than the images where these are
+    the truth, and for a `partial` that holds something else.
     """
     if model.menu is None:
         raise ValueError("the model is not resizable: labels need a model with a menu of lengths")
-    if model.num_classes != len(images.classes):
+    if against == "truth" and model.num_classes != len(images.classes):
         raise ValueError(f"the model has {model.num_classes} classes, {images.name} has {len(images.classes)}")
     if against not in ("truth", "full"):
         raise ValueError(f"against must be 'truth' or 'full', got {against!r}")
@@ -82,26 +86,27 @@ def collect(
     mark = fingerprint(model)
     shards = [range(i, min(i + SHARD, len(images))) for i in range(0, len(images), SHARD)]
     if partial is not None:
-        _begin(partial, {"model": mark, "images": images.fingerprint(), "probabilities": probabilities})
+        dtype = str(next(model.parameters()).dtype)
+        settings = {"model": mark, "images": images.fingerprint(), "dtype": dtype, "shard": SHARD}
+        _begin(partial, settings | {"probabilities": probabilities})
     parts = []
     for number, members in enumerate(shards):
         file = partial / f"{number:05d}.npz" if partial is not None else None
-        if file is not None and file.exists():
-            with np.load(file) as kept:
-                parts.append({name: kept[name] for name in kept.files})
-            if progress is not None:
-                progress(len(members))
-            continue
-        parts.append(_ask(model, images, members, batch_tokens, probabilities, progress))
-        if file is not None:
-            write_whole(file, lambda temporary, part=parts[-1]: _save(temporary, part))
+        part = _kept(file)
+        if part is None:
+            part = _ask(model, images, members, batch_tokens, probabilities, progress)
+            if file is not None:
+                write_whole(file, lambda temporary, part=part: _save(temporary, part))
+        elif progress is not None:
+            progress(len(members))
+        parts.append(part)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     truth = images.targets[:, None] if against == "truth" else columns["predicted"][:, :1]
     correct = columns["predicted"] == truth
     about = {"images": images.name, "unsolved": unsolved, "rule": rule, "against": against}
     return Outcomes(
         menu=model.menu,
-        keys=tuple(images.keys),
+        keys=tuple(map(name_of, images.keys)),
         targets=np.asarray(images.targets),
         correct=correct,
         label=label_of(correct, unsolved, rule),
@@ -116,11 +121,31 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
         np.savez(file, **arrays)
 
 
+def _kept(path: Path | None) -> dict[str, np.ndarray] | None:
+    """What `_save` wrote; None where there is nothing, or nothing that can be read."""
+    if path is None or not path.exists():
+        return None
+    try:
+        with np.load(path) as kept:
+            return {name: kept[name] for name in kept.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None
+
+
 def _begin(folder: Path, settings: dict) -> None:
     """Make the folder of shards, or keep the one there is if it was begun with these settings."""
     told = folder / "settings.json"
-    if folder.exists() and (not told.exists() or json.loads(told.read_text()) != settings):
-        shutil.rmtree(folder)
+    if folder.exists() and not told.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds no labels that were begun: move it away, or give another folder")
+    if told.exists():
+        try:
+            found = json.loads(told.read_text())
+        except ValueError:
+            found = {}
+        if found != settings:
+            differ = sorted(name for name in settings if found.get(name) != settings[name])
+            warnings.warn(f"the labels begun in {folder} are of another {' and '.join(differ)}: they begin anew")
+            shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if not told.exists():
         write_whole(told, lambda temporary: temporary.write_text(json.dumps(settings)))
@@ -129,7 +154,8 @@ def _begin(folder: Path, settings: dict) -> None:
 def join(parts: list[Outcomes]) -> Outcomes:
     """The outcomes of several models, each of the images that it has not learnt from: k-fold labels.
 
-    Raises ValueError where their menus differ, or an image is in two.
+    They are of no one model, so `require` can check but their menu: whom they serve is the caller's word. `about` has
+    the folds' fingerprints. Raises ValueError where their menus differ, or an image is in two.
     """
     if len({part.menu for part in parts}) != 1:
         raise ValueError(f"the models of the folds have different menus: {sorted({part.menu for part in parts})}")
