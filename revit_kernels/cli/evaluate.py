@@ -31,9 +31,8 @@ def add(commands):
     evaluate.add_argument(
         "--policies",
         type=_words,
-        default=["random", "assigner", "cascade", "assigner+cascade", "oracle"],
         metavar="NAME,...",
-        help="default: all",
+        help="of random, assigner, cascade, assigner+cascade and oracle (default: all that can be had)",
     )
     evaluate.add_argument(
         "--budgets",
@@ -45,7 +44,7 @@ def add(commands):
     )
     evaluate.add_argument("--rounds", type=count, default=3, metavar="N", help="times each is timed (default: 3)")
     evaluate.add_argument(
-        "--timed", type=count, default=2048, metavar="N", help="images that are timed (default: 2048)"
+        "--timed", type=count, metavar="N", help="images that are timed, of every class alike (default: all)"
     )
     evaluate.add_argument("--batch-tokens", type=count, default=16384, metavar="N", help="default: 16384")
     evaluate.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
@@ -85,6 +84,7 @@ def run(args) -> int:
 
     if not plots.available():
         say("the report has no plots: pip install matplotlib")
+    report.check_folder(args.output)  # before hours of measuring
     found = evaluate(
         model,
         images,
