@@ -11,6 +11,7 @@ from tiny_revit import MENU, held_out, make_images, trained
 from revit_kernels import cli
 from revit_kernels.adaptive import contact_sheet, plots, report
 from revit_kernels.adaptive import evaluate as evaluation
+from revit_kernels.adaptive import measured as measuring
 from revit_kernels.adaptive.comparison import against_random, against_static, at_equal_speed, verdict
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.evaluate import Evaluation, check_apart, choose, evaluate, reliability
@@ -20,6 +21,7 @@ from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fi
 from revit_kernels.models.assigner import TokenLengthAssigner, model_macs
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.training.assigner import AssignerRecipe, train_assigner
+from revit_kernels.training.labels import collect
 
 TOKENS = np.array([17, 10, 5])  # of the lengths of MENU
 
@@ -195,7 +197,8 @@ def test_easy_and_hard_images():
 
 
 def fast_costs(monkeypatch):
-    """Costs of round numbers, so that which budgets can be met does not hang on the machine."""
+    """Costs of round numbers, so that which budgets can be met does not hang on the machine; each is timed briefly."""
+    monkeypatch.setattr(measuring, "BRIEF", 0.0)
     monkeypatch.setattr(evaluation, "measure_costs", lambda *a, **k: Costs(MENU, (4.0, 2.0, 1.0), 0.05, 0.01))
 
 
@@ -214,6 +217,29 @@ def test_own_configurations_and_fewer_timed_images(monkeypatch):
         evaluate(model, test, configurations=[("random", own)])
     with pytest.raises(ValueError, match="rounds must be at least 1"):
         evaluate(model, test, rounds=0)
+
+
+@pytest.mark.parametrize("batches, times", [(1, 3), (4, 1)])
+def test_rounds_are_taken_in_turn(monkeypatch, batches, times):
+    """A few batches of each configuration at a time; over few images several times, of which one counts."""
+    test = make_images(40, seed=2, name="test")
+    outcomes = collect(trained(), test)
+    bench = measuring.Bench(trained(), test, outcomes, -(-40 // batches), 2, None, lambda **_: evaluation.NoBar())
+    made = [("fixed", "", AdaptiveViT(trained(), Fixed(row))) for row in range(3)]
+    found, turns = bench.measure(made, False), []
+    assert all(len(one.seconds) == 2 for one in found)
+
+    def clocked(adaptive, chunk):
+        turns.append((adaptive.policy.row, len(chunk)))
+        return 1.0 * len(chunk), measuring.run(adaptive, chunk, outcomes.label)
+
+    monkeypatch.setattr(bench, "_clocked", clocked)
+    monkeypatch.setattr(measuring, "BRIEF", 3.0 if batches == 1 else 2.0)
+    found = bench.measure(made, False)
+    size = times if batches == 1 else 2
+    assert turns[1:] == [(row, size) for row in range(3)] * (len(turns) // 3)  # the first sets how many at a time
+    assert [one.seconds for one in found] == [[batches, batches]] * 3
+    assert all((one.right == outcomes.correct[:, row]).all() for row, one in enumerate(found))
 
 
 def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from revit_kernels.data.division import hold_out
 from revit_kernels.models.assigner import model_macs
 from revit_kernels.modules.lengths import cells
 
-BRIEF = 0.25  # seconds that full length takes in a round, at least: it runs several times over few images
+BRIEF = 0.25  # seconds that full length takes each time that it is timed, at least
 
 
 @dataclass
@@ -156,44 +156,59 @@ class Bench:
         """Each (name, budget, AdaptiveViT); with `lots` also, for each policy, what gives its mix of lengths by lot."""
         rows, made = len(self.outcomes.menu), list(made)
         found = self._answers(made)
-        if lots:
-            like = [one for one in found if one.name not in ("random", "oracle", "fixed")]
-            model = made[0][2].model
-            more = [("random", "", AdaptiveViT(model, Random(tuple(one.mix(rows))))) for one in like]
-            made += more
-            for one, lot in zip(like, self._answers(more)):
-                one.lot = lot
-            found += [one.lot for one in like]
-        times = 1
-        if self.some is self.batches and found[0].seconds[0] < BRIEF:  # too brief for the clock: no round yet
-            times = math.ceil(BRIEF / found[0].seconds[0])
-            for one in found:
-                one.seconds.clear()
-        left = self.rounds - len(found[0].seconds)
-        with self.bar(total=left * len(made), desc="time", unit=" runs") as progress:
-            for _ in range(left):
-                for (_, _, adaptive), one in zip(made, found):  # in turn: drift of the machine then hits all alike
-                    one.seconds.append(self._clocked(adaptive, self.some * times)[0] / times)
-                    progress.update(1)
-        return found[: len(found) - len(more)] if lots else found
+        timed = list(zip(found, (adaptive for _, _, adaptive in made)))
+        like = [one for one in found if lots and one.name not in ("random", "oracle", "fixed")]
+        model = made[0][2].model
+        more = [("random", "", AdaptiveViT(model, Random(tuple(one.mix(rows))))) for one in like]
+        for one, lot, (_, _, adaptive) in zip(like, self._answers(more), more):
+            one.lot = lot
+            timed.append((lot, adaptive))
+        self._time(timed)
+        return found
 
     def _answers(self, made) -> list[Measured]:
-        """The answers on all images; where all are timed, this is the first round."""
+        """The answers on all images; of one pass an image, they are known."""
         found = []
         with self.bar(total=len(made), desc="answers", unit=" runs") as progress:
             for name, budget, adaptive in made:
                 members, pixels = self.some[0]
                 run(adaptive, [(members[:64], pixels[:64])], self.outcomes.label)  # what is made once is made now
-                if self.some is not self.batches and isinstance(adaptive.policy, Fixed | Random | Oracle):
-                    predicted, row, tokens = self._told(adaptive.policy)
-                    seconds = []
-                else:
-                    elapsed, (predicted, row, tokens) = self._clocked(adaptive, self.batches)
-                    seconds = [elapsed] if self.some is self.batches else []
-                right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row, tokens)
-                found.append(Measured(name, budget, adaptive.policy, right, row, tokens, macs, seconds, self.timed))
+                one_pass = isinstance(adaptive.policy, Fixed | Random | Oracle)
+                answers = self._told(adaptive.policy) if one_pass else run(adaptive, self.batches, self.outcomes.label)
+                found.append(self._measured(name, budget, adaptive, answers))
                 progress.update(1)
         return found
+
+    def _measured(self, name: str, budget: str, adaptive: AdaptiveViT, answers) -> Measured:
+        predicted, row, tokens = answers
+        right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row, tokens)
+        return Measured(name, budget, adaptive.policy, right, row, tokens, macs, [], self.timed)
+
+    def _time(self, timed: list[tuple[Measured, AdaptiveViT]]) -> None:
+        """Every round, all in turn, a few batches each time: drift of the machine then hits all alike.
+
+        Where all images are timed, the answers of the first round are those that count.
+        """
+        each = self._clocked(timed[0][1], self.some[:1])[0]
+        step = max(1, math.ceil(BRIEF / each))
+        times = max(1, math.ceil(BRIEF / (each * len(self.some))))  # over a few images, several times
+        chunks = [self.some[i : i + step] for i in range(0, len(self.some), step)]
+        with self.bar(total=self.rounds * len(chunks) * len(timed), desc="time", unit=" runs") as progress:
+            for number in range(self.rounds):
+                answers = [[] for _ in timed]
+                for one, _ in timed:
+                    one.seconds.append(0.0)
+                for chunk in chunks:
+                    for (one, adaptive), said in zip(timed, answers):
+                        elapsed, found = self._clocked(adaptive, chunk * times)
+                        one.seconds[-1] += elapsed / times
+                        said.append(tuple(column[: sum(len(members) for members, _ in chunk)] for column in found))
+                        progress.update(1)
+                if number == 0 and self.some is self.batches:
+                    for (one, adaptive), said in zip(timed, answers):
+                        columns = tuple(np.concatenate(column) for column in zip(*said))
+                        new = self._measured(one.name, one.budget, adaptive, columns)
+                        one.right, one.row, one.tokens, one.macs = new.right, new.row, new.tokens, new.macs
 
     def _told(self, policy: Policy):
         """What `run` returns, out of what the model has said at every length: of one pass an image."""

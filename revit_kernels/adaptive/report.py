@@ -62,8 +62,8 @@ def _legend(e: Evaluation) -> list[str]:
     speed = (
         "**speed**: from uint8 images in the device's memory to logits on the host. Decoding is not counted; the "
         "assigner, every pass of a cascade and the repacking between passes are. Everything ran "
-        f"{about['rounds']} times over {timed}, in batches of {about['batch']}, all configurations in turn; the speed "
-        "is the median of a row's ratios to full length in the same round."
+        f"{about['rounds']} times over {timed}, in batches of {about['batch']}, all rows in turn, a few batches at a "
+        "time; the speed is the median of a row's ratios to full length in the same round."
     )
     if spread and about["rounds"] > 1:
         speed += f" These differ by {np.median(spread):.1%} in the median row, {max(spread):.1%} at most."
