@@ -25,6 +25,7 @@ README_BENCHES = {  # what the README shows: file::function, and what it is
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images of one length: where packing has nothing to save",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
+    "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
 }
 RIVALS = {
     "bucketed": "one dense batch per length",

@@ -39,7 +39,6 @@ VARIANTS = {  # name: arguments of make_resizable, weight of the distillation
     "no distillation": ({}, 0.0),
     "embedding `patch`": ({"embedding": "patch"}, 0.5),
     "embedding `per_length`": ({"embedding": "per_length"}, 0.5),
-    "positions `per_length`": ({"positions": "per_length"}, 0.5),
 }
 LABELS = [
     (unsolved, rule, against)

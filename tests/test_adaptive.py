@@ -175,6 +175,8 @@ def test_random_keeps_its_mix():
     rows = Random((0.25, 0.0, 0.75), seed=3).draw(1000)
     assert np.bincount(rows).tolist() == [250, 0, 750]
     assert not np.array_equal(rows, Random((0.25, 0.0, 0.75), seed=4).draw(1000))
+    singly = np.concatenate([Random((0.25, 0.0, 0.75)).draw(1, turn) for turn in range(2000)])
+    assert set(singly) == {0, 2} and abs((singly == 0).mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / 2000)
 
 
 def test_what_cannot_be_met_is_said():

@@ -103,9 +103,11 @@ class Random(Policy):
 
     def draw(self, images: int, turn: int = 0) -> np.ndarray:
         """(images,) rows; exactly the mix, as near as whole images allow, in an order by lot."""
-        ends = np.round(np.cumsum(self.mix) / sum(self.mix) * images).astype(int)
-        rows = np.searchsorted(ends, np.arange(images), side="right")
-        return np.random.default_rng([self.seed, turn]).permutation(rows)
+        rng = np.random.default_rng([self.seed, turn])
+        # An offset by lot, so that small batches too have the mix on average.
+        places = (np.arange(images) + rng.random()) / images * sum(self.mix)
+        rows = np.searchsorted(np.cumsum(self.mix), places, side="right").clip(max=len(self.mix) - 1)
+        return rng.permutation(rows)
 
     def rows_run(self, outcomes):
         return [self.draw(len(outcomes))]
