@@ -29,9 +29,9 @@ def load_resizable(path: str, device_name: str | None, dtype: str | None):
     return model
 
 
-def fit_images(images, model):
+def fit_images(images, model, by_class: bool = True):
     """The images with targets numbered as the model's classes are, and large JPEGs decoded no larger than it needs."""
-    names = model.pretrained_cfg.get("label_names")
+    names = model.pretrained_cfg.get("label_names") if by_class else None
     if names and len(names) == model.num_classes:
         images = images.with_classes(names)
     longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
@@ -61,7 +61,15 @@ def run(args) -> int:
     with tqdm(total=sum(map(len, parts)), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
         for file, part, folder in zip(files, parts, folders):
             model = load_resizable(file, args.device, args.dtype)
-            found.append(collect(model, fit_images(part, model), progress=bar.update, partial=folder, **options))
+            found.append(
+                collect(
+                    model,
+                    fit_images(part, model, args.against == "truth"),
+                    progress=bar.update,
+                    partial=folder,
+                    **options,
+                )
+            )
     outcomes = found[0] if len(found) == 1 else join(found)
     outcomes.save(output)
     for folder in folders:
