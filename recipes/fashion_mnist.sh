@@ -13,4 +13,4 @@ revit label "$run/model.safetensors" --data fashion-mnist --held-out 5000 --outp
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data fashion-mnist --kind pixels \
     --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data fashion-mnist \
-    --output "$run/report"
+    --budgets 1.5x,2x,3x,full-0.2 --timed 2000 --output "$run/report"

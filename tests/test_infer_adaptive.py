@@ -52,10 +52,10 @@ def test_records_say_what_each_image_cost(files, tmp_path, policy):
 
 def test_answers_are_those_of_the_model(files, tmp_path):
     model = ["--model", files / "model.safetensors", "--outcomes", files / "labels.parquet"]
-    infer(files, *model, "--policy", "cascade", "--budget", "full-2", "--output", tmp_path / "out.npz")
+    infer(files, *model, "--policy", "cascade", "--budget", "8tokens", "--output", tmp_path / "out.npz")
     found = np.load(tmp_path / "out.npz")
     assert found["costs"].shape == (41,) and np.isnan(found["costs"][40]) and (found["costs"][:40] > 0).all()
-    infer(files, *model, "--policy", "cascade", "--budget", "full-2", "--output", tmp_path / "out.csv")
+    infer(files, *model, "--policy", "cascade", "--budget", "8tokens", "--output", tmp_path / "out.csv")
     rows = list(csv.DictReader(open(tmp_path / "out.csv")))
     assert [float(row["cost"]) for row in rows[:40]] == pytest.approx(found["costs"][:40], abs=1e-4)
     assert rows[40]["cost"] == "" and rows[40]["error"]
