@@ -32,7 +32,7 @@ from revit_kernels.training.trainer import Recipe, Trainer
 
 MENU = ((7, 7), (4, 4), (3, 3))
 SIZE = {"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "num_classes": 10}
-IMAGES, HELD_OUT, EPOCHS = 5_000, 5_000, 4
+IMAGES, HELD_OUT, EPOCHS = 5_000, 5_000, 3
 VARIANTS = {  # name: arguments of make_resizable, weight of the distillation
     "an affine per length, distilled, images resized": ({}, 0.5),
     "one affine for all lengths": ({"norms": "shared"}, 0.5),
