@@ -17,7 +17,7 @@ from revit_kernels.models.registry import create_model
 from revit_kernels.modules.lengths import cells
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
-from revit_kernels.training.loader import Augmented
+from revit_kernels.training.loader import Augmented, Order
 from revit_kernels.training.run_folder import RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
@@ -37,13 +37,6 @@ def run(args) -> int:
     torch.manual_seed(args.seed)
     model = _model(args, images.classes).to(device)
     model.set_grad_checkpointing(args.checkpointing)
-    settings = {k: v for k, v in vars(args).items() if k not in UNSETTLED}
-    settings |= {"images": images.fingerprint(), "world": dist.get_world_size() if dist.is_initialized() else 1}
-    if rank:  # one process makes the folder, the others find it
-        dist.barrier()
-    folder = RunFolder(args.output, settings, args.resume or bool(rank))
-    if dist.is_initialized() and not rank:
-        dist.barrier()
     size = _size(images, args.size, model)
     longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
     images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
@@ -54,6 +47,15 @@ def run(args) -> int:
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    Order(len(images), recipe.batch, recipe.seed, 0, rank, world)  # what cannot be trained leaves no folder behind
+    settings = {k: v for k, v in vars(args).items() if k not in UNSETTLED}
+    settings |= {"images": images.fingerprint(), "world": world}
+    if rank:  # one process makes the folder, the others find it
+        dist.barrier()
+    folder = RunFolder(args.output, settings, args.resume or bool(rank))
+    if dist.is_initialized() and not rank:
+        dist.barrier()
     trainer = Trainer(
         model,
         Augmented(images, size, augment),
