@@ -97,7 +97,13 @@ def readme() -> str:
         results = json.loads(file.read_text())
         rows = list(results["rows"].values())
         versions = ", ".join(f"{k} {v}" for k, v in rows[-1]["versions"].items())
-        text += [f"### {results['device']}", "", f"{max(r['date'] for r in rows)}; {versions}.", ""]
+        dates = sorted({r["date"] for r in rows})
+        text += [
+            f"### {results['device']}",
+            "",
+            f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions}.",
+            "",
+        ]
         for bench, title in README_BENCHES.items():
             if any(True for _ in _rows(results, bench)):
                 text += [f"**{title}**", "", *table(results, bench), ""]
