@@ -14,6 +14,7 @@ from contract import DEVICE
 from torch import nn
 
 from revit_kernels import create_model
+from revit_kernels.data.datasets import ArraySet
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.loader import Augmented, Order
 from revit_kernels.training.optimiser import layer_of, learning_rate, parameter_groups
@@ -24,22 +25,15 @@ MENU = ((4, 4), (3, 3), (2, 2))
 SMALL = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 3}
 
 
-class FakeSet:
+class FakeSet(ArraySet):
     """Images whose class is the channel that is brightest."""
-
-    classes = ("red", "green", "blue")
 
     def __init__(self, count=48, size=(16, 16)):
         rng = np.random.default_rng(0)
-        self.targets = rng.integers(0, 3, count)
-        self.array = rng.integers(0, 120, (count, *size, 3), dtype=np.uint8)
-        self.array[np.arange(count), :, :, self.targets] += 100
-
-    def __len__(self):
-        return len(self.targets)
-
-    def pixels(self, index):
-        return self.array[index]
+        targets = rng.integers(0, 3, count)
+        array = rng.integers(0, 120, (count, *size, 3), dtype=np.uint8)
+        array[np.arange(count), :, :, targets] += 100
+        super().__init__("fake", ("red", "green", "blue"), targets, array)
 
 
 def make(dtype=torch.float32, **kwargs):

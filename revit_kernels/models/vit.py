@@ -409,7 +409,7 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
         packing = x.packing if isinstance(x, PackedTokens) else None
-        lengths = packing or self._packed(x)[1]
+        lengths = self._packed(x)[1] if packing is None and self.menu is not None else packing
         x = self.pool(x)
         if isinstance(x, PackedTokens):  # no pooling: an answer per token
             head = self.head_drop(apply_norm(self.fc_norm, x.tokens, x.packing))

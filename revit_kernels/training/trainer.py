@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.training.distillation import Objective, packed_logits
+from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented, Order, load, seed_of
 from revit_kernels.training.optimiser import adamw, learning_rate
 from revit_kernels.training.run_folder import RunFolder
@@ -244,17 +244,6 @@ def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = Fal
     images: a data.datasets.ImageSet
     """
     device = next(model.parameters()).device
-    tokens = sum(model.num_prefix_tokens + h * w for h, w in model.menu)
-    batch = max(1, batch_tokens // tokens)
-    right = np.zeros(len(model.menu))
-    size = tuple(np.asarray(images.pixels(0)).shape[:2])
-    for start in range(0, len(images), batch):
-        members = range(start, min(start + batch, len(images)))
-        pixels = [torch.from_numpy(np.ascontiguousarray(images.pixels(i))) for i in members]
-        same = all(tuple(p.shape[:2]) == size for p in pixels)
-        pixels = torch.stack(pixels).to(device) if same else [p.to(device) for p in pixels]
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            logits = packed_logits(model, pixels, model.menu, model.num_prefix_tokens, channels_last=True)
-        truth = torch.as_tensor(np.asarray(images.targets)[members.start : members.stop], device=device)
-        right += (logits.argmax(-1) == truth).sum(-1).cpu().numpy()
-    return {f"accuracy_{h}x{w}": float(r) / len(images) for (h, w), r in zip(model.menu, right)}
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        right = collect(model, images, batch_tokens=batch_tokens).correct.mean(0)
+    return {f"accuracy_{h}x{w}": float(share) for (h, w), share in zip(model.menu, right)}
