@@ -131,8 +131,7 @@ def revit() -> str:
             cells += [f"{row['images_per_second']:.0f}", f"**{row['speed']:.2f}x**"]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
-    ablation = REPORTS / "ablation.md"
-    if ablation.exists():
+    for ablation in sorted(REPORTS.glob("ablation_*.md")):
         text += [line for line in ablation.read_text().splitlines() if not line.startswith("# ")] + [""]
     return "\n".join(text).replace("\n## ", "\n#### ")
 

@@ -61,9 +61,10 @@ def test_contract(name, dtype, backend):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="every_dtype has it on a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("name", ["lengths 0 and 1", "dim 72"])
-def test_half_precision_in_the_interpreter(name):
-    check(attention, make_inputs(**CASES[name], dtype=torch.float16), "triton")
+def test_half_precision_in_the_interpreter(name, backend):
+    check(attention, make_inputs(**CASES[name], dtype=torch.float16), backend)
 
 
 @pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "avx512_bf16"])
@@ -188,11 +189,12 @@ def test_strided_views(dtype, backend):
         assert torch.equal(out, expected["output 0"]) and out.is_contiguous()
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
-def test_boundaries_outside_the_tensors_reach_nothing_there(cross):
+def test_boundaries_outside_the_tensors_reach_nothing_there(cross, backend):
     """What lies around q, k and v in memory does not change the result of wrong boundaries."""
-    inputs = make_inputs([5, 4], [5, 4] if cross else None, dim=16)
-    require("attention", "triton", *(inputs[k] for k in ("q", "k", "v")))
+    inputs = make_inputs([5, 4], [5, 4] if cross else None, dim=16, dtype=torch.float16)
+    require("attention", backend, *(inputs[k] for k in ("q", "k", "v")))
     wide = {name: torch.nn.functional.pad(inputs[name], (0, 0, 0, 0, 40, 40), value=float("nan")) for name in "qkv"}
     wrong = inputs | {name: x[40:-40] for name, x in wide.items()} | {"max_seqlen": 64}
     right = inputs | {"max_seqlen": 64}
@@ -200,7 +202,7 @@ def test_boundaries_outside_the_tensors_reach_nothing_there(cross):
         wrong[name] = torch.tensor([-3, 5, 40], dtype=torch.int32, device=DEVICE)
     if cross:
         wrong["max_seqlen_k"] = right["max_seqlen_k"] = 64
-    right, wrong = run(attention, right, "triton"), run(attention, wrong, "triton")
+    right, wrong = run(attention, right, backend), run(attention, wrong, backend)
     for name in right:
         assert torch.equal(right[name], wrong[name]), name
 

@@ -1,0 +1,135 @@
+// Attention within each image of a packed batch on NVIDIA GPUs from sm_80 on: mma.sync on 16-bit numbers, softmax and
+// sums in fp32. No atomics: the same results in every run, and for an image in any company.
+
+#include <algorithm>
+#include <tuple>
+
+#include "cuda_backward.h"
+#include "cuda_forward.h"
+
+namespace {
+
+using namespace revit_attention_cuda;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+View view(const Tensor& x) {
+  return {static_cast<const uint16_t*>(x.data_ptr()), x.stride(0), x.stride(1)};
+}
+
+uint16_t* pointer(const Tensor& x) { return static_cast<uint16_t*>(x.data_ptr()); }
+
+// Heads that one block goes through: as many as leave every multiprocessor several blocks.
+int head_group(int tiles, int heads) {
+  const int wanted = 8 * revit::multiprocessors();
+  int group = std::min(heads, 4);
+  while (group > 1 && static_cast<int64_t>(tiles) * ((heads + group - 1) / group) < wanted) group /= 2;
+  return group;
+}
+
+Packed packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, double scale) {
+  return {static_cast<const int*>(cu_seqlens.data_ptr()),
+          static_cast<const int*>(cu_seqlens_k.data_ptr()),
+          static_cast<int>(q.size(0)),
+          static_cast<int>(k.size(0)),
+          static_cast<int>(cu_seqlens.size(0) - 1),
+          static_cast<int>(q.size(1)),
+          static_cast<int>(q.size(2)),
+          1,
+          static_cast<float>(scale)};
+}
+
+// A block for every tile of rows that the images can have, and those that write zeros behind the last image.
+dim3 grid(Packed& p, int tokens, int warps) {
+  const int tiles = revit::most_tiles(p.images, tokens, warps * kGroup);
+  p.head_group = head_group(tiles, p.heads);
+  return dim3(tiles + kTailBlocks, (p.heads + p.head_group - 1) / p.head_group);
+}
+
+// Calls run.template operator()<columns in shared memory, kind>() for the head_dim and dtype of q.
+template <class Run>
+void for_shape(const Tensor& q, Run run) {
+  const int64_t dim = q.size(2);
+  auto by_dim = [&](auto kind) {
+    using Kind = decltype(kind);
+    if (dim <= 32)
+      run(std::integral_constant<int, 32>(), Kind());
+    else if (dim <= 64)
+      run(std::integral_constant<int, 64>(), Kind());
+    else if (dim <= 80)
+      run(std::integral_constant<int, 80>(), Kind());
+    else if (dim <= 96)
+      run(std::integral_constant<int, 96>(), Kind());
+    else
+      run(std::integral_constant<int, 128>(), Kind());
+  };
+  STD_TORCH_CHECK(dim % 8 == 0 && dim <= 128, "head_dim must be a multiple of 8, at most 128, got ", dim);
+  if (q.scalar_type() == ScalarType::BFloat16)
+    by_dim(revit::bfloat16());
+  else
+    by_dim(revit::float16());
+}
+
+// q, y: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
+std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                          const Tensor& cu_seqlens_k, double scale) {
+  Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  if (!y.numel()) return {y, lse};
+  const revit::Stream stream(q);
+  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale);
+  for_shape(q, [&](auto columns, auto kind) {
+    constexpr int kDim = decltype(columns)::value;
+    using Shape = ForwardShape<kDim>;
+    const dim3 blocks = grid(p, p.tokens, Shape::kWarps);
+    stream.launch(forward_kernel<kDim, decltype(kind)>, blocks, Shape::kWarps * 32, Shape::kShared, view(q), view(k),
+                  view(v), pointer(y), static_cast<float*>(lse.data_ptr()), p);
+  });
+  return {y, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                           const Tensor& v, const Tensor& y, const Tensor& lse,
+                                                           const Tensor& cu_seqlens, const Tensor& cu_seqlens_k,
+                                                           double scale) {
+  Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
+  Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
+  Tensor delta = torch::stable::new_empty(lse, {lse.size(0), lse.size(1)});
+  const revit::Stream stream(q);
+  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale);
+  const float* lse_data = static_cast<const float*>(lse.data_ptr());
+  float* delta_data = static_cast<float*>(delta.data_ptr());
+  for_shape(q, [&](auto columns, auto kind) {
+    constexpr int kDim = decltype(columns)::value;
+    using Kind = decltype(kind);
+    if (dq.numel()) {
+      using Shape = QueriesShape<kDim>;
+      const dim3 blocks = grid(p, p.tokens, Shape::kWarps);
+      stream.launch(backward_queries_kernel<kDim, Kind>, blocks, Shape::kWarps * 32, Shape::kShared, view(grad),
+                    view(q), view(k), view(v), view(y), lse_data, delta_data, pointer(dq), p);
+    }
+    if (dk.numel()) {
+      using Shape = KeysShape<kDim>;
+      const dim3 blocks = grid(p, p.tokens_k, Shape::kWarps);
+      stream.launch(backward_keys_kernel<kDim, Kind>, blocks, Shape::kWarps * 32, Shape::kShared, view(grad), view(q),
+                    view(k), view(v), lse_data, static_cast<const float*>(delta_data), pointer(dk), pointer(dv), p);
+    }
+  });
+  return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
+  m.def(
+      "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale)"
+      " -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward_cuda(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor cu_seqlens,"
+      " Tensor cu_seqlens_k, float scale) -> (Tensor, Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, REVIT_CUDA_KEY, m) {
+  m.impl("attention_cuda", TORCH_BOX(&attention_cuda));
+  m.impl("attention_backward_cuda", TORCH_BOX(&attention_backward_cuda));
+}

@@ -1,0 +1,41 @@
+"""Attention on NVIDIA GPUs from Ampere on: csrc/attention/cuda.cu.
+
+Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host), and its machine code is without spills.
+"""
+
+import torch
+
+from revit_kernels import native
+
+native.load("cuda")
+_forward = torch.ops.revit_kernels.attention_cuda.default
+_backward = torch.ops.revit_kernels.attention_backward_cuda.default
+
+
+def refusal(*args):
+    x = args[0]
+    if not x.is_cuda and not native.cuda_on_host():
+        return f"needs a CUDA tensor, got one on {x.device}"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"no kernel for {x.dtype}"
+    if x.shape[2] % 8 or x.shape[2] > 128:
+        return f"head_dim must be a multiple of 8, at most 128, got {x.shape[2]}"
+    return None
+
+
+def _align(*tensors):
+    """The tensors, copied where a row of a head does not start on 16 bytes."""
+    return [
+        x
+        if x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:2])
+        else x.clone(memory_format=torch.contiguous_format)
+        for x in tensors
+    ]
+
+
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    return _forward(*_align(q, k, v), cu_seqlens, cu_seqlens_k, scale)
+
+
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+    return _backward(*_align(grad, q, k, v), out, lse, cu_seqlens, cu_seqlens_k, scale)
