@@ -153,7 +153,8 @@ class Packing:
     def from_choice(cls, choice: Tensor, menu: Sequence[Grid], prefix: int = 1, *, capacity: int) -> Packing:
         """From a choice made on the device (an assigner's, say), without waiting for the device.
 
-        choice:   (images,) integer, the row of `menu` that each image is given
+        choice:   (images,) integer, the row of `menu` that each image is given; below 0 for none: a slot without an
+                  image, which gets no tokens
         menu:     the grids to choose from
         capacity: rows of the packed buffer. Images are packed in order while they fit; from the first that does not,
                   an image gets no tokens (see `fits`), and VarLenViT answers zeros for it.
@@ -167,8 +168,8 @@ class Packing:
             raise ValueError(f"prefix must be at least 0 and capacity at least 1, got {prefix} and {capacity}")
         table = _table(menu, choice.device)
         lengths = prefix + table[:, 0] * table[:, 1]
-        choice = choice.to(torch.int32).clamp(0, len(menu) - 1)
-        ends = lengths[choice.long()].cumsum(0)
+        none, choice = choice < 0, choice.to(torch.int32).clamp(0, len(menu) - 1)
+        ends = lengths[choice.long()].masked_fill(none, 0).cumsum(0)
         ends = torch.where(ends <= capacity, ends, 0).cummax(0).values if len(choice) else ends
         cu_seqlens = torch.cat([ends.new_zeros(1), ends])
         image = torch.searchsorted(ends, torch.arange(capacity, device=choice.device), right=True)

@@ -38,6 +38,18 @@ def test_images_that_do_not_fit_get_no_tokens():
     assert packing.image.tolist() == [0] * 7 + [-1] * 3
 
 
+def test_slots_without_an_image_get_no_tokens():
+    """Anywhere among the images, and within the capacity they leave room for the others."""
+    packing = Packing.from_choice(torch.tensor([-1, 1, -5, 2, -1], device=DEVICE), MENU, prefix=1, capacity=10)
+    assert packing.cu_seqlens.tolist() == [0, 0, 7, 7, 9, 9]
+    assert packing.fits.tolist() == [False, True, False, True, False]
+    assert packing.image.tolist() == [1] * 7 + [3] * 2 + [-1]
+    assert packing.row.tolist() == [1] * 7 + [2] * 2 + [-1]
+    assert packing.length_index.tolist() == [0, 1, 0, 2, 0]  # of the menu, so that no kernel reads beyond it
+    empty = Packing.from_choice(torch.full((3,), -1, device=DEVICE), MENU, capacity=2)
+    assert empty.cu_seqlens.tolist() == [0] * 4 and empty.image.tolist() == [-1] * 2
+
+
 def test_uniform_is_a_dense_batch():
     uniform = Packing.uniform(3, (2, 3), prefix=2, device=DEVICE)
     listed = Packing.from_grids([(2, 3)] * 3, prefix=2, device=DEVICE)
