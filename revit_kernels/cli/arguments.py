@@ -1,4 +1,4 @@
-"""Types of arguments that several commands take."""
+"""Arguments that several commands take, and their types."""
 
 from __future__ import annotations
 
@@ -26,3 +26,28 @@ def grids(text: str):
     if not found or any(len(grid) != 2 or min(grid) < 1 for grid in found):
         raise argparse.ArgumentTypeError(f"must be auto, or ROWSxCOLUMNS,... such as 14x14,10x10, got {text!r}")
     return found
+
+
+def add_images(parser, split: str = "train", help: str = "a known set, a folder of classes, .csv or .parquet") -> None:
+    """Which images: --data, --split and --root, as data.datasets.open_set takes them."""
+    parser.add_argument("--data", required=True, metavar="SET", help=help)
+    parser.add_argument("--split", default=split, help=f"default: {split}")
+    where = "where the known sets' files lie (default: $REVIT_DATA, or data/)"
+    parser.add_argument("--root", metavar="DIR", help=where)
+
+
+def add_device(parser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+
+
+def add_dtype(parser) -> None:
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: the fastest the device computes in (bfloat16 where it has instructions for it)",
+    )
+
+
+def add_batch_tokens(parser, default: int = 16384) -> None:
+    help = f"tokens of one packed batch (default: {default})"
+    parser.add_argument("--batch-tokens", type=count, default=default, metavar="N", help=help)

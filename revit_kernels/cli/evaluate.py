@@ -1,6 +1,6 @@
 """`revit evaluate`: its arguments."""
 
-from revit_kernels.cli.arguments import count
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
 
 
 def _words(text: str) -> list[str]:
@@ -19,13 +19,7 @@ def add(commands):
     evaluate.add_argument(
         "--labels", metavar="FILE", help="held-out labels to solve budgets from, instead of the assigner's"
     )
-    evaluate.add_argument(
-        "--data", required=True, metavar="SET", help="a known set, a folder of classes, .csv, .parquet"
-    )
-    evaluate.add_argument("--split", default="test", help="default: test")
-    evaluate.add_argument(
-        "--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)"
-    )
+    add_images(evaluate, "test")
     evaluate.add_argument("--limit", type=count, metavar="N", help="only so many images, of every class alike")
     evaluate.add_argument("--output", "-o", required=True, metavar="DIR", help="where the report goes")
     evaluate.add_argument(
@@ -46,9 +40,9 @@ def add(commands):
     evaluate.add_argument(
         "--timed", type=count, metavar="N", help="images that are timed, of every class alike (default: all)"
     )
-    evaluate.add_argument("--batch-tokens", type=count, default=16384, metavar="N", help="default: 16384")
-    evaluate.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    evaluate.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
+    add_batch_tokens(evaluate)
+    add_device(evaluate)
+    add_dtype(evaluate)
     evaluate.add_argument("--quiet", "-q", action="store_true", help="no progress")
     return evaluate
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from revit_kernels.cli.arguments import count, grids
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
 
 EXAMPLES = """\
 examples:
@@ -44,12 +44,8 @@ def add(commands):
     model.add_argument("--checkpoint", "--weights", metavar="FILE", help="the weights of --model NAME")
     model.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
     model.add_argument("--untrained", action="store_true", help="random weights: for timing only")
-    model.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    model.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        help="default: the fastest the device computes in (bfloat16 where it has instructions for it)",
-    )
+    add_device(model)
+    add_dtype(model)
     model.add_argument("--backend", help="run every op on this backend, or fail (python -m revit_kernels lists them)")
 
     tokens = infer.add_argument_group("tokens")
@@ -79,9 +75,7 @@ def add(commands):
         help="what fits an image to its grid: the image is resized (default), or the patch kernel is, as in FlexiViT; "
         "the image's size must then be a whole multiple of the grid",
     )
-    tokens.add_argument(
-        "--batch-tokens", type=count, metavar="N", default=8192, help="tokens of one packed batch (default: 8192)"
-    )
+    add_batch_tokens(tokens, 8192)
 
     adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
     adaptive.add_argument(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from revit_kernels.cli.arguments import count
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
 
 EXAMPLES = """\
 examples:
@@ -28,11 +28,7 @@ def add(commands):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     label.add_argument("model", metavar="FILE", help="a .safetensors file of `revit train`")
-    label.add_argument(
-        "--data", required=True, metavar="SET", help="a known set, a folder of classes, .csv or .parquet"
-    )
-    label.add_argument("--split", default="train", help="default: train")
-    label.add_argument("--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)")
+    add_images(label)
     label.add_argument(
         "--held-out", type=float, default=0, metavar="N", help="label those that `revit train` kept apart"
     )
@@ -60,9 +56,9 @@ def add(commands):
         help="full: right is what the longest length says; the truth is not needed",
     )
     label.add_argument("--probabilities", action="store_true", help="keep those of all classes")
-    label.add_argument("--batch-tokens", type=count, default=16384, metavar="N", help="default: 16384")
-    label.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    label.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
+    add_batch_tokens(label)
+    add_device(label)
+    add_dtype(label)
     label.add_argument("--quiet", "-q", action="store_true", help="no progress")
     return label
 

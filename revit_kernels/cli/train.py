@@ -2,7 +2,7 @@
 
 import argparse
 
-from revit_kernels.cli.arguments import count, grids
+from revit_kernels.cli.arguments import add_device, add_images, count, grids
 
 EXAMPLES = """\
 examples:
@@ -60,9 +60,7 @@ def add(commands):
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, or begin it")
 
     data = train.add_argument_group("images")
-    data.add_argument("--data", required=True, metavar="SET", help="a known set, a folder of classes, .csv or .parquet")
-    data.add_argument("--split", default="train", help="default: train")
-    data.add_argument("--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)")
+    add_images(data)
     data.add_argument(
         "--held-out",
         type=float,
@@ -117,7 +115,7 @@ def add(commands):
     recipe.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast); weights stay float32")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     recipe.add_argument("--seed", type=int, default=0)
-    recipe.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
+    add_device(recipe)
     recipe.add_argument("--save-every", type=float, default=300, metavar="SECONDS", help="default: 300")
     recipe.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (needs tensorboard)")
     recipe.add_argument("--quiet", "-q", action="store_true", help="no progress")

@@ -1,6 +1,6 @@
 """`revit train-assigner`: its arguments."""
 
-from revit_kernels.cli.arguments import count
+from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count
 
 
 def add(commands):
@@ -12,9 +12,7 @@ def add(commands):
     )
     train.add_argument("model", metavar="FILE", help="the ReViT that the labels were taken from")
     train.add_argument("--labels", required=True, metavar="FILE", help=".parquet of `revit label`")
-    train.add_argument("--data", required=True, metavar="SET", help="the images that were labelled")
-    train.add_argument("--split", default="train", help="default: train")
-    train.add_argument("--root", metavar="DIR", help="where the known sets' files lie (default: $REVIT_DATA, or data/)")
+    add_images(train, help="the images that were labelled")
     train.add_argument("--output", "-o", required=True, metavar="FILE", help=".safetensors")
     train.add_argument(
         "--kind",
@@ -33,8 +31,8 @@ def add(commands):
         "--folds", type=count, metavar="K", help="for answers on images not learnt from (default: 5, or 2)"
     )
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
-    train.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's fastest")
+    add_device(train)
+    add_dtype(train)
     train.add_argument("--quiet", "-q", action="store_true", help="no progress")
     return train
 
