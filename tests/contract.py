@@ -9,7 +9,8 @@ from revit_kernels import native
 from revit_kernels.dispatch import BACKENDS, refusal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if DEVICE == "cuda" else [])
+CUDA = DEVICE == "cuda" or native.cuda_on_host()
+DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if CUDA else [])
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

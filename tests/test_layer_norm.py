@@ -11,12 +11,14 @@ CASES = {
     "one image": dict(tokens=[5], dim=8),
     "lengths 0 and 1": dict(tokens=[0, 1, 5, 0], dim=100),
     "menu": dict(tokens=[10, 5, 17, 1], dim=384, tail=3),
+    "lengths in turn": dict(tokens=[1, 2, 1, 3, 2, 1, 2, 1], dim=264),
     "tile edges": dict(tokens=[63, 64, 65], dim=20, tail=1),
     "tile edges, doubled": dict(tokens=[127, 128, 129], dim=16),
     "above 1024": dict(tokens=[1030], dim=12),
     "odd dim": dict(tokens=[3, 4], dim=77),
     "five columns": dict(tokens=[3], dim=5),
     "wide": dict(tokens=[2, 3], dim=1280),
+    "widest": dict(tokens=[2, 5, 1], dim=4096),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -71,7 +73,7 @@ def test_residual_and_norm(case, dtype, backend):
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("missing", [(), ("weight", "bias"), ("bias",), ("weight",), ("row",), ("gamma",)], ids=str)
 def test_what_may_be_left_out(missing, rms, dtype, backend):
-    inputs = make_inputs([4, 7, 2], 33, dtype, tail=0 if "row" in missing else 2)
+    inputs = make_inputs([4, 7, 2], 300, dtype, tail=0 if "row" in missing else 2)
     inputs |= {name: None for name in missing if name in ("weight", "bias")}
     check(layer_norm, without(inputs, *(n for n in missing if n not in ("weight", "bias"))) | {"rms": rms}, backend)
     if "gamma" not in missing:
@@ -91,6 +93,16 @@ def test_dtypes_may_differ(half, backend):
     check(layer_norm, without(inputs, "gamma"), backend)
     y, total = layer_norm(**inputs)
     assert y.dtype == total.dtype == inputs["x"].dtype
+
+
+@every_backend
+@every_dtype
+def test_memory_may_begin_anywhere(dtype, backend):
+    inputs = make_inputs([6, 9, 1], 264, dtype)
+    for name in ("x", "weight", "gamma"):
+        room = inputs[name].new_empty(inputs[name].numel() + 1)
+        inputs[name] = room[1:].view(inputs[name].shape).copy_(inputs[name])
+    check(layer_norm, inputs, backend)
 
 
 @every_backend
