@@ -41,7 +41,8 @@ def extension(device, sources, compiler):
     headers = glob("csrc/*/*.h")
     if not files or not shutil.which(compiler):
         return []
-    return [Extension(f"revit_kernels._{device}", files, depends=headers)]
+    # An nvcc too old for the code or for the compiler beside it costs the CUDA kernels, with a warning, not the install.
+    return [Extension(f"revit_kernels._{device}", files, depends=headers, optional=device == "cuda")]
 
 
 cuda = extension("cuda", "csrc/*/cuda.cu", "nvcc") if any(ARCHS) else []
