@@ -41,7 +41,7 @@ def extension(device, sources, compiler):
     headers = glob("csrc/*/*.h")
     if not files or not shutil.which(compiler):
         return []
-    # An nvcc too old for the code or for the compiler beside it costs the CUDA kernels, with a warning, not the install.
+    # An nvcc too old for the code, or for the compiler beside it, costs the CUDA kernels (with a warning), no more.
     return [Extension(f"revit_kernels._{device}", files, depends=headers, optional=device == "cuda")]
 
 
