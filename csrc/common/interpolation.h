@@ -30,37 +30,78 @@ struct Axis {
 // The cells first to first + count that one target cell is made of. Where not antialiased they may lie outside.
 struct Window {
   int32_t first, count;
-  double centre;
+  double centre, inverse;  // inverse: of the stretch
 };
 
 REVIT_EVERYWHERE inline Window window(const Axis& axis, int32_t target) {
-  const double scale = axis.scale(), reach = (axis.cubic ? 2 : 1) * axis.stretch();
+  const double scale = axis.scale(), stretch = axis.stretch(), reach = (axis.cubic ? 2 : 1) * stretch;
   if (axis.antialias) {
     const double centre = scale * (target + 0.5);
     const double low = std::floor(centre - reach + 0.5), high = std::floor(centre + reach + 0.5);
     const int32_t first = low > 0 ? static_cast<int32_t>(low) : 0;
     const int32_t last = high < axis.source ? static_cast<int32_t>(high) : axis.source;
-    return {first, last - first, centre - 0.5};
+    return {first, last - first, centre - 0.5, 1 / stretch};
   }
   double centre = axis.align_corners ? scale * target : scale * (target + 0.5) - 0.5;
   if (!axis.cubic && centre < 0) centre = 0;
-  return {static_cast<int32_t>(std::floor(centre)) - (axis.cubic ? 1 : 0), axis.cubic ? 4 : 2, centre};
+  return {static_cast<int32_t>(std::floor(centre)) - (axis.cubic ? 1 : 0), axis.cubic ? 4 : 2, centre, 1};
 }
 
 // The filter at a distance in units of its stretch: Keys' cubic, a = -0.5 if antialiased and -0.75 if not; or a
 // triangle.
-REVIT_EVERYWHERE inline double filter(double x, bool cubic, bool antialias) {
+template <class T>
+REVIT_EVERYWHERE T filter(T x, bool cubic, bool antialias) {
   x = x < 0 ? -x : x;
   if (!cubic) return x < 1 ? 1 - x : 0;
-  const double a = antialias ? -0.5 : -0.75;
-  const double near = ((a + 2) * x - (a + 3)) * x * x + 1, far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
+  const T a = antialias ? T(-0.5) : T(-0.75);
+  const T near = ((a + 2) * x - (a + 3)) * x * x + 1, far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a;
   return x < 1 ? near : x < 2 ? far : 0;
+}
+
+// The cells of the source that a window is about: for those outside of it the border stands.
+REVIT_EVERYWHERE inline int32_t first_cell(const Axis& axis, const Window& w) {
+  return w.first < 0 ? 0 : w.first < axis.source ? w.first : axis.source - 1;
+}
+REVIT_EVERYWHERE inline int32_t last_cell(const Axis& axis, const Window& w) {
+  const int32_t last = w.first + w.count - 1;
+  return last < 0 ? 0 : last < axis.source ? last : axis.source - 1;
+}
+
+// What the filter gives to a cell of the source; 0 for one that the window is not about.
+REVIT_EVERYWHERE inline double share(const Axis& axis, const Window& w, int32_t cell) {
+  const int32_t last = w.first + w.count - 1;
+  const int32_t from = cell == 0 || cell < w.first ? w.first : cell;
+  const int32_t to = cell == axis.source - 1 || cell > last ? last : cell;
+  double sum = 0;
+  for (int32_t k = from; k <= to; ++k) sum += filter((k - w.centre) * w.inverse, axis.cubic, axis.antialias);
+  return sum;
+}
+
+// The sum of the shares, by which they are divided.
+REVIT_EVERYWHERE inline double whole(const Axis& axis, const Window& w) {
+  double sum = 0;
+  for (int32_t cell = first_cell(axis, w); cell <= last_cell(axis, w); ++cell) sum += share(axis, w, cell);
+  return sum;
+}
+
+struct Span {
+  int32_t begin, end;
+};
+
+// The targets that have a share in any of the cells first to last; perhaps some more, whose share is 0.
+REVIT_EVERYWHERE inline Span targets(const Axis& axis, int32_t first, int32_t last) {
+  const double scale = axis.scale(), reach = (axis.cubic ? 2 : 1) * axis.stretch();
+  if (scale == 0) return {0, axis.target};
+  const double start = axis.align_corners ? 0 : scale / 2 - 0.5;  // the centre of the first target
+  const double low = std::ceil((first - reach - start) / scale), high = std::floor((last + reach - start) / scale) + 1;
+  const int32_t begin = first == 0 || low < 0 ? 0 : low < axis.target ? static_cast<int32_t>(low) : axis.target;
+  const bool to_the_end = last == axis.source - 1 || high > axis.target;
+  return {begin, to_the_end ? axis.target : high < begin ? begin : static_cast<int32_t>(high)};
 }
 
 }  // namespace revit
 
 #if !defined(__CUDACC__)
-#include <algorithm>
 #include <vector>
 
 namespace revit {
@@ -78,22 +119,13 @@ inline Taps taps(const Axis& axis) {
   taps.first.resize(axis.target);
   taps.count.resize(axis.target);
   taps.weight.assign(static_cast<size_t>(axis.target) * taps.width, 0);
-  std::vector<double> weight(taps.width);
-  const double inverse = 1 / axis.stretch();
   for (int32_t i = 0; i < axis.target; ++i) {
     const Window w = window(axis, i);
-    const int32_t first = std::clamp(w.first, 0, axis.source - 1);
-    const int32_t last = std::clamp(w.first + w.count - 1, 0, axis.source - 1);
-    std::fill(weight.begin(), weight.end(), 0);
-    double sum = 0;
-    for (int32_t k = 0; k < w.count; ++k) {
-      const double value = filter((w.first + k - w.centre) * inverse, axis.cubic, axis.antialias);
-      weight[std::clamp(w.first + k, 0, axis.source - 1) - first] += value;
-      sum += value;
-    }
-    taps.first[i] = first;
-    taps.count[i] = last - first + 1;
-    for (int32_t k = 0; k <= last - first; ++k) taps.weight[i * taps.width + k] = static_cast<float>(weight[k] / sum);
+    const double sum = whole(axis, w);
+    taps.first[i] = first_cell(axis, w);
+    taps.count[i] = last_cell(axis, w) - taps.first[i] + 1;
+    for (int32_t k = 0; k < taps.count[i]; ++k)
+      taps.weight[i * taps.width + k] = static_cast<float>(share(axis, w, taps.first[i] + k) / sum);
   }
   return taps;
 }

@@ -1,0 +1,43 @@
+"""LayerNorm on NVIDIA GPUs from Ampere on: csrc/layer_norm/cuda.cu.
+
+Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host), and its machine code is without spills.
+"""
+
+import torch
+
+from revit_kernels import native
+
+native.load("cuda")
+_forward = torch.ops.revit_kernels.layer_norm_cuda.default
+_backward = torch.ops.revit_kernels.layer_norm_backward_cuda.default
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_COLUMNS = 4096  # what the threads of a block hold in registers
+
+
+def refusal(x, *args):
+    for tensor in (x, *args):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if not tensor.is_cuda and not native.cuda_on_host():
+            return f"needs a CUDA tensor, got one on {tensor.device}"
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            return f"no kernel for {tensor.dtype}"
+    if x.shape[1] > MOST_COLUMNS:
+        return f"no kernel for a dim above {MOST_COLUMNS}, got {x.shape[1]}"
+    return None
+
+
+def _fp32(parameter):
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def forward(x, weight, bias, row, branch, gamma, eps, rms):
+    return _forward(x, _fp32(weight), _fp32(bias), row, branch, _fp32(gamma), eps, rms)
+
+
+def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
+    dx, dbranch, *grads = _backward(
+        dy, dsum, sum, _fp32(weight), _fp32(bias), row, branch, _fp32(gamma), mean, rstd, rms
+    )
+    parameters = (weight, bias, gamma)
+    return dx, dbranch, *(grad if p is None else grad.to(p.dtype) for p, grad in zip(parameters, grads))
