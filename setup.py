@@ -17,7 +17,7 @@ FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Ics
 # Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
 CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
 ARCHS = os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";")
-CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=2"]
+CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=0"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS if arch]
 CXX = os.environ.get("CXX", "g++")
 
