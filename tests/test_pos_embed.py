@@ -20,6 +20,7 @@ CASES = {
     "one cell": dict(table=(1, 1), grids=[(1, 1), (3, 2)], dim=16),
     "no grid": dict(table=(3, 4), grids=[], dim=8),
     "the same grid twice": dict(table=(4, 4), grids=[(2, 3), (2, 3)], dim=1),
+    "long rows": dict(table=(1, 36), grids=[(1, 40), (1, 3)], dim=4),
     "wide": dict(table=(3, 3), grids=[(2, 2), (4, 3)], dim=800),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -1,0 +1,109 @@
+"""The op on NVIDIA GPUs from Ampere on: csrc/patch_embed/cuda.cu, one launch from pixels to tokens.
+
+Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host), and its machine code is without spills.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from revit_kernels import native
+from revit_kernels.device_cache import to_device
+
+native.load("cuda")
+_forward = torch.ops.revit_kernels.patch_embed_cuda.default
+_images = torch.ops.revit_kernels.patch_embed_images_cuda.default
+_sums = torch.ops.revit_kernels.patch_embed_sums_cuda.default
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MOST_NUMBERS, MOST_ROWS, MOST_CHANNELS = 3392, 32, 64  # of a patch: what fits in shared memory, and in the arguments
+SHARED = 164  # KiB of shared memory on a multiprocessor: a block may use nearly all
+
+
+@cache
+def _shared(device):
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
+
+
+def refusal(x, y, *_):
+    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
+    if not y.is_cuda and not native.cuda_on_host():
+        return f"needs a CUDA tensor, got one on {y.device}"
+    if y.dtype not in DTYPES:
+        return f"no kernel for {y.dtype}"
+    if y.is_cuda and _shared(y.device) < SHARED:
+        return f"needs {SHARED} KiB of shared memory on a multiprocessor, {y.device} has {_shared(y.device)}"
+    if y.ndim == 4:
+        channels, rows, columns = y.shape[1:]
+        if channels > MOST_CHANNELS or rows > MOST_ROWS or channels * rows * columns > MOST_NUMBERS:
+            most = f"{MOST_ROWS} rows, {MOST_CHANNELS} channels and {MOST_NUMBERS} numbers"
+            return f"no kernel for patches of more than {most}, got {rows} x {columns} of {channels} channels"
+    return None
+
+
+def _affine(images, channels, mean, std):
+    """What to multiply a pixel of each channel with, and what to add then."""
+    mean, std = mean or [0.0] * channels, std or [1.0] * channels
+    unit = 255 if images and images[0].dtype == torch.uint8 else 1
+    return [1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def _table(images, channels_last, device):
+    """Where each image lies; None for the images of one tensor, of which the kernel is told directly."""
+    if len(images) < 2:
+        return None
+    table = torch.empty(sum(x.shape[0] if x.ndim == 4 else 1 for x in images), 6, dtype=torch.int64)
+    _images(table, images, channels_last)
+    return to_device([table], device)[0]
+
+
+def _rows(weight):
+    """(dim, width), the width padded with zeros so that every row starts on 16 bytes."""
+    rows = F.pad(weight.flatten(1), (0, -weight[0].numel() % (16 // weight.element_size()))).contiguous()
+    return rows.clone() if rows.data_ptr() % 16 else rows
+
+
+def forward(
+    images,
+    weight,
+    bias,
+    cu_seqlens,
+    placement,
+    image,
+    pos,
+    prefix,
+    mean,
+    std,
+    interpolation,
+    channels_last,
+    _,
+    prefix_tokens,
+    keep,
+):
+    scale, shift = _affine(images, weight.shape[1], mean, std)
+    return _forward(
+        images,
+        _table(images, channels_last, weight.device),
+        _rows(weight),
+        None if bias is None else bias.contiguous(),
+        cu_seqlens,
+        placement.contiguous(),
+        image,
+        None if pos is None else pos.contiguous(),
+        None if prefix is None else prefix.contiguous(),
+        scale,
+        shift,
+        interpolation == "bicubic",
+        channels_last,
+        prefix_tokens,
+        *weight.shape[2:],
+        keep,
+    )
+
+
+def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
+    grad = grad.contiguous()
+    sums = _sums(grad, cu_seqlens, placement.contiguous(), prefix_tokens, cells)
+    if len(patches):
+        return grad.masked_fill((image < 0)[:, None], 0).T @ patches, sums
+    return grad.new_zeros(grad.shape[1], patches.shape[1]), sums
