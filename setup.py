@@ -1,7 +1,8 @@
 """Builds csrc/<op>/cpu.cpp into revit_kernels/_cpu.so and, where nvcc is found, csrc/<op>/cuda.cu into _cuda.so.
 
 Both use only PyTorch's stable ABI: one build serves every torch >= 2.10, and needs no GPU nor a CUDA build of torch.
-REVIT_CUDA_ARCHS ("80;90a" by default) names the GPUs to build for; empty leaves the CUDA kernels out.
+REVIT_CUDA_ARCHS ("80;90" by default) names the GPUs to build for, oldest first: those newer than the last compile its
+PTX as they load it. Empty leaves the CUDA kernels out.
 Without a C++ compiler the package still installs: its Triton and reference backends need none.
 """
 
@@ -16,9 +17,10 @@ from torch.utils.cpp_extension import include_paths, library_paths
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
 # Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
 CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
-ARCHS = os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";")
+ARCHS = [arch for arch in os.environ.get("REVIT_CUDA_ARCHS", "80;90").split(";") if arch]
 CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=0"]
-CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS if arch]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
 CXX = os.environ.get("CXX", "g++")
 
 
@@ -45,5 +47,5 @@ def extension(device, sources, compiler):
     return [Extension(f"revit_kernels._{device}", files, depends=headers, optional=device == "cuda")]
 
 
-cuda = extension("cuda", "csrc/*/cuda.cu", "nvcc") if any(ARCHS) else []
+cuda = extension("cuda", "csrc/*/cuda.cu", "nvcc") if ARCHS else []
 setup(ext_modules=[*extension("cpu", "csrc/*/cpu.cpp", CXX), *cuda], cmdclass={"build_ext": Build})

@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cuda_on_host.build import CXX, FLAGS, ROOT, build, cached, contents, sanitizer, sources
 
+from revit_kernels import native
+
 OPS = list(sources())
-SHARED = {"80": 163 * 1024, "90a": 227 * 1024, "100": 227 * 1024}  # memory that one block may have, by architecture
+SHARED = {"80": 163 * 1024, "90": 227 * 1024, "100": 227 * 1024}  # memory that one block may have, by architecture
 # What alone a test of a backend may be skipped for.
 EXCUSES = {op: "could not import" for op in OPS}
 EXCUSES["attention"] += r"|no kernel for torch.float32|head_dim must be a multiple of 8, at most 128, got 27"
@@ -91,10 +95,24 @@ def resources(cubin):
 
 
 @needs_nvcc
+def test_the_library_was_built():
+    """An install only warns where nvcc fails."""
+    assert Path(native.__file__).with_name("_cuda.so").exists(), "install again, and see what nvcc says"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)])
+def test_an_old_gpu_is_refused(monkeypatch, capability):
+    tensor = SimpleNamespace(is_cuda=True, device="cuda:0")
+    monkeypatch.setattr(native, "_capability", lambda device: capability)
+    why = "needs compute capability 8.0, cuda:0 has 7.5" if capability < (8, 0) else None
+    assert native.gpu_refusal(tensor) == why
+
+
+@needs_nvcc
 @pytest.mark.parametrize("op", OPS)
 def test_machine_code(op):
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    archs = [arch for arch in SHARED if f"sm_{arch.rstrip('a')}" in known]
+    archs = [arch for arch in SHARED if f"sm_{arch}" in known]
     if not archs:
         pytest.skip(f"this nvcc knows no GPU of {list(SHARED)}")
     source = sources()[op]

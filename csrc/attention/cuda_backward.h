@@ -9,7 +9,7 @@ namespace revit_attention_cuda {
 template <int kDim>
 struct QueriesShape {
   static constexpr int kWarps = 8;
-  static constexpr int kSlots = kDim > 96 ? 2 : 4;
+  static constexpr int kSlots = kDim > 80 ? 2 : 4;
   static constexpr int kTiles = kDim == 64 ? 2 : 4;
   static constexpr int kBlocks = kDim > 64 ? 1 : 2;
   static constexpr size_t kShared = size_t{kSlots} * 64 * 2 * kRow<kDim> * sizeof(uint16_t);

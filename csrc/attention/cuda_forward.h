@@ -9,7 +9,7 @@ namespace revit_attention_cuda {
 template <int kDim>
 struct ForwardShape {
   static constexpr int kWarps = 8;
-  static constexpr int kSlots = kDim > 96 ? 2 : 4;  // of 64 rows of keys and values
+  static constexpr int kSlots = kDim > 80 ? 2 : 4;  // of 64 rows of keys and values: less than 99 KiB in all
   static constexpr int kTiles = kDim == 96 ? 2 : kDim > 32 ? 4 : 8;  // of 8 scores that a warp has in registers
   static constexpr int kBlocks = kDim > 96 ? 1 : 2;  // on a multiprocessor
   static constexpr size_t kShared = size_t{kSlots} * 64 * 2 * kRow<kDim> * sizeof(uint16_t);

@@ -14,8 +14,8 @@ _backward = torch.ops.revit_kernels.attention_backward_cuda.default
 
 def refusal(*args):
     x = args[0]
-    if not x.is_cuda and not native.cuda_on_host():
-        return f"needs a CUDA tensor, got one on {x.device}"
+    if why := native.gpu_refusal(x):
+        return why
     if x.dtype not in (torch.float16, torch.bfloat16):
         return f"no kernel for {x.dtype}"
     if x.shape[2] % 8 or x.shape[2] > 128:

@@ -18,8 +18,8 @@ def refusal(x, *args):
     for tensor in (x, *args):
         if not isinstance(tensor, torch.Tensor):
             continue
-        if not tensor.is_cuda and not native.cuda_on_host():
-            return f"needs a CUDA tensor, got one on {tensor.device}"
+        if why := native.gpu_refusal(tensor):
+            return why
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
     if x.shape[1] > MOST_COLUMNS:

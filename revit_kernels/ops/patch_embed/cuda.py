@@ -27,8 +27,8 @@ def _shared(device):
 
 def refusal(x, y, *_):
     """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if not y.is_cuda and not native.cuda_on_host():
-        return f"needs a CUDA tensor, got one on {y.device}"
+    if why := native.gpu_refusal(y):
+        return why
     if y.dtype not in DTYPES:
         return f"no kernel for {y.dtype}"
     if y.is_cuda and _shared(y.device) < SHARED:

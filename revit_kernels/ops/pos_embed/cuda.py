@@ -19,8 +19,8 @@ _CACHE = DeviceCache()
 
 
 def refusal(x, *args):
-    if not x.is_cuda and not native.cuda_on_host():
-        return f"needs a CUDA tensor, got one on {x.device}"
+    if why := native.gpu_refusal(x):
+        return why
     if x.dtype not in DTYPES:
         return f"no kernel for {x.dtype}"
     sizes = next(arg for arg in args if not isinstance(arg, int))  # backward has the table's rows and columns ahead
