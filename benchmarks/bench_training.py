@@ -29,7 +29,7 @@ CASES = {  # name: arguments, menu, side of the images in pixels
         28,
     ),
 }
-IMAGES = [8, 32, 128] if DEVICE == "cpu" else [64, 256]
+IMAGES = [8, 32, 64, 128] if DEVICE == "cpu" else [64, 256]
 ROUNDS = 9 if DEVICE == "cpu" else 30
 
 

@@ -177,7 +177,7 @@ def table(done: dict, data: str) -> str:
     lines = [
         "# What each part of the method is worth",
         "",
-        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}: {recipe.epochs:g} epochs of "
+        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}: epochs: {recipe.epochs:g}, "
         f"batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} images held out for "
         f"the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. The recipe is "
         f"one of minutes on small images: it shows the order of things here, not elsewhere. {device_name('cpu')}, "
@@ -196,15 +196,18 @@ def table(done: dict, data: str) -> str:
         f"Labels of {setting.held_out:,} held-out images at the first variant's models; the assigner's price solved on "
         "them, its choices made on the test images.",
         "",
-        f"| labels | share of {' / '.join(menu)}, % | mean tokens of a label | test accuracy, % | test tokens |",
-        "|---|---|---|---|---|",
+        f"| labels | share of {' / '.join(menu)}, % | mean tokens of a label | test accuracy, % | above the same "
+        "model's full length, points | test tokens |",
+        "|---|---|---|---|---|---|",
     ]
-    for name, rows in done["labels"].items():
-        rows = list(rows.values())
+    full = done["accuracy"][next(iter(VARIANTS))]
+    for name, by_seed in done["labels"].items():
+        rows = list(by_seed.values())
+        above = _spread([row["accuracy"] - full[seed][0] for seed, row in by_seed.items()])
         shares = " / ".join(f"{100 * s:.1f}" for s in np.mean([row["labels"] for row in rows], 0))
         means = [np.mean([row[key] for row in rows]) for key in ("mean label tokens", "tokens")]
         accuracy = _spread([row["accuracy"] for row in rows])
-        lines.append(f"| {name} | {shares} | {means[0]:.1f} | {accuracy} | {means[1]:.1f} |")
+        lines.append(f"| {name} | {shares} | {means[0]:.1f} | {accuracy} | {above} | {means[1]:.1f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ from revit_kernels.adaptive.outcomes import Outcomes, label_of
 from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Oracle, Policy, Random
 from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 
-COSTS = Costs(MENU, (1.0, 0.6, 0.3), assigner=0.02, repack=0.01)
+COSTS = Costs(MENU, (1.0, 0.6, 0.3), assigner=0.02, repack=0.01, launch=0.005)
 SOLVED = ("fixed", "random", "assigner", "cascade", "assigner+cascade")
 
 

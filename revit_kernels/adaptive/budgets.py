@@ -241,12 +241,14 @@ class _Passes:
         per = [problem.prefix + h * w for h, w in outcomes.menu] if by_tokens else costs.per_length
         self.per = np.array(per, np.float64)
         self.repack = 0.0 if by_tokens else costs.repack
+        self.later_pass = (lambda share: 0.0) if by_tokens else costs.later_pass
         self.base = costs.assigner if start is not None and not by_tokens else 0.0
 
     def measure(self, stages: tuple[int, ...], thresholds: tuple[float, ...]) -> tuple[float, float]:
         here = np.full(self.count, True) if self.start is None else self.start == stages[0]
         right = cost = 0.0
         going = np.zeros(self.count, bool)
+        passes = np.zeros(self.count, np.int8)  # of each image, after its first
         for stage, row in enumerate(stages):
             runs = here if stage == 0 else going if self.start is None else going | (self.start == row)
             cost += self.per[row] * runs.sum() + self.repack * going.sum()
@@ -256,7 +258,9 @@ class _Passes:
             unsure = runs & (self.confidence[:, row] < np.float32(thresholds[stage]))
             right += self.correct[runs & ~unsure, row].sum()
             going = unsure
-        return float(right / self.count), float(cost / self.count + self.base)
+            passes += going
+        later = sum(self.later_pass((passes >= nth).mean()) for nth in range(1, len(stages)))
+        return float(right / self.count), float(cost / self.count + self.base + later)
 
 
 def _threshold_search(problem: _Problem, passes: _Passes, stages: tuple[int, ...]):

@@ -25,6 +25,8 @@ class Costs:
     per_length: seconds at each row of the menu, in a packed batch of that length
     assigner:   seconds of the assigner, 0 without one
     repack:     seconds to pick an unsure image out of a batch and send it on to the next stage of a cascade
+    launch:     seconds of a pass that do not depend on its images, shared out among those of a whole batch. `per_length`
+                holds it already; a pass of few images, as the later ones of a cascade, takes as long to launch
     reused:     seconds saved by an image of the shortest length that goes on from the assigner's tokens
     device:     the device's name, see `device_name`
     dtype:      the dtype of the model's weights
@@ -35,6 +37,7 @@ class Costs:
     per_length: tuple[float, ...]
     assigner: float = 0.0
     repack: float = 0.0
+    launch: float = 0.0
     reused: float = 0.0
     device: str = ""
     dtype: str = "float32"
@@ -43,7 +46,7 @@ class Costs:
     def __post_init__(self):
         if len(self.menu) != len(self.per_length) or not self.menu:
             raise ValueError(f"costs need one time for each of the {len(self.menu)} grids, got {len(self.per_length)}")
-        times = np.array([*self.per_length, self.assigner, self.repack, self.reused], np.float64)
+        times = np.array([*self.per_length, self.assigner, self.repack, self.launch, self.reused], np.float64)
         if not (np.isfinite(times).all() and (times >= 0).all() and min(self.per_length) > 0):
             raise ValueError(f"costs must be finite, at least 0, and above 0 at each length, got {times.tolist()}")
 
@@ -59,6 +62,10 @@ class Costs:
             return cls(menu, tuple(found.pop("per_length")), **found)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no JSON of costs: {error}") from None
+
+    def later_pass(self, share: float) -> float:
+        """Seconds, an image of the batch, that a pass of this share of it takes beyond what `per_length` says."""
+        return self.launch * (1 - share) if share > 0 else 0.0
 
     def without_reuse(self) -> Costs:
         """The costs where the assigner's tokens are not reused."""
@@ -176,6 +183,8 @@ def measure_costs(
         pick(images, going)
 
     works = {"repack": repack} | {row: at(packing) for row, packing in enumerate(packings)}
+    one = Packing.from_grids([model.menu[-1]], prefix, menu=model.menu, device=device)
+    works["alone"] = lambda: model(images[:1], packing=one, channels_last=channels_last)
     if assigner is not None:
         works["assigner"] = lambda: assigner(images, model=model, channels_last=channels_last)
         if assigner.kind == "features":
@@ -195,6 +204,7 @@ def measure_costs(
         tuple(seconds[row] / number for row in range(len(packings))),
         seconds.get("assigner", 0.0) / number,
         2 * seconds["repack"] / number,
+        max(0.0, seconds["alone"] - seconds[len(packings) - 1] / number) / number,
         saved / number,
         device_name(device),
         model_dtype(model),

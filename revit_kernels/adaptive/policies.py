@@ -70,6 +70,8 @@ class Policy:
             tokens[runs] += lengths[rows[runs]]
             seconds[runs] += per_length[rows[runs]] + (costs.repack if step else 0.0)
             row[runs] = rows[runs]
+            if step:
+                seconds += costs.later_pass(runs.mean())
         if self.uses_assigner():
             seconds += costs.assigner
         return Simulated(row, tokens, seconds, outcomes.correct[every, row])

@@ -99,7 +99,8 @@ def _lengths(e: Evaluation) -> list[str]:
         cells = [f"{h}x{w}", f"{h * w}", f"{100 * one.accuracy:.2f} ± {100 * one.error:.2f}"]
         cells += [f"{100 * (o.label == row).mean():.1f}", f"{1e6 * cost:,.0f}", f"{cost / costs.per_length[0]:.3f}"]
         rows.append([*cells, f"{e.macs[row] / e.macs[0]:.3f}", f"{ece:.3f}"])
-    found = f"Picking an unsure image out and sending it on takes {1e6 * costs.repack:,.1f} us"
+    found = f"Picking an unsure image out and sending it on takes {1e6 * costs.repack:,.1f} us, "
+    found += f"a pass without images {1e6 * costs.launch * costs.batch:,.0f} us"
     if o.assigner is not None:
         found += f", the assigner {1e6 * costs.assigner:,.1f} us an image"
     lines = [*_rows(head, rows), "", f"{found}. These costs are what budgets were solved with."]
