@@ -26,6 +26,7 @@ README_BENCHES = {  # what the README shows: file::function, and what it is
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
+    "bench_loading::bench_loading": "The images of a training step made ready in one process, against the step",
 }
 RIVALS = {
     "bucketed": "one dense batch per length",

@@ -152,6 +152,18 @@ def test_quick_measure_equals_simulation(by_tokens):
             assert _Passes(problem, start).measure(stages, thresholds) == pytest.approx(problem.measure(policy))
 
 
+def test_a_later_pass_of_few_images_takes_as_long_to_launch():
+    outcomes = synthetic()
+    cascade = Cascade((2, 1, 0), (0.6, 0.5))
+    shares = [(rows >= 0).mean() for rows in cascade.rows_run(outcomes)]
+    assert 0 < shares[2] < shares[1] < 1
+    free = cascade.simulate(outcomes, replace(COSTS, launch=0.0)).seconds.mean()
+    expected = free + COSTS.launch * ((1 - shares[1]) + (1 - shares[2]))
+    assert cascade.simulate(outcomes, COSTS).seconds.mean() == pytest.approx(expected)
+    nobody = Cascade((2, 1), (0.0,))  # no second pass: nothing to launch
+    assert nobody.simulate(outcomes, COSTS).seconds.mean() == pytest.approx(COSTS.per_length[2])
+
+
 def test_more_stages_only_where_they_are_worth_it():
     """Confidence that tells nothing: a threshold that fits by chance must not win."""
     rng = np.random.default_rng(0)

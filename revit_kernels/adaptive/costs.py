@@ -25,8 +25,8 @@ class Costs:
     per_length: seconds at each row of the menu, in a packed batch of that length
     assigner:   seconds of the assigner, 0 without one
     repack:     seconds to pick an unsure image out of a batch and send it on to the next stage of a cascade
-    launch:     seconds of a pass that do not depend on its images, shared out among those of a whole batch. `per_length`
-                holds it already; a pass of few images, as the later ones of a cascade, takes as long to launch
+    launch:     seconds of a pass that do not depend on its images, shared out among those of a whole batch: part of
+                `per_length`; a pass of few images, as the later ones of a cascade, takes as long to launch
     reused:     seconds saved by an image of the shortest length that goes on from the assigner's tokens
     device:     the device's name, see `device_name`
     dtype:      the dtype of the model's weights
