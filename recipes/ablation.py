@@ -177,8 +177,8 @@ def table(done: dict, data: str) -> str:
     lines = [
         "# What each part of the method is worth",
         "",
-        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}: epochs: {recipe.epochs:g}, "
-        f"batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} images held out for "
+        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, "
+        f"epochs x batch {recipe.epochs:g} x {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} images held out for "
         f"the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. The recipe is "
         f"one of minutes on small images: it shows the order of things here, not elsewhere. {device_name('cpu')}, "
         f"torch {torch.__version__}, python {platform.python_version()}, {date.today().isoformat()}.",
