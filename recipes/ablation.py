@@ -161,6 +161,10 @@ def main() -> None:
             done["accuracy"].setdefault(variant, {})[str(seed)] = accuracy
             for name, row in labels.items():
                 done["labels"].setdefault(name, {})[str(seed)] = row
+            done["about"] = (  # where and when, as it was measured
+                f"{device_name('cpu')}, torch {torch.__version__}, python {platform.python_version()}, "
+                f"{date.today().isoformat()}"
+            )
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(done, indent=1)))
     path.with_suffix(".md").write_text(table(done, args.data))
 
@@ -177,11 +181,10 @@ def table(done: dict, data: str) -> str:
     lines = [
         "# What each part of the method is worth",
         "",
-        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, "
-        f"epochs x batch {recipe.epochs:g} x {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} images held out for "
-        f"the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. The recipe is "
-        f"one of minutes on small images: it shows the order of things here, not elsewhere. {device_name('cpu')}, "
-        f"torch {torch.__version__}, python {platform.python_version()}, {date.today().isoformat()}.",
+        f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
+        f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
+        f"held out for the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. "
+        f"The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. {done['about']}.",
         "",
         "| variant | " + " | ".join(f"accuracy at {grid}, %" for grid in menu) + " |",
         "|---|" + "---|" * len(menu),
