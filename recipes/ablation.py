@@ -184,7 +184,8 @@ def table(done: dict, data: str) -> str:
         f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
         f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
         f"held out for the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. "
-        f"The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. {done['about']}.",
+        "The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. "
+        f"{done['about']}.",
         "",
         "| variant | " + " | ".join(f"accuracy at {grid}, %" for grid in menu) + " |",
         "|---|" + "---|" * len(menu),

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 from cuda_on_host.build import CXX, FLAGS, ROOT, build, cached, contents, sanitizer, sources
 
 from revit_kernels import native
@@ -102,10 +102,12 @@ def test_the_library_was_built():
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)])
 def test_an_old_gpu_is_refused(monkeypatch, capability):
-    tensor = SimpleNamespace(is_cuda=True, device="cuda:0")
+    class OnGpu(torch.Tensor):
+        is_cuda, device = True, "cuda:0"
+
     monkeypatch.setattr(native, "_capability", lambda device: capability)
     why = "needs compute capability 8.0, cuda:0 has 7.5" if capability < (8, 0) else None
-    assert native.gpu_refusal(tensor) == why
+    assert native.gpu_refusal((torch.float32,), None, torch.zeros(1).as_subclass(OnGpu)) == why
 
 
 @needs_nvcc

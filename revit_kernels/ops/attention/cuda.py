@@ -10,14 +10,13 @@ from revit_kernels import native
 native.load("cuda")
 _forward = torch.ops.revit_kernels.attention_cuda.default
 _backward = torch.ops.revit_kernels.attention_backward_cuda.default
+DTYPES = (torch.float16, torch.bfloat16)
 
 
 def refusal(*args):
     x = args[0]
-    if why := native.gpu_refusal(x):
+    if why := native.gpu_refusal(DTYPES, x):
         return why
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        return f"no kernel for {x.dtype}"
     if x.shape[2] % 8 or x.shape[2] > 128:
         return f"head_dim must be a multiple of 8, at most 128, got {x.shape[2]}"
     return None

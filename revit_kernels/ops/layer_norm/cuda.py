@@ -15,13 +15,8 @@ MOST_COLUMNS = 4096  # what the threads of a block hold in registers
 
 
 def refusal(x, *args):
-    for tensor in (x, *args):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if why := native.gpu_refusal(tensor):
-            return why
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"no kernel for {tensor.dtype}"
+    if why := native.gpu_refusal(DTYPES, x, *args):
+        return why
     if x.shape[1] > MOST_COLUMNS:
         return f"no kernel for a dim above {MOST_COLUMNS}, got {x.shape[1]}"
     return None

@@ -27,10 +27,8 @@ def _shared(device):
 
 def refusal(x, y, *_):
     """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if why := native.gpu_refusal(y):
+    if why := native.gpu_refusal(DTYPES, y):
         return why
-    if y.dtype not in DTYPES:
-        return f"no kernel for {y.dtype}"
     if y.is_cuda and _shared(y.device) < SHARED:
         return f"needs {SHARED} KiB of shared memory on a multiprocessor, {y.device} has {_shared(y.device)}"
     if y.ndim == 4:

@@ -14,14 +14,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def refusal(*args):
-    for tensor in args:
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        if why := native.gpu_refusal(tensor):
-            return why
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"no kernel for {tensor.dtype}"
-    return None
+    return native.gpu_refusal(DTYPES, *args)
 
 
 def forward(x, cu_seqlens, kind, prefix, include_prefix):

@@ -19,10 +19,8 @@ _CACHE = DeviceCache()
 
 
 def refusal(x, *args):
-    if why := native.gpu_refusal(x):
+    if why := native.gpu_refusal(DTYPES, x):
         return why
-    if x.dtype not in DTYPES:
-        return f"no kernel for {x.dtype}"
     sizes = next(arg for arg in args if not isinstance(arg, int))  # backward has the table's rows and columns ahead
     most = max([x.shape[0] if x.ndim == 3 else 0, *sizes[::2]])
     if most > MOST_ROWS:
