@@ -1,27 +1,20 @@
 """The vendor's matrix product for packed tokens; on a CPU, what a row becomes does not depend on the rows beside it."""
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from revit_kernels import native
+from revit_kernels.layouts import Layouts
 
 PACKED_ROWS = 1024  # the number of rows that a packed weight is laid out for; any other number runs too
 
 
-class _Kept(NamedTuple):
-    """A weight's packed layout, and what the weight was when it was packed."""
-
-    state: tuple
-    fingerprint: int | None  # None: taken on trust
-    packed: Tensor
-
-
-_kept = WeakIdKeyDictionary()  # weight: its _Kept
+@cache
+def _has_bf16() -> bool:
+    """Whether oneDNN takes bf16 here: without AVX512 or AVX-NE-CONVERT it does not."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _onednn(x: Tensor, weight: Tensor) -> bool:
@@ -30,7 +23,7 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
         not torch.compiler.is_compiling()  # the compiler chooses, and fuses, by itself
         and x.device.type == "cpu"
         and x.dtype == weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_bf16()))
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
@@ -39,22 +32,11 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _state(weight: Tensor) -> tuple:
-    return weight.data_ptr(), weight.shape, weight.dtype, 0 if weight.is_inference() else weight._version
-
-
-@cache
-def _fingerprint():
-    """The op that reads a weight once and sums it up in one number, or None where it was not built."""
-    try:
-        native.load("cpu")
-    except (ImportError, OSError):
-        return None
-    return torch.ops.revit_kernels.fingerprint_cpu.default
-
-
 def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
+
+
+_layouts = Layouts(_pack)
 
 
 def prepack(weight: Tensor) -> bool:
@@ -68,14 +50,8 @@ def prepack(weight: Tensor) -> bool:
     with torch.no_grad():
         if not _onednn(weight, weight):
             return False
-        trusted = not weight.is_inference()  # writes to an inference tensor raise no version
-        _kept[weight] = _Kept(_state(weight), None if trusted else _fingerprint()(weight), _pack(weight))
+        _layouts.trust(weight)
     return True
-
-
-def forget(weight: Tensor) -> None:
-    """Keep the weight's packed layout no longer."""
-    _kept.pop(weight, None)
 
 
 def _layout(weight: Tensor) -> Tensor:
@@ -84,16 +60,11 @@ def _layout(weight: Tensor) -> Tensor:
     One layout whatever the number of rows: left to itself oneDNN picks one by that number, and in fp32 with it another
     order of adding.
     """
-    kept, state = _kept.get(weight), _state(weight)
-    if kept is not None and kept.state == state and kept.fingerprint is None:
-        return kept.packed
-    keep = isinstance(weight, torch.nn.Parameter) and weight.is_contiguous() and _fingerprint() is not None
-    if not keep:  # a temporary: in bf16 every layout gives the same bits, so none needs to be made
-        return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
-    fingerprint = _fingerprint()(weight)
-    if kept is None or kept.state[:3] != state[:3] or kept.fingerprint != fingerprint:
-        kept = _kept[weight] = _Kept(state, fingerprint, _pack(weight))
-    return kept.packed
+    kept = _layouts.get(weight)
+    if kept is not None:
+        return kept
+    # A temporary: in bf16 every layout gives the same bits, so none needs to be made.
+    return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

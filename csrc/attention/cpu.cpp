@@ -24,13 +24,17 @@
 #define REVIT_X86 0
 #endif
 
-#include "capability.h"
+#include "attention/attention.h"
+#include "common/capability.h"
 #include "problem.h"
 
 #define INLINE __attribute__((always_inline)) inline
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace revit_attention {
+
+using revit::Capability;
+using revit::capability;
 
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -100,7 +104,9 @@ struct Boundaries {
   int64_t images, tokens;
 
   Boundaries(const char* name, const torch::stable::Tensor& cu_seqlens, int64_t tokens)
-      : at(static_cast<const int32_t*>(cu_seqlens.data_ptr())), images(cu_seqlens.size(0) - 1), tokens(tokens) {
+      : Boundaries(name, static_cast<const int32_t*>(cu_seqlens.data_ptr()), cu_seqlens.size(0) - 1, tokens) {}
+  Boundaries(const char* name, const int32_t* at, int64_t images, int64_t tokens)
+      : at(at), images(images), tokens(tokens) {
     for (int64_t i = 0, last = 0; i <= images; last = at[i++])
       STD_TORCH_CHECK(at[i] >= last && at[i] <= tokens, name, " must not decrease and must stay within the ", tokens,
                       " tokens, got ", at[i], " after ", last);
@@ -160,15 +166,7 @@ Strided<T> strided(const Tensor& x) {
 }
 
 template <class T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
-             float scale, Tensor& y, Tensor& lse) {
-  Problem<T> p{};
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
-  const int64_t width = p.heads * p.dim;
-  zero_outside(p.y.data, width, queries);
-  zero_outside(p.lse, p.heads, queries);
+void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
   const Kernel<T> kernel = forward_kernel<T>();
   share(items_of(queries, keys, p.heads, 512), [&](const Item& item) {
     if (item.keys) return kernel(p, item);
@@ -177,6 +175,37 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries
       p.lse[t * p.heads + item.head] = -INFINITY;
     }
   });
+}
+
+template <class T>
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
+             float scale, Tensor& y, Tensor& lse) {
+  Problem<T> p{};
+  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  zero_outside(p.y.data, p.heads * p.dim, queries);
+  zero_outside(p.lse, p.heads, queries);
+  forward_images(p, queries, keys);
+}
+
+template <class T>
+void attend_images(const T* qkv, const Boundaries& images, int64_t heads, int64_t dim, float scale, T* y, float* lse) {
+  const int64_t width = heads * dim;
+  Problem<T> p{};
+  p.q = {qkv, 3 * width, dim}, p.k = {qkv + width, 3 * width, dim}, p.v = {qkv + 2 * width, 3 * width, dim};
+  p.y = {y, width, dim};
+  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale;
+  forward_images(p, images, images);
+}
+
+void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
+            int64_t head_dim, float scale, void* y, float* lse) {
+  const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
+  if (is_bf16)
+    attend_images(static_cast<const bf16*>(qkv), boundaries, heads, head_dim, scale, static_cast<bf16*>(y), lse);
+  else
+    attend_images(static_cast<const float*>(qkv), boundaries, heads, head_dim, scale, static_cast<float*>(y), lse);
 }
 
 template <class T>

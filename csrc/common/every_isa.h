@@ -7,6 +7,8 @@
 #include <immintrin.h>
 #endif
 
+#include "common/capability.h"
+
 struct Bfloat16 {
   uint16_t bits;
 };
@@ -16,7 +18,7 @@ namespace {
 #if defined(__x86_64__)
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("avx512bf16,avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 namespace avx512bf16 {
 #define LANES 16
 #define BFLOAT16_INSTRUCTIONS  // GCC defines no __AVX512BF16__ behind a pragma
@@ -60,11 +62,16 @@ namespace plain {
 
 template <class F>
 F pick(F bf16, F avx512, F avx2, F plain) {
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return plain;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-    return avx2;
-  return __builtin_cpu_supports("avx512bf16") ? bf16 : avx512;
+  switch (revit::capability()) {
+    case revit::Capability::kAvx512Bf16:
+      return bf16;
+    case revit::Capability::kAvx512:
+      return avx512;
+    case revit::Capability::kAvx2:
+      return avx2;
+    default:
+      return plain;
+  }
 }
 
 #define EVERY_ISA_PICK(function) pick(&avx512bf16::function, &avx512::function, &avx2::function, &plain::function)

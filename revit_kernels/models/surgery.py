@@ -7,8 +7,10 @@ import math
 import torch
 from torch import nn
 
-from revit_kernels import gemm, ops
+from revit_kernels import gemm, layouts, ops
 from revit_kernels.models import initialise
+from revit_kernels.modules import whole_block
+from revit_kernels.modules.block import Block
 from revit_kernels.modules.patch_embed import pair
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
@@ -110,7 +112,7 @@ class Surgery:
     def _apply(self, *args, **kwargs):
         """Behind .to(), .half() and the like, which write through `.data`: nothing prepacked is trusted after them."""
         for parameter in self.parameters():
-            gemm.forget(parameter)
+            layouts.forget(parameter)
         return super()._apply(*args, **kwargs)
 
     def prepack(self) -> int:
@@ -119,4 +121,7 @@ class Surgery:
         Saves reading the weights once a forward to see whether they changed. Weights may still change in every way but
         through `.data`; see `revit_kernels.gemm.prepack`.
         """
-        return sum(gemm.prepack(m.weight) for m in self.modules() if type(m) is nn.Linear)
+        whole = [block for block in self.blocks if type(block) is Block and whole_block.prepack(block)]
+        inside = {id(m) for block in whole for m in block.modules()}
+        linears = [m for m in self.modules() if type(m) is nn.Linear and id(m) not in inside]
+        return 4 * len(whole) + sum(gemm.prepack(m.weight) for m in linears)

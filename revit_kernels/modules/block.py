@@ -7,6 +7,7 @@ that the add runs inside the norm that comes next, even if that norm is the next
 import torch
 from torch import Tensor, nn
 
+from revit_kernels.modules import whole_block
 from revit_kernels.modules.attention import Attention, DiffAttention, _Lambda, attend, by_length, dense_packing
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
@@ -171,6 +172,11 @@ class Block(_Streaming):
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
         x, branch, gamma = take(stream)
+        reason = "takes no mask" if mask else whole_block.refusal(self, x)
+        if reason is None:
+            return [whole_block.run(self, add(x, branch, gamma), packing), None, None]
+        if (kind := whole_block.kind(self)) is not None:
+            raise NotImplementedError(f"a block quantised to {kind} runs whole or not at all; this one: {reason}")
         y, x = normalise(self.norm1, x, packing, branch, gamma)
         branch = None
         branch, gamma = scaled(self.ls1, self.drop_path1, run_attention(self.attn, y, packing, mask), packing)

@@ -6,18 +6,21 @@
 #include <stdexcept>
 #include <string>
 
-namespace revit_attention {
+namespace revit {
 
 enum class Capability { kPlain, kAvx2, kAvx512, kAvx512Bf16 };
 
 inline Capability supported() {
-#if REVIT_X86
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
-    return __builtin_cpu_supports("avx512bf16") ? Capability::kAvx512Bf16 : Capability::kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
-#endif
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Capability::kPlain;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return Capability::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? Capability::kAvx512Bf16
+                                                                                      : Capability::kAvx512;
+#else
   return Capability::kPlain;
+#endif
 }
 
 // The best that the machine has, or the lesser one that REVIT_CPU_CAPABILITY names; read once per process.
@@ -35,4 +38,4 @@ inline Capability capability() {
   return chosen;
 }
 
-}  // namespace revit_attention
+}  // namespace revit

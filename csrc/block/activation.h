@@ -1,0 +1,94 @@
+// GELU and its kin on vectors. No include guard: compiled once per instruction set.
+
+inline Floats splat(float x) {
+#if LANES == 16
+  return (Floats)_mm512_set1_ps(x);
+#elif LANES == 8
+  return (Floats)_mm256_set1_ps(x);
+#else
+  return Floats{x, x, x, x};
+#endif
+}
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if LANES == 16
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// NaN in `a` stays NaN: these instructions return their second argument then.
+inline Floats at_least(Floats a, float b) {
+#if LANES == 16
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)splat(b), (__m512)a);
+#elif LANES == 8
+  return (Floats)_mm256_max_ps((__m256)splat(b), (__m256)a);
+#else
+  return a < splat(b) ? splat(b) : a;
+#endif
+}
+inline Floats at_most(Floats a, float b) {
+#if LANES == 16
+  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)splat(b), (__m512)a);
+#elif LANES == 8
+  return (Floats)_mm256_min_ps((__m256)splat(b), (__m256)a);
+#else
+  return a > splat(b) ? splat(b) : a;
+#endif
+}
+
+template <size_t N>
+inline Floats polynomial(Floats x, const float (&coefficients)[N]) {
+  Floats p = splat(coefficients[N - 1]);
+  for (size_t i = N - 1; i--;) p = fma(p, x, splat(coefficients[i]));
+  return p;
+}
+
+// 2^x for x in [-126, 126], clamped to that; relative error below 2e-7.
+inline Floats exp2(Floats x) {
+  x = at_most(at_least(x, -126), 126);
+  const Floats magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Floats shifted = x + magic, f = x - (shifted - magic);
+  static constexpr float kSeries[] = {1.f,           0.693147180f,  0.240226507f,  0.0555041087f,
+                                      0.00961812911f, 0.00133335581f, 0.000154353139f};
+  const Words exponent = ((Words)shifted << 23) + (Words)splat(1.f);
+  const Floats power = (Floats)exponent;
+  return polynomial(f, kSeries) * power;
+}
+
+constexpr float kToBase2 = 1.44269504088896341f;
+
+// x / (1 + exp(-u))
+inline Floats gated(Floats x, Floats u) { return x / (splat(1) + exp2(u * splat(-kToBase2))); }
+
+// x Phi(x) by erf as in Abramowitz and Stegun 7.1.26, whose error is at most 1.5e-7.
+inline Floats gelu(Floats x) {
+  const Floats z = x * splat(0.70710678118654752f), size = z < splat(0) ? -z : z;
+  const Floats t = splat(1) / fma(splat(0.3275911f), size, splat(1));
+  static constexpr float kSeries[] = {0.254829592f, -0.284496736f, 1.421413741f, -1.453152027f, 1.061405429f};
+  const Floats tail = polynomial(t, kSeries) * t * exp2(size * size * splat(-kToBase2)) * splat(0.5f);  // 1 - Phi(|x|)
+  return x * (x < splat(0) ? tail : splat(1) - tail);
+}
+
+// x Phi(x) for a result that is rounded to bf16 or coarser: Phi - 1/2 as x times a polynomial in x^2, fitted to the
+// least |x| error on [-4.3, 4.3]; x Phi(x) is off by at most 4e-6 there and 7e-5 beyond, where bf16 has eps 4e-3.
+inline Floats short_gelu(Floats x) {
+  static constexpr float kFit[] = {0.398909330368042f,     -0.0663965567946434f,   0.00988034252077341f,
+                                   -0.001140823820605874f, 0.00010178957745665684f, -6.872874109831173e-06f,
+                                   3.361778908583801e-07f, -1.1111297659738284e-08f, 2.1995795462803613e-10f,
+                                   -1.956527604859981e-12f};
+  const Floats inside = at_most(at_least(x, -4.3f), 4.3f);
+  const Floats phi = fma(inside, polynomial(inside * inside, kFit), splat(0.5f));
+  return x * at_most(at_least(phi, 0), 1);
+}
+
+template <Activation kind, bool kShort>
+inline Floats activate(Floats x) {
+  if constexpr (kind == Activation::kQuickGelu) return gated(x, x * splat(1.702f));
+  if constexpr (kind == Activation::kGeluTanh)
+    return gated(x, splat(1.5957691216057308f) * x * fma(x * x, splat(0.044715f), splat(1)));
+  return kShort ? short_gelu(x) : gelu(x);
+}

@@ -1,0 +1,90 @@
+"""Weights kept in the layout that a CPU's matrix product reads fastest, for as long as they do not change."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from revit_kernels import native
+
+
+class _Kept(NamedTuple):
+    """A packed layout, and what the tensors it was made of were then."""
+
+    state: tuple
+    fingerprint: tuple | None  # None: taken on trust
+    packed: object
+
+
+def _state(tensors: tuple[Tensor | None, ...]) -> tuple:
+    return tuple(
+        None if t is None else (t.data_ptr(), t.shape, t.dtype, 0 if t.is_inference() else t._version) for t in tensors
+    )
+
+
+@cache
+def _fingerprint_op():
+    """The op that reads a weight once and sums it up in one number, or None where it was not built."""
+    try:
+        native.load("cpu")
+    except (ImportError, OSError):
+        return None
+    return torch.ops.revit_kernels.fingerprint_cpu.default
+
+
+def _fingerprint(tensors: tuple[Tensor | None, ...]) -> tuple:
+    return tuple(None if t is None else _fingerprint_op()(t.detach()) for t in tensors)
+
+
+_all: "WeakSet[Layouts]" = WeakSet()
+
+
+class Layouts:
+    """What `pack(*tensors, *how)` made of a weight and of what is packed beside it (a bias, say).
+
+    weight: which of the tensors it is: the layout is kept as long as that one lives
+
+    Every get reads the tensors to see whether they changed;
+    after `trust` it asks their versions only, which every write raises but one through `.data`.
+    """
+
+    def __init__(self, pack: Callable, weight: int = 0):
+        self._pack = pack
+        self._weight = weight
+        self._kept = WeakIdKeyDictionary()  # weight: {how: _Kept}
+        _all.add(self)
+
+    def _keep(self, tensors, how, state, fingerprint) -> object:
+        kept = _Kept(state, fingerprint, self._pack(*tensors, *how))
+        self._kept.setdefault(tensors[self._weight], {})[how] = kept
+        return kept.packed
+
+    def get(self, *tensors: Tensor | None, how: tuple = ()) -> object | None:
+        """The layout, made anew where a tensor changed; None where nothing can be kept: for temporaries."""
+        kept, state = self._kept.get(tensors[self._weight], {}).get(how), _state(tensors)
+        if kept is not None and kept.state == state and kept.fingerprint is None:
+            return kept.packed
+        lasting = all(t is None or (isinstance(t, torch.nn.Parameter) and t.is_contiguous()) for t in tensors)
+        if not lasting or _fingerprint_op() is None:
+            return None
+        fingerprint = _fingerprint(tensors)
+        same = kept is not None and kept.fingerprint == fingerprint
+        if same and all(a is b is None or a[:3] == b[:3] for a, b in zip(kept.state, state)):
+            return kept.packed
+        return self._keep(tensors, how, state, fingerprint)
+
+    def trust(self, *tensors: Tensor | None, how: tuple = ()) -> None:
+        """Make the layout now, and read the tensors no more."""
+        # Writes to an inference tensor raise no version.
+        trusted = not any(t is not None and t.is_inference() for t in tensors)
+        self._keep(tensors, how, _state(tensors), None if trusted else _fingerprint(tensors))
+
+
+def forget(weight: Tensor) -> None:
+    """Keep no layout of this weight any longer."""
+    for layouts in _all:
+        layouts._kept.pop(weight, None)
