@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
-OPS = ("attention", "layer_norm", "patch_embed", "pool", "pos_embed")
-BACKENDS = ("cuda", "flash_attn", "cpu", "triton", "reference")  # tried in this order
+OPS = ("attention", "block", "layer_norm", "linear", "patch_embed", "pool", "pos_embed")
+BACKENDS = ("cuda", "flash_attn", "cudnn", "cpu", "vendor", "triton", "reference")  # tried in this order
 FORCED = os.environ.get("REVIT_BACKEND")
 
 
@@ -30,24 +30,32 @@ def refusal(op: str, backend: str, *args) -> str | None:
     return module if isinstance(module, str) else module.refusal(*args)
 
 
-def choose(op: str, backend: str | None, *args) -> ModuleType:
-    """The backend named, or the first that takes these arguments. A named one never falls back."""
-    backend = backend or FORCED
+def choose(op: str, backend: str | None, *args, step: str = "forward", order: tuple = BACKENDS) -> ModuleType:
+    """The backend named, or the first of `order` that has the step and takes these arguments.
+
+    A named one never falls back. The one that REVIT_BACKEND names for all ops is passed over by an op with an order of
+    its own that does not hold it.
+    """
+    if not backend and (FORCED in order or FORCED not in BACKENDS):
+        backend = FORCED
     if backend and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     refusals = {}
-    for name in (backend,) if backend else BACKENDS:
+    for name in (backend,) if backend else order:
         why = refusal(op, name, *args)
         if why is None:
-            return load(op, name)
+            if hasattr(module := load(op, name), step):
+                return module
+            why = f"has no {step}"
         refusals[name] = why
     raise NotImplementedError(f"{op}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
 
 
-def register(op: str, step: str, schema: str, fake):
+def register(op: str, step: str, schema: str, fake, order=None):
     """The torch op `revit_kernels::<op>_<step>`, run by the function `<step>` of the backend chosen.
 
-    The last argument of the schema must be `str? backend`.
+    The last argument of the schema must be `str? backend`. order: gives, from the arguments, the backends in the order
+    in which to try them, where that is not the same for all.
     """
     name = f"{op}_{step}"
     torch.library.define(f"revit_kernels::{name}", schema)
@@ -56,7 +64,8 @@ def register(op: str, step: str, schema: str, fake):
     @torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd")
     def run(*args):
         *args, backend = args
-        run_step = getattr(choose(op, backend, *args), step)
+        wanted = BACKENDS if order is None else order(*args)
+        run_step = getattr(choose(op, backend, *args, step=step, order=wanted), step)
         if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
             return run_step(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

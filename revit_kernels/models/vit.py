@@ -13,6 +13,7 @@ from revit_kernels.grids import native_grid
 from revit_kernels.models import adopt
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
+from revit_kernels.models.quantise import quantise
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules.attention import by_length, dense_packing
@@ -223,6 +224,10 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         Raises NotImplementedError for a model of another family (Eva, NaFlexVit, ...), by name.
         """
         return adopt.adopt_model(model)
+
+    def quantise(self, kind: str) -> VarLenViT:
+        """Give the blocks fewer bits, in place and for inference only: see `revit_kernels.models.quantise`."""
+        return quantise(self, kind)
 
     # ------------------------------------------------------------------ images to tokens
 

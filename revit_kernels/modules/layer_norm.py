@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.lengths import Grid, select
+from revit_kernels.modules.fp8 import product_dtype
+from revit_kernels.modules.lengths import Grid, join, select
 from revit_kernels.modules.linear import is_plain
+from revit_kernels.ops.linear.fp8 import Quantised
 from revit_kernels.packing import Packing
 
 
@@ -59,7 +61,27 @@ class _PerLength(nn.Module):
             if parameter is not None:
                 rows = parameter.detach().repeat(len(menu) - 1, 1)
                 new.register_parameter(f"shorter_{name}", nn.Parameter(rows, requires_grad=parameter.requires_grad))
+        new._join()
         return new
+
+    def _join(self) -> None:
+        for name in ("weight", "bias"):
+            longest, shorter = (self._parameters.get(key) for key in (name, f"shorter_{name}"))
+            if longest is not None and shorter is not None:
+                join(longest, shorter)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._join()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)  # which may have assigned other memory
+        self._join()
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._join()
 
     def affine(self, packing: Packing) -> tuple[Tensor | None, Tensor | None]:
         """(lengths of the packing's menu, dim) weight and bias, a row each; (dim,) where that menu has one length."""
@@ -127,18 +149,28 @@ def normalise_plain(
         (weight, bias), row = norm.affine(packing), _rows(x, packing)
     else:
         weight, bias, row = norm.weight, None if rms else norm.bias, packing.first_row
-    result = ops.layer_norm(
-        x.reshape(-1, dim),
-        weight,
-        bias,
-        row,
-        branch=None if branch is None else branch.reshape(-1, dim),
-        gamma=gamma,
-        eps=norm.eps,
-        rms=rms,
-    )
+    args = (x.reshape(-1, dim), weight, bias, row)
+    branch = None if branch is None else branch.reshape(-1, dim)
+    options = {"branch": branch, "gamma": gamma, "eps": norm.eps, "rms": rms}
+    if _quantises(norm):
+        values, scale, total = ops.layer_norm_fp8(*args, **options)
+        return Quantised(values.view_as(x), scale, product_dtype(x)), total.view_as(x)
+    result = ops.layer_norm(*args, **options)
     y, total = (result, x) if branch is None else result
     return y.view_as(x), total.view_as(x)
+
+
+def quantise_for(norm: nn.Module, *layers: nn.Module) -> None:
+    """Let the norm give e4m3, while each of the layers, through which all goes that it gives, is as plain as it is now.
+
+    layers: as they are called one inside the other, ending in an Fp8Linear
+    """
+    norm.__dict__["quantises_for"] = [(layer, type(layer).__name__) for layer in layers]  # not as its submodules
+
+
+def _quantises(norm: nn.Module) -> bool:
+    layers = norm.__dict__.get("quantises_for")
+    return layers is not None and not torch.is_grad_enabled() and all(is_plain(*layer) for layer in layers)
 
 
 def add(x: Tensor, branch: Tensor | None, gamma: Tensor | None) -> Tensor:

@@ -5,7 +5,8 @@ from functools import lru_cache
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from revit_kernels.device_cache import DeviceCache
 
@@ -76,7 +77,8 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
         return longest if exact[0] == 0 else shorter[exact[0] - 1]
     if not wanted:
         return longest
-    table = torch.cat([longest[None], shorter])
+    table = _joined(longest, shorter)
+    table = torch.cat([longest[None], shorter]) if table is None else table
     if exact == tuple(range(len(menu))):
         return table
     if exact is not None:
@@ -84,6 +86,43 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
     share = _table(tuple(map(tuple, mix)), table.device).to(table.dtype)
     mixed = (share[:, :, None] * table).sum(1)  # no matrix product: autocast would round it
     return mixed[0] if len(wanted) == 1 else mixed
+
+
+def join(longest: nn.Parameter, shorter: nn.Parameter) -> None:
+    """Lay two plain parameters out one behind the other, so that `select` reads them as one table without a copy.
+
+    Both stay what they are, with names, gradients and optimizer states of their own. Whoever writes to one in place
+    writes to the table; whoever gives one new memory only takes the short cut away.
+    """
+    tensors = longest.data, shorter.data
+    one = tensors[0].dtype == tensors[1].dtype and tensors[0].device == tensors[1].device
+    plain = all(type(t) is Tensor and not (t.is_meta or t.is_inference()) for t in tensors)
+    if not (one and plain and tensors[0].layout == tensors[1].layout == torch.strided):
+        return
+    if _get_current_dispatch_mode() is None and _together(*tensors) is None:
+        table = torch.cat([tensors[0][None], tensors[1]])
+        longest.data, shorter.data = table[0], table[1:]
+
+
+def _together(longest: Tensor, shorter: Tensor) -> Tensor | None:
+    """Both as one table (1 + lengths, dim), a view, where the one lies behind the other in the same memory."""
+    dim = longest.shape[0]
+    if longest.untyped_storage().data_ptr() != shorter.untyped_storage().data_ptr() or not shorter.is_contiguous():
+        return None
+    if longest.stride(0) != 1 or shorter.storage_offset() != longest.storage_offset() + dim or not dim:
+        return None
+    return longest.as_strided((1 + shorter.shape[0], dim), (dim, 1))
+
+
+def _joined(longest: Tensor, shorter: Tensor) -> Tensor | None:
+    """The table of parameters that `join` laid out, where no gradient is recorded (it would have to reach both)."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None
+    if torch.is_grad_enabled() and (longest.requires_grad or shorter.requires_grad):
+        return None
+    if type(longest) is not nn.Parameter or type(shorter) is not nn.Parameter or longest.dtype != shorter.dtype:
+        return None
+    return _together(longest.detach(), shorter.detach())
 
 
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,9 +1,10 @@
 """Calling a submodule through the fast path, and stepping aside when somebody wrapped or hooked it."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from revit_kernels import gemm
+from revit_kernels import gemm, ops
 
 PLAIN = ("torch.nn.modules.", "timm.", "revit_kernels.")
 
@@ -14,32 +15,57 @@ def is_plain(module: nn.Module, *names: str) -> bool:
     Names, not classes: timm's LayerNorm or LayerScale is as plain as ours, and timm need not be installed to say so.
     The names count only in these packages: the Linear of peft or bitsandbytes computes something else.
     """
+    own = module.__dict__  # asked some twenty times a block: past nn.Module's slow attributes
     return (
         type(module).__name__ in names
         and type(module).__module__.startswith(PLAIN)
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
-        and not hasattr(module, "parametrizations")
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
+        and "parametrizations" not in own["_modules"]
         and not global_hooks._has_any_global_hook()
     )
 
 
+def _product(x: Tensor, module: nn.Linear, activation: str | None = None, gate: str | None = None) -> Tensor:
+    """The op on a GPU; the vendor's product where there is nothing to fuse, or a compiler fuses, and on a CPU."""
+    rows, weight, bias = x.reshape(-1, x.shape[-1]), module.weight, module.bias
+    if x.is_cuda and (activation or gate) and not torch.compiler.is_compiling():
+        y = ops.linear(rows, weight, bias, activation=activation, gate=gate)
+    else:
+        y = gemm.linear(rows, weight, bias, activation)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) for a Linear, through the vendor's fastest matrix product. x: (..., in)"""
-    if not is_plain(module, "Linear"):
-        return module(x)
-    return gemm.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias).view(
-        *x.shape[:-1], module.weight.shape[0]
-    )
+    return _product(x, module) if is_plain(module, "Linear") else module(x)
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """What the ops call the activation, or None where they have none such, or somebody hooked it."""
+    if is_plain(activation, "GELU", "GELUTanh"):
+        tanh = type(activation).__name__ == "GELUTanh" or getattr(activation, "approximate", "none") == "tanh"
+        return "gelu_tanh" if tanh else "gelu"
+    return "silu" if is_plain(activation, "SiLU") else None
 
 
 def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
-    """activation(module(x)), in one call where the activation is GELU and both are plain. x: (..., in)"""
-    if not (is_plain(module, "Linear") and is_plain(activation, "GELU", "GELUTanh")):
+    """activation(module(x)), in one call where both are plain. x: (..., in)"""
+    name = activation_name(activation)
+    if name is not None and is_plain(module, "Fp8Linear"):
+        return module(x, name)
+    if name is None or not is_plain(module, "Linear") or (name == "silu" and not x.is_cuda):
         return activation(linear(module, x))
-    tanh = type(activation).__name__ == "GELUTanh" or getattr(activation, "approximate", "none") == "tanh"
-    y = gemm.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias, "gelu_tanh" if tanh else "gelu")
-    return y.view(*x.shape[:-1], module.weight.shape[0])
+    return _product(x, module, name)
+
+
+def linear_gated(module: nn.Module, activation: nn.Module, x: Tensor, gate: str) -> Tensor:
+    """module(x) in two halves, of which `gate`, "first" or "last", goes through the activation and gates the other."""
+    name = activation_name(activation)
+    if name is not None and is_plain(module, "Linear") and x.is_cuda and not torch.compiler.is_compiling():
+        return _product(x, module, name, gate)
+    first, second = linear(module, x).chunk(2, -1)
+    return activation(first) * second if gate == "first" else first * activation(second)

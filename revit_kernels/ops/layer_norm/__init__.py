@@ -20,6 +20,11 @@ def _fake_backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, 
     return tuple(mean.new_empty(0) if tensor is None else torch.empty_like(tensor) for tensor in like)
 
 
+def _fake_fp8(x, weight, bias, row, branch, gamma, eps, rms, backend):
+    total = x.new_empty(0) if branch is None else torch.empty_like(x)
+    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32), total
+
+
 _forward = register(
     "layer_norm",
     "forward",
@@ -33,6 +38,13 @@ _backward = register(
     "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma,"
     " Tensor mean, Tensor rstd, bool rms, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+)
+_fp8 = register(
+    "layer_norm",
+    "fp8",
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps, bool rms,"
+    " str? backend) -> (Tensor, Tensor, Tensor)",
+    _fake_fp8,
 )
 
 
@@ -123,6 +135,30 @@ def layer_norm(
         return _LayerNorm.apply(*args)
     y, total, _, _ = _forward(*args)
     return y if branch is None else (y, total)
+
+
+def layer_norm_fp8(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    row: Tensor | None = None,
+    *,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    eps: float = 1e-6,
+    rms: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`layer_norm` with y quantised before it leaves the chip, for a product in e4m3: no gradients.
+
+    Returns y (tokens, dim) in float8_e4m3fn, its scale (tokens, 1) in float32, by which y is to be multiplied, and
+    the sum, which is x itself where there is no branch. y is quantised from its wide dtype.
+    """
+    _check(x, weight, bias, row, branch, gamma)
+    weight, bias = (p[None] if p is not None and p.ndim == 1 else p for p in (weight, bias))
+    x, row, branch = (t if t is None else t.contiguous() for t in (x, row, branch))
+    y, scale, total = _fp8(x, weight, bias, row, branch, gamma, eps, rms, backend)
+    return y, scale, x if branch is None else total
 
 
 def sample(device="cpu", dtype=torch.float32) -> tuple:

@@ -2,6 +2,8 @@
 
 import torch
 
+E4M3_MAX = 448.0
+
 
 def refusal(*_):
     return None
@@ -22,7 +24,8 @@ def _used(tensor, row):
     return tensor if row is None else torch.where(row[:, None] >= 0, tensor, 0)
 
 
-def forward(x, weight, bias, row, branch, gamma, eps, rms):
+def _normalised(x, weight, bias, row, branch, gamma, eps, rms):
+    """y in the wide dtype, the sum in the dtype of x, mean and rstd."""
     wide = _wide(x)
     total = x.to(wide)
     if branch is not None:
@@ -38,7 +41,19 @@ def forward(x, weight, bias, row, branch, gamma, eps, rms):
     if bias is not None:
         y = y + _affine(bias, row, y)
     y = _used(y, row)
-    return y.to(x.dtype), x.new_empty(0) if branch is None else total.to(x.dtype), mean, rstd
+    return y, x.new_empty(0) if branch is None else total.to(x.dtype), mean, rstd
+
+
+def forward(x, *args):
+    y, total, mean, rstd = _normalised(x, *args)
+    return y.to(x.dtype), total, mean, rstd
+
+
+def fp8(x, *args):
+    y, total, _, _ = _normalised(x, *args)
+    scale = y.abs().amax(1, keepdim=True) / E4M3_MAX
+    scale = torch.where(scale == 0, 1, scale)
+    return (y / scale).to(torch.float8_e4m3fn), scale.float(), total
 
 
 def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):

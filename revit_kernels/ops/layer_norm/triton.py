@@ -6,6 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from revit_kernels.configurations import configuration
+from revit_kernels.ops.e4m3 import quantise_rows
+from revit_kernels.ops.layer_norm.tiles import columns
+
 TOKENS_PER_PROGRAM = 16  # at least, in the backward pass
 MOST_PROGRAMS = 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +28,7 @@ def refusal(*args):
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, row_ptr, branch_ptr, gamma_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr,
+    x_ptr, weight_ptr, bias_ptr, row_ptr, branch_ptr, gamma_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, scale_ptr,
     tokens, lengths, dim, eps, RMS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
@@ -59,9 +63,13 @@ def _forward_kernel(
         y *= tl.load(weight_ptr + affine[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + affine[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        y, scale = quantise_rows(tl.where(inside, y, 0.0))
+        tl.store(scale_ptr + token, scale, mask=exists)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=whole)
-    tl.store(mean_ptr + token, mean, mask=exists)
-    tl.store(rstd_ptr + token, tl.where(used, rstd, 0.0), mask=exists)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + token, mean, mask=exists)
+        tl.store(rstd_ptr + token, tl.where(used, rstd, 0.0), mask=exists)
 
 
 @triton.jit
@@ -165,14 +173,11 @@ def _reduce_kernel(
     tl.store(out_ptr + slot.to(tl.int64) * dim + cols, tl.sum(total, 0), mask=cols < dim)
 
 
-def _forward_blocks(dim):
-    """Tokens and columns of a program's tile: about 16 numbers per thread at 4 warps, where the dim allows."""
-    columns = triton.next_power_of_2(dim)
-    return {"BLOCK_TOKENS": max(1, min(16, 2048 // columns)), "BLOCK_DIM": columns}
-
-
-def _backward_warps(block_dim):
-    return min(8, max(1, block_dim // 256))
+def _tiles(kernel, x):
+    """Tiles for rows like those of x, with BLOCK_DIM where it is a whole row."""
+    dim = x.shape[1]
+    tiles = configuration("layer_norm", kernel, x.device, bits=8 * x.element_size(), dim=dim)
+    return tiles if kernel == "reduce" else tiles | {"BLOCK_DIM": columns(dim)}
 
 
 def forward(x, weight, bias, row, branch, gamma, eps, rms):
@@ -182,12 +187,28 @@ def forward(x, weight, bias, row, branch, gamma, eps, rms):
     y = torch.empty_like(x)
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    blocks = _forward_blocks(dim)
+    tiles = _tiles("forward", x)
     if tokens:
-        _forward_kernel[(triton.cdiv(tokens, blocks["BLOCK_TOKENS"]),)](
-            x, weight, bias, row, branch, gamma, y, total, mean, rstd, tokens, lengths, dim, eps, RMS=rms, **blocks
+        _forward_kernel[(triton.cdiv(tokens, tiles["BLOCK_TOKENS"]),)](
+            x, weight, bias, row, branch, gamma, y, total, mean, rstd, None, tokens, lengths, dim, eps, RMS=rms, **tiles
         )
     return y, total, mean, rstd
+
+
+def fp8(x, weight, bias, row, branch, gamma, eps, rms):
+    tokens, dim = x.shape
+    weight, bias, gamma = (p if p is None else p.contiguous() for p in (weight, bias, gamma))
+    lengths = next((p.shape[0] for p in (weight, bias) if p is not None), 1)
+    y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    total = x.new_empty(0) if branch is None else torch.empty_like(x)
+    scale = x.new_empty(tokens, 1, dtype=torch.float32)
+    tiles = _tiles("forward", x)
+    if tokens:
+        _forward_kernel[(triton.cdiv(tokens, tiles["BLOCK_TOKENS"]),)](
+            x, weight, bias, row, branch, gamma, y, total, None, None, scale, tokens, lengths, dim, eps,
+            RMS=rms, **tiles,
+        )  # fmt: skip
+    return y, scale, total
 
 
 def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
@@ -204,18 +225,17 @@ def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
     partial = mean.new_empty(programs, slots, dim)
     touched = torch.empty(programs, lengths, dtype=torch.int32, device=sum.device)
     grads = mean.new_zeros(slots, dim)
-    block_dim = triton.next_power_of_2(dim)
     if tokens:
         _backward_kernel[(programs,)](
             dy, dsum, sum, weight, row, branch, gamma, mean, rstd, dx, dbranch, partial, touched,
             tokens, lengths, dim, per_program, slots,
-            RMS=rms, HAS_BIAS=bias is not None, BLOCK_LENGTHS=triton.next_power_of_2(lengths), BLOCK_DIM=block_dim,
-            num_warps=_backward_warps(block_dim),
+            RMS=rms, HAS_BIAS=bias is not None, BLOCK_LENGTHS=triton.next_power_of_2(lengths),
+            **_tiles("backward", sum),
         )  # fmt: skip
-        _reduce_kernel[(slots, triton.cdiv(dim, 64))](
-            partial, touched, grads, programs, lengths, dim, slots,
-            HAS_GAMMA=gamma is not None, BLOCK_PROGRAMS=32, BLOCK_DIM=64,
-        )  # fmt: skip
+        tiles = _tiles("reduce", sum)
+        _reduce_kernel[(slots, triton.cdiv(dim, tiles["BLOCK_DIM"]))](
+            partial, touched, grads, programs, lengths, dim, slots, HAS_GAMMA=gamma is not None, **tiles
+        )
     split = grads[: rows[0] + rows[1] + rows[2]].split(rows)
     of_parameters = (
         mean.new_empty(0) if p is None else grad.reshape(p.shape).to(p.dtype, copy=True)
@@ -224,40 +244,56 @@ def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
     return dx, dbranch, *of_parameters
 
 
-def offline():
-    """Every kernel as a model calls it, for tests/compile_triton.py."""
+def specification(
+    kernel, tiles, bits=16, dim=768, dtype=None, branch=None, affine=None, missing=("row",), rms=False,
+    ones=("lengths",), is_aligned=True, quantised=False,
+):  # fmt: skip
+    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py.
+
+    branch, affine: dtypes, by default dtype's; missing: arguments that are None; ones: those that are 1
+    quantised: y is e4m3
+    """
+    dtype = dtype or ("fp32" if bits == 32 else "bf16")
+    branch, affine = branch or dtype, affine or dtype
     pointers = "x weight bias row branch gamma y sum mean rstd dy dsum dx dbranch partial touched out".split()
-    fixed = {"row_ptr": "*i32", "touched_ptr": "*i32"}
-    fixed |= {f"{name}_ptr": "*fp32" for name in ("mean", "rstd", "partial", "out")}
     ints = ("tokens", "lengths", "dim", "tokens_per_program", "slots", "programs")
-    fixed |= dict.fromkeys(ints, "i32") | {"eps": "fp32"}
+    types = {f"{name}_ptr": f"*{affine if name in ('weight', 'bias', 'gamma') else dtype}" for name in pointers}
+    types |= {"row_ptr": "*i32", "touched_ptr": "*i32", "branch_ptr": f"*{branch}", "dbranch_ptr": f"*{branch}"}
+    types |= {f"{name}_ptr": "*fp32" for name in ("mean", "rstd", "partial", "out")}
+    types |= dict.fromkeys(ints, "i32") | {"eps": "fp32"}
+    types |= {"scale_ptr": "*fp32"} | ({"y_ptr": "*fp8e4nv"} if quantised else {})
+    missing = (*missing, *(("mean", "rstd") if quantised and kernel == "forward" else ("scale",)))
+    absent = {f"{name}_ptr": None for name in missing} | dict.fromkeys(ones, 1)  # Triton makes a constant of a 1
+    function = {"forward": _forward_kernel, "backward": _backward_kernel, "reduce": _reduce_kernel}[kernel]
+    constexprs = {name: value for name, value in absent.items() if name in function.arg_names}
+    constexprs |= {
+        "forward": {"RMS": rms, "BLOCK_DIM": columns(dim)},
+        "backward": {
+            "RMS": rms, "HAS_BIAS": "bias" not in missing, "BLOCK_LENGTHS": 1 if "lengths" in ones else 4,
+            "BLOCK_DIM": columns(dim),
+        },
+        "reduce": {"HAS_GAMMA": "gamma" not in missing},
+    }[kernel] | {name: value for name, value in tiles.items() if name != "num_warps"}  # fmt: skip
+    signature = {name: types[name] for name in function.arg_names if name not in constexprs}
+    multiples = ("dim", "tokens_per_program") if is_aligned and dim % 16 == 0 else ()
+    options = {"num_warps": tiles["num_warps"], "aligned": is_aligned, "multiples": multiples}
+    return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
+
+
+def offline():
+    """(kernel, shape, what else a specification is told) beside the tables' rows."""
     branchless = ("row", "branch", "gamma", "dsum")
-    # dim, dtypes of x, branch and parameters, what is None, RMS, what is 1 (Triton makes a constant of it), aligned
+    ints = ("tokens", "lengths", "dim", "slots", "programs")
     cases = [
-        (768, "fp32", "fp32", "fp32", (), False, (), True),
-        (768, "fp32", "bf16", "fp32", (), False, (), True),
-        (768, "fp16", "fp16", "fp16", (), False, (), True),
-        (768, "bf16", "bf16", "fp32", ("bias",), True, (), True),
-        (768, "bf16", "bf16", "bf16", ("weight", *branchless), False, ("lengths",), True),
-        (768, "bf16", "bf16", "bf16", branchless, False, (), False),
-        (1, "bf16", "bf16", "bf16", ("weight", "bias"), False, (*ints[:3], *ints[4:]), True),
+        (768, 32, {"missing": (), "ones": ()}),
+        (768, 32, {"missing": (), "ones": (), "branch": "bf16"}),
+        (768, 16, {"missing": (), "ones": (), "dtype": "fp16"}),
+        (768, 16, {"missing": ("bias",), "ones": (), "affine": "fp32", "rms": True}),
+        (768, 16, {"missing": ("weight", *branchless)}),
+        (768, 16, {"missing": branchless, "ones": (), "is_aligned": False}),
+        (1, 16, {"missing": ("weight", "bias"), "ones": ints}),
     ]
-    cases += [(dim, "bf16", "bf16", "bf16", ("row",), False, ("lengths",), True) for dim in (192, 384, 1024, 1280)]
-    for dim, dtype, branch, affine, missing, rms, ones, aligned in cases:
-        types = {f"{name}_ptr": f"*{affine if name in ('weight', 'bias', 'gamma') else dtype}" for name in pointers}
-        types |= fixed | {"branch_ptr": f"*{branch}", "dbranch_ptr": f"*{branch}"}
-        absent = {f"{name}_ptr": None for name in missing} | dict.fromkeys(ones, 1)
-        block_dim = triton.next_power_of_2(dim)
-        backward = {"RMS": rms, "HAS_BIAS": "bias" not in missing, "BLOCK_DIM": block_dim}
-        backward["BLOCK_LENGTHS"] = 1 if "lengths" in ones else 4
-        reduce = {"HAS_GAMMA": "gamma" not in missing, "BLOCK_PROGRAMS": 32, "BLOCK_DIM": 64}
-        for kernel, constants, warps in (
-            (_forward_kernel, {"RMS": rms} | _forward_blocks(dim), 4),
-            (_backward_kernel, backward, _backward_warps(block_dim)),
-            (_reduce_kernel, reduce, 4),
-        ):
-            constexprs = constants | {name: value for name, value in absent.items() if name in kernel.arg_names}
-            signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
-            multiples = ("dim", "tokens_per_program") if aligned and dim % 16 == 0 else ()
-            options = {"num_warps": warps, "aligned": aligned, "multiples": multiples}
-            yield {"kernel": kernel, "signature": signature, "constexprs": constexprs} | options
+    for dim, missing in ((768, ()), (1280, ("row", "branch", "gamma"))):  # e4m3 came with sm_89
+        yield "forward", {"bits": 16, "dim": dim}, {"quantised": True, "missing": missing, "ones": (), "since": 90}
+    for dim, bits, options in cases:
+        yield from ((kernel, {"bits": bits, "dim": dim}, options) for kernel in ("forward", "backward", "reduce"))

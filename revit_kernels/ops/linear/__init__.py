@@ -1,0 +1,157 @@
+"""Linear layers with what follows them in one call: bias, activation or gated activation, LayerScale, residual add.
+
+Tried here for NVIDIA GPUs: the vendor's product with the rest behind it (`vendor`), and a Triton product with all of it
+in the epilogue (`triton`). `choice` says which runs, from measurements where there are some. cuBLASLt itself has a
+GELU epilogue for the tanh form only, and none for erf, a gate or LayerScale.
+
+A CUTLASS route was looked at and left: CuTe's Python DSL (nvidia-cutlass-dsl 4.8.1 with its cu13 libraries, 262 MB)
+compiles for sm_90a without a GPU, but has no interpreter, so nothing could be shown right where there is none, and
+brings no product of its own; quack-kernels 0.6.5 on top of it has one for Hopper, whose interface offers the tanh GELU
+and SiLU but not erf. To be taken up where it can be measured.
+"""
+
+import torch
+from torch import Tensor
+
+from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.linear import choice
+
+ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu")
+GATES = (None, "first", "last")
+
+
+def _fake_forward(x, weight, bias, residual, gamma, activation, gate, keep, backend):
+    out = weight.shape[0]
+    y = x.new_empty(x.shape[0], out // 2 if gate else out, dtype=x.dtype if residual is None else residual.dtype)
+    return y, x.new_empty(x.shape[0], out) if keep else x.new_empty(0)
+
+
+def _fake_backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight, backend):
+    none = x.new_empty(0)
+    dx = x.new_empty(x.shape) if need_x else none
+    dweight = weight.new_empty(weight.shape) if need_weight else none
+    dbias, dgamma = (none if t is None else t.new_empty(t.shape) for t in (bias, gamma))
+    return dx, dweight, dbias, dgamma
+
+
+_forward = register(
+    "linear",
+    "forward",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, str? activation, str? gate, bool keep,"
+    " str? backend) -> (Tensor, Tensor)",
+    _fake_forward,
+    choice.forward_order,
+)
+_backward = register(
+    "linear",
+    "backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor kept, str? activation, str? gate,"
+    " bool need_x, bool need_weight, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    choice.backward_order,
+)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, gamma, activation, gate, backend):
+        keep = activation is not None or gate is not None or gamma is not None
+        y, kept = _forward(x, weight, bias, residual, gamma, activation, gate, keep, backend)
+        ctx.save_for_backward(x, weight, bias, gamma, kept)
+        ctx.form = activation, gate, backend
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, gamma, kept = ctx.saved_tensors
+        activation, gate, backend = ctx.form
+        need_x, need_weight, _, need_residual, *_ = ctx.needs_input_grad
+        dy = dy.contiguous()
+        dx, dweight, dbias, dgamma = _backward(
+            dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight, backend
+        )
+        return (
+            dx if need_x else None,
+            dweight if need_weight else None,
+            None if bias is None else dbias,
+            dy if need_residual else None,
+            None if gamma is None else dgamma,
+            None,
+            None,
+            None,
+        )
+
+
+def check(x, weight, bias, residual, gamma, activation, gate) -> None:
+    """Raise ValueError unless these fit one another; dtypes are the caller's matter."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {GATES}, got {gate!r}")
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x and weight must be (rows, in) and (out, in), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    out = weight.shape[0]
+    if not weight.numel():
+        raise ValueError(f"weight must have at least one number, got {tuple(weight.shape)}")
+    if gate is not None and out % 2:
+        raise ValueError(f"a gated weight has two halves: out must be even, got {out}")
+    columns = out // 2 if gate else out
+    for name, tensor, shape in (
+        ("bias", bias, (out,)),
+        ("residual", residual, (x.shape[0], columns)),
+        ("gamma", gamma, (columns,)),
+    ):
+        if tensor is not None and (tensor.shape != shape or not tensor.is_floating_point()):
+            raise ValueError(
+                f"{name} must be {shape} of a floating-point dtype, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+    one_device(x=x, weight=weight, bias=bias, residual=residual, gamma=gamma)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    gate: str | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """residual + gamma * activation(x @ weight.T + bias), or with a gate, the product of the activation and the rest.
+
+    x:        (rows, in); rows may be apart, as those of a view
+    weight:   (out, in), in the dtype of x
+    bias:     (out,) or None for zeros
+    activation: None, "gelu" (erf), "gelu_tanh" or "silu"
+    gate:     "first" or "last": the product's halves are multiplied, the activation acting on this one only (SwiGLU,
+              Shazeer, arXiv:2002.05202, is "first" with "silu"); `columns` is then out / 2, else out
+    residual: (rows, columns) of any floating-point dtype, or None
+    gamma:    (columns,), the LayerScale, or None for ones
+
+    Returns (rows, columns) in the dtype of the residual, or of x where there is none, accumulated in fp32. `triton`
+    rounds once and gives a row the same bits in any company; `vendor` rounds after the product and after every step
+    that is not in its library's epilogue, and on a GPU picks its algorithm by the number of rows.
+    Under autocast, x, weight and bias are cast to its dtype. Raises ValueError for a wrong shape or dtype,
+    NotImplementedError where no backend takes the arguments.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+    check(x, weight, bias, residual, gamma, activation, gate)
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must be of one floating-point dtype, got {x.dtype} and {weight.dtype}")
+    args = (x, weight, bias, residual, gamma, activation, gate)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return _Linear.apply(*args, backend)
+    return _forward(*args, False, backend)[0]
+
+
+def sample(device="cpu", dtype=torch.float32) -> tuple:
+    """The smallest arguments that a backend's `forward` takes, to ask each backend whether it runs here."""
+    x = torch.zeros(2, 8, device=device, dtype=dtype)
+    return x, x, None, None, None, None, None, False

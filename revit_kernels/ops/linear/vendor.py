@@ -1,0 +1,106 @@
+"""The vendor's matrix product: cuBLASLt on NVIDIA GPUs, oneDNN on CPUs. What its epilogue lacks runs after it."""
+
+import torch
+import torch.nn.functional as F
+
+from revit_kernels import gemm
+from revit_kernels.ops.linear.products import derivative_products
+
+FP8_SINCE = (8, 9)  # compute capability
+
+
+def refusal(x, *args):
+    if x.dtype == torch.float8_e4m3fn:
+        return _fp8_refusal(x, *args)
+    if not x.is_floating_point():
+        return f"no product of {x.dtype}"
+    return None
+
+
+def _fp8_refusal(x, *args):
+    """args: those of `fp8` behind x."""
+    x_scale, weight, _, _, _, _, _, _, dtype, quantised = args
+    if not x.is_cuda:
+        return f"an e4m3 product needs a CUDA tensor, got one on {x.device}"
+    if (found := torch.cuda.get_device_capability(x.device)) < FP8_SINCE:
+        return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*FP8_SINCE, x.device, *found)
+    if x_scale.shape[1] != 1:
+        return f"takes one scale a row, got {x_scale.shape[1]}"
+    if quantised:
+        return "gives no e4m3"
+    if dtype != torch.bfloat16:
+        return f"with a scale a row it gives torch.bfloat16 alone, wanted {dtype}"
+    if any(size % 16 for size in weight.shape):
+        return f"weight must be of multiples of 16, got {tuple(weight.shape)}"
+    return None
+
+
+def _wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _activate(h, activation):
+    if activation is None:
+        return h
+    if activation == "silu":
+        return F.silu(h)
+    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _branch(h, activation, gate):
+    if gate is None:
+        return _activate(h, activation)
+    first, second = h.chunk(2, -1)
+    return _activate(first, activation) * second if gate == "first" else first * _activate(second, activation)
+
+
+def _finish(h, residual, gamma, activation, gate):
+    y = _branch(h, activation, gate)
+    if residual is None:
+        return y if gamma is None else (y * gamma).to(y.dtype)
+    return (residual + y if gamma is None else torch.addcmul(residual, y, gamma)).to(residual.dtype)
+
+
+def forward(x, weight, bias, residual, gamma, activation, gate, keep):
+    bias = None if bias is None else bias.to(x.dtype)
+    if x.is_cuda and bias is not None and activation == "gelu_tanh" and gate is None and not keep:
+        # The only GELU that cuBLASLt's epilogue has.
+        y = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
+        return _finish(y, residual, gamma, None, None), x.new_empty(0)
+    fused = activation if activation != "silu" and gate is None and not keep else None
+    h = gemm.linear(x, weight, bias, fused)
+    y = _finish(h, residual, gamma, None if fused else activation, gate)
+    return y.clone() if y is h and keep else y, h if keep else x.new_empty(0)
+
+
+def _slope_times(dy, h, activation):
+    if activation is None:
+        return dy
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy, h)
+    return torch.ops.aten.gelu_backward(dy, h, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight):
+    none = x.new_empty(0)
+    dgamma, dbranch = none, dy
+    if gamma is not None:
+        dgamma = (dy.to(_wide(x.dtype)) * _branch(kept, activation, gate)).sum(0).to(gamma.dtype)
+        dbranch = dy * gamma
+    dbranch = dbranch.to(x.dtype)
+    if gate is not None:
+        first, second = kept.chunk(2, -1)
+        acted, other = (first, second) if gate == "first" else (second, first)
+        parts = _slope_times(dbranch * other, acted, activation), dbranch * _activate(acted, activation)
+        dh = torch.cat(parts if gate == "first" else parts[::-1], -1)
+    else:
+        dh = _slope_times(dbranch, kept, activation)
+    dbias = none if bias is None else dh.sum(0, dtype=_wide(x.dtype)).to(bias.dtype)
+    return *derivative_products(dh, x, weight, need_x, need_weight), dbias, dgamma
+
+
+def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised):
+    bias = None if bias is None else bias.to(dtype)
+    scales = {"scale_a": x_scale, "scale_b": weight_scale[None]}
+    h = torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    return _finish(h, residual, gamma, activation, gate), x_scale.new_empty(0)
