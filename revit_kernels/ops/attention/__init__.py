@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.attention.handover import order
 
 
 def _fake_forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend):
@@ -19,6 +20,7 @@ _forward = register(
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor cu_seqlens_k, SymInt max_seqlen_k,"
     " float scale, str? backend) -> (Tensor, Tensor)",
     _fake_forward,
+    lambda *args: order("forward", max(args[4], args[6])),
 )
 _backward = register(
     "attention",
@@ -26,6 +28,7 @@ _backward = register(
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen,"
     " Tensor cu_seqlens_k, SymInt max_seqlen_k, float scale, str? backend) -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
+    lambda *args: order("backward", max(args[7], args[9])),
 )
 
 

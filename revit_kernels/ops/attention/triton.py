@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from revit_kernels.configurations import configuration
+from revit_kernels.ops.attention.tiles import aligned, pieces
+
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
 
 
@@ -249,60 +252,21 @@ def _backward_kv_kernel(
     _store(dv_ptr + head * DIM, keys, inside, y_row, dv, dv_rest, DIM, MAIN, REST, ALIGNED)
 
 
-def _pieces(dim):
-    """The powers of two that cover head_dim: one, or a main one and a rest of at least 16 (what tl.dot takes)."""
-    whole = max(16, triton.next_power_of_2(dim))
-    main = whole // 2
-    rest = max(16, triton.next_power_of_2(dim - main)) if dim > main else 0
-    return (main, rest) if 16 <= main and 0 < rest < main else (whole, 0)
-
-
-def _tiles(dim, dtype, step):
-    """Tile sizes and warps: what neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
-    (main, rest), aligned = _pieces(dim), _aligned(dim, dtype)
-    if dtype == torch.float32:
-        if main + rest > 128:
-            tiles = 16, 16, 8, 1
-        elif main == 128:
-            tiles = {"forward": (32, 32, 8, 1), "backward_q": (16, 16, 8, 1), "backward_kv": (16, 32, 8, 1)}[step]
-        else:
-            tiles = (32, 32, 4, 1) if step == "forward" else (16, 32, 4, 1)
-    elif main + rest > 128:
-        tiles = 32, 32, 8 if step == "backward_kv" or not aligned else 4, 1
-    elif not aligned:  # every number has an address of its own
-        queries = 64 if step == "forward" else 16 if step == "backward_kv" and rest else 32
-        tiles = queries, 64 if step == "backward_kv" and main == 32 else 32, 8, 1
-    elif step == "forward":
-        tiles = 64, 32 if rest > 16 else 64, 8 if main == 128 > dim else 4, 2
-    elif step == "backward_q":
-        tiles = 64, 32, 4, 2
-    elif rest > 16:
-        tiles = 16, 64, 8, 2
-    else:
-        tiles = 32, 64, 8 if rest or main == 128 > dim else 4, 2
-    return dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps", "num_stages"), tiles))
-
-
-def _aligned(dim, dtype):
-    """Whether every row of every head starts on 16 bytes: the tiles depend on it, so it must not depend on strides."""
-    return dim * dtype.itemsize % 16 == 0
-
-
 def _align(*tensors):
     """The tensors, copied where their strides keep rows from starting on 16 bytes though head_dim would allow it."""
     return [
         x.clone(memory_format=torch.contiguous_format)
-        if _aligned(x.shape[2], x.dtype)
+        if aligned(x.shape[2], 8 * x.element_size())
         and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:2]))
         else x
         for x in tensors
     ]
 
 
-def _launch(dim, dtype, step):
-    main, rest = _pieces(dim)
-    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": _aligned(dim, dtype), "TAIL": TAIL_PROGRAMS}
-    return launch | _tiles(dim, dtype, step)
+def _launch(step, place, dim, bits, length):
+    main, rest = pieces(dim)
+    launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(dim, bits), "TAIL": TAIL_PROGRAMS}
+    return launch | configuration("attention", step, place, bits=bits, head_dim=dim, length=length)
 
 
 def _grid(cu_seqlens, heads, max_seqlen, block):
@@ -315,7 +279,7 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     q, k, v = _align(q, k, v)
-    launch = _launch(dim, q.dtype, "forward")
+    launch = _launch("forward", q.device, dim, 8 * q.element_size(), max_seqlen)
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
@@ -332,13 +296,13 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     grad, q, k, v = _align(grad, q, k, v)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
-        launch = _launch(dim, q.dtype, "backward_q")
+        launch = _launch("backward_q", q.device, dim, 8 * q.element_size(), max_seqlen)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
-        launch = _launch(dim, q.dtype, "backward_kv")
+        launch = _launch("backward_kv", q.device, dim, 8 * q.element_size(), max_seqlen_k)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
             grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
@@ -346,28 +310,30 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     return dq, dk, dv
 
 
+def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
+    """A kernel as it is launched, for the compiler alone: see configurations/machine_code.py."""
+    kernel = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}[step]
+    dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim)
+    constexprs = {"DIM": head_dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(head_dim, bits)} | tiles
+    options = {key: constexprs.pop(key) for key in ("num_warps", "num_stages")}
+    constexprs |= {"TAIL": TAIL_PROGRAMS} | {name: 1 for name in ones if name in kernel.arg_names}
+    types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    signature = {}
+    for name in kernel.arg_names:
+        if name not in constexprs:
+            number = f"*{dtype}" if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
+            signature[name] = types.get(name, number)
+    # Rows of the fused projection are multiples of 16 apart, heads where head_dim is one.
+    multiples = ("grad_token", "q_token", "k_token", "v_token")
+    multiples += ("grad_head", "q_head", "k_head", "v_head") if head_dim % 16 == 0 else ()
+    spec = {"kernel": kernel, "signature": signature, "constexprs": constexprs, **options}
+    return spec | ({"multiples": multiples} if aligned(head_dim, bits) else {"aligned": False})
+
+
 def offline():
-    """Every kernel as it is launched, for the machine code to be looked at without a GPU."""
-    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
-    names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    """(step, shape, what else a specification is told) beside the tables' rows: of other dtypes, and odd."""
     ones = ("tokens", "tokens_k", "images", "heads")  # one query of one image; Triton makes a constant of a 1
-    cases = [(torch.bfloat16, dim, ()) for dim in (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)]
-    cases += [(torch.float16, dim, ()) for dim in (64, 128)]
-    cases += [(torch.float32, dim, ()) for dim in (64, 128)]
-    cases += [(torch.bfloat16, 27, ()), (torch.bfloat16, 100, ()), (torch.bfloat16, 64, ones)]
-    for dtype, dim, ones in cases:
-        types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-        # Rows of the fused projection are multiples of 16 apart, heads where head_dim is one.
-        multiples = ("grad_token", "q_token", "k_token", "v_token")
-        multiples += ("grad_head", "q_head", "k_head", "v_head") if dim % 16 == 0 else ()
-        for step, kernel in kernels.items():
-            launch = _launch(dim, dtype, step)
-            options = {key: launch.pop(key) for key in ("num_warps", "num_stages")}
-            constexprs = launch | {name: 1 for name in ones if name in kernel.arg_names}
-            signature = {}
-            for name in kernel.arg_names:
-                if name not in constexprs:
-                    number = f"*{names[dtype]}" if name.endswith("_ptr") else "fp32" if name == "scale" else "i32"
-                    signature[name] = types.get(name, number)
-            spec = {"kernel": kernel, "signature": signature, "constexprs": constexprs, **options}
-            yield spec | ({"multiples": multiples} if launch["ALIGNED"] else {"aligned": False})
+    for step in ("forward", "backward_q", "backward_kv"):
+        yield from ((step, {"bits": 16, "head_dim": dim}, {"dtype": "fp16"}) for dim in (64, 128))
+        yield from ((step, {"bits": 16, "head_dim": dim}, {}) for dim in (27, 100))
+        yield step, {"bits": 16, "head_dim": 64}, {"ones": ones}

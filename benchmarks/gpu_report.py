@@ -1,0 +1,300 @@
+#!/usr/bin/env python3
+"""One JSON and one Markdown table of what benchmarks/gpu_suite.sh found: gpu.json and gpu.md in its folder.
+
+    python benchmarks/gpu_report.py FOLDER               merge what the stages left there
+    python benchmarks/gpu_report.py FOLDER --ceilings    measure this GPU's copy and matrix product first
+    python benchmarks/gpu_report.py FOLDER --hand-over   also write into revit_kernels from which length on a rival's
+                                                         attention was faster
+
+Beside every time stand two others: what it would be if only the bytes and operations counted and this machine's own
+ceilings, measured in the same run, were reached; and the prediction of benchmarks/roofline.py, made before any run.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import roofline
+
+HERE = Path(__file__).parent
+HANDOVER = HERE.parent / "revit_kernels" / "ops" / "attention" / "handover.py"
+BACKENDS = ("flash_attn", "cudnn")
+HALF = ("bfloat16", "float16")
+
+
+def measure_ceilings(folder: Path) -> None:
+    import conftest
+    import torch
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    found = {
+        "device": conftest.device_name(),
+        "copy_gb_per_s": conftest.copy_ceiling() / 1e9,
+        "matmul_tflop_per_s": {name: conftest.matmul_ceiling(dtype) / 1e12 for name, dtype in dtypes.items()},
+        "versions": conftest.versions(),
+        "commit": conftest.commit(),
+    }
+    (folder / "ceilings.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(
+        f"copy {found['copy_gb_per_s']:.0f} GB/s, product {found['matmul_tflop_per_s']['bfloat16']:.0f} TFLOP/s in bf16"
+    )
+
+
+def _json(path: Path):
+    """What the file holds; None where a stage was stopped before it wrote it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def stages(folder: Path) -> list[dict]:
+    try:
+        lines = (folder / "stages.tsv").read_text().splitlines()
+    except OSError:
+        return []
+    rows = [dict(zip(("stage", "result", "seconds", "limit", "last"), line.split("\t"))) for line in lines]
+    return list({row["stage"]: row for row in rows}.values())  # one that ran again replaces what it said before
+
+
+def skipped(folder: Path) -> list[str]:
+    """The reasons for which benchmarks did not run, each once."""
+    reasons = {}
+    for log in sorted(folder.glob("bench_*.log")):
+        for count, why in re.findall(
+            r"^SKIPPED \[(\d+)\] \S+?:\d+: (.*)$", log.read_text(errors="replace"), re.MULTILINE
+        ):
+            reasons[log.stem, why] = reasons.get((log.stem, why), 0) + int(count)
+    return [f"{bench}: {why} ({count})" for (bench, why), count in reasons.items()]
+
+
+def duel(bench: dict, name: str, ceilings: dict) -> dict:
+    """One row: what was measured, the bound by this run's ceilings, and the prediction."""
+    info = bench["extra_info"]
+    seconds = info["ours_ms"] / 1e3
+    moved, flops = info.get("gb_per_s", 0) * 1e9 * seconds, info.get("tflop_per_s", 0) * 1e12 * seconds
+    moved, issued = info.get("work", (moved, flops))
+    copy = info.get("copy_ceiling_gb_per_s") or ceilings.get("copy_gb_per_s")
+    product = info.get("matmul_ceiling_tflop_per_s") or ceilings.get("matmul_tflop_per_s", {}).get(info["dtype"])
+    work = roofline.Work(moved, flops, issued)
+    row = {"bench": name, "case": bench["name"].partition("[")[2].rstrip("]"), "step": bench["name"].partition("[")[0]}
+    kept = ("dtype", "rival", "ours_ms", "rival_ms", "speedup", "speedup_quartiles", "gb_per_s", "percent_of_copy")
+    kept += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes")
+    row |= {key: info[key] for key in kept if key in info}
+    if (moved == 0 or copy) and (issued == 0 or product) and moved + issued > 0:
+        row["bound_ms"] = 1e3 * work.at((copy or 1) * 1e9, (product or 1) * 1e12)
+    if "predicted_ms" in info:
+        row["predicted_ms"] = info["predicted_ms"]
+    elif info["dtype"] in HALF and "cuda" in info.get("versions", {}) and moved + issued > 0:
+        row["predicted_ms"] = 1e3 * work.seconds
+    return row
+
+
+def measured(folder: Path) -> list[tuple[str, dict]]:
+    """The rows that each benchmark wrote as it went, and the benchmark's name; a last line cut off is left out."""
+    rows = []
+    for path in sorted(folder.glob("bench_*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                rows.append((path.stem, json.loads(line)))
+            except ValueError:
+                continue
+    return rows
+
+
+def kernels(folder: Path) -> list[dict]:
+    """ncu's measurements of each launch: its CSV, in which a row of units follows the names."""
+    try:
+        lines = [line for line in (folder / "ncu.csv").read_text().splitlines() if not line.startswith("==")]
+    except OSError:
+        return []
+    rows = list(csv.DictReader(lines))
+    if not rows:
+        return []
+    units, launches = rows[0], rows[1:]
+    wanted = {
+        "us": "gpu__time_duration.sum",
+        "percent_of_dram": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+        "percent_of_sm": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+        "registers": "launch__registers_per_thread",
+    }
+    scale = {"ns": 1e-3, "nsecond": 1e-3, "us": 1, "usecond": 1, "ms": 1e3, "msecond": 1e3, "s": 1e6, "second": 1e6}
+    found = []
+    for launch in launches:
+        try:
+            row = {key: float(launch[column].replace(",", "")) for key, column in wanted.items()}
+        except (KeyError, ValueError):
+            continue  # a launch that ncu could not measure
+        row["us"] *= scale.get(units[wanted["us"]], 1)
+        found.append(
+            {"kernel": launch["Kernel Name"].partition("(")[0][:80], "grid": launch.get("Grid Size", "")} | row
+        )
+    return found
+
+
+def backend_ratios(rows: list[dict], step: str, backend: str) -> dict[int, float]:
+    """By tokens, the ratio below which three quarters of the pairs were."""
+    found = {}
+    for row in rows:
+        kind, _, rest = row["case"].partition("-")
+        tokens = rest.partition("-")[0]
+        if row["bench"] == "bench_attention" and kind == step and tokens.isdigit() and row["dtype"] in HALF:
+            if row["rival"] == f"backend_{backend}":
+                found[int(tokens)] = row["speedup_quartiles"][1]
+    return found
+
+
+def hand_over(rows: list[dict]) -> dict:
+    """By step and backend, the least number of tokens from which on it was faster at every length measured.
+
+    Faster: three quarters of the pairs were. None where that never was, or nothing was measured.
+    """
+    found = {}
+    for step in ("forward", "backward"):
+        found[step] = {}
+        for backend in BACKENDS:
+            ratios, faster = backend_ratios(rows, step, backend), None
+            for tokens in sorted(ratios, reverse=True):
+                if ratios[tokens] >= 1:
+                    break
+                faster = tokens
+            found[step][backend] = faster
+    return found
+
+
+def write_hand_over(found: dict, where: str, path: Path = HANDOVER) -> None:
+    """Replace the figures of handover.py. Raises ValueError if it does not look as expected."""
+    text, count = path.read_text(), 0
+    for step, figures in found.items():
+        line = f'    "{step}": {{{", ".join(f"{name!r}: {n}" for name, n in figures.items())}}},'.replace("'", '"')
+        text, n = re.subn(rf'^    "{step}": \{{"flash_attn": .*$', line, text, flags=re.MULTILINE)
+        count += n
+    text, n = re.subn(
+        r"^MEASURED = .*$", f"MEASURED = {json.dumps(where)}  # the GPU, and the date", text, flags=re.MULTILINE
+    )
+    if count != len(found) or n != 1:
+        raise ValueError(f"{path} does not hold the figures to replace")
+    path.write_text(text)
+
+
+def merge(folder: Path) -> dict:
+    ceilings = _json(folder / "ceilings.json") or {}
+    rows = measured(folder)
+    about = next((row["extra_info"] for _, row in rows), ceilings)
+    found = [duel(row, name, ceilings) for name, row in rows]
+    return {
+        "device": about.get("device", "unknown"),
+        "date": datetime.fromtimestamp(folder.stat().st_mtime, timezone.utc).date().isoformat(),
+        "commit": about.get("commit"),
+        "versions": about.get("versions", {}),
+        "ceilings": {key: ceilings[key] for key in ("copy_gb_per_s", "matmul_tflop_per_s") if key in ceilings},
+        "stages": stages(folder),
+        "duels": found,
+        "skipped": skipped(folder),
+        "kernels": kernels(folder),
+        "hand_over": hand_over(found),
+    }
+
+
+def _ms(value) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _table(head: list[str], rows: list[list]) -> list[str]:
+    cells = [[str(cell).replace("|", "/") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return ["| " + " | ".join(row) + " |" for row in cells]
+
+
+def _duel_row(row: dict) -> list:
+    low, high = row["speedup_quartiles"]
+    copy = f"{row['gb_per_s']:.0f} ({row['percent_of_copy']:.0f} %)" if "gb_per_s" in row else ""
+    product = f"{row['tflop_per_s']:.3g} ({row['percent_of_matmul']:.0f} %)" if "tflop_per_s" in row else ""
+    times = [_ms(row.get(key)) for key in ("ours_ms", "rival_ms")]
+    limits = [_ms(row.get(key)) for key in ("bound_ms", "predicted_ms")]
+    ratio = f"**{row['speedup']:.2f}** ({low:.2f} to {high:.2f})"
+    return [row["step"].removeprefix("bench_"), row["case"], row["rival"], *times, ratio, *limits, copy, product]
+
+
+def markdown(found: dict) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [f"# {found['device']}", "", f"{found['date']}, commit {found['commit']}; {versions}.", ""]
+    if found["ceilings"]:
+        products = found["ceilings"]["matmul_tflop_per_s"].items()
+        lines += [
+            f"Ceilings measured in this run: copy {found['ceilings']['copy_gb_per_s']:.0f} GB/s; matrix product "
+            + ", ".join(f"{value:.0f} TFLOP/s in {name}" for name, value in products)
+            + f". Predictions are against {roofline.COPY / 1e9:.0f} GB/s and {roofline.PRODUCT / 1e12:.0f} TFLOP/s.",
+            "",
+        ]
+    rows = [[s["stage"], s["result"], s["seconds"], s["limit"], s["last"]] for s in found["stages"]]
+    lines += ["## Stages", "", *_table(["stage", "result", "s", "limit", "last line"], rows), ""]
+    head = [
+        "bench",
+        "case",
+        "against",
+        "ours, ms",
+        "theirs, ms",
+        "ratio (quartiles)",
+        "bound here, ms",
+        "predicted, ms",
+    ]
+    head += ["GB/s (of the copy)", "TFLOP/s (of the product)"]
+    lines += ["## Duels", "", "A ratio above 1: ours is faster.", ""]
+    lines += [*_table(head, [_duel_row(row) for row in found["duels"]]), ""]
+    lines += [f"- {why}" for why in found["skipped"]] + [""]
+    rows = [
+        [k["kernel"], k["grid"], f"{k['us']:.1f}", f"{k['percent_of_dram']:.0f}", f"{k['percent_of_sm']:.0f}"]
+        + [f"{k['registers']:.0f}"]
+        for k in found["kernels"]
+    ]
+    lines += [
+        "## Kernels, by ncu",
+        "",
+        *_table(["kernel", "grid", "us", "% of DRAM", "% of SM", "registers"], rows),
+        "",
+    ]
+    rows = [
+        [
+            step,
+            name,
+            f"from {tokens} tokens" if tokens else "never" if backend_ratios(found["duels"], step, name) else "?",
+        ]
+        for step, figures in found["hand_over"].items()
+        for name, tokens in figures.items()
+    ]
+    lines += [
+        "## Where a rival's attention was faster",
+        "",
+        *_table(["step", "backend", "faster (?: not measured)"], rows),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--ceilings", action="store_true", help="measure this machine's copy and matrix product")
+    parser.add_argument("--hand-over", action="store_true", help="write the lengths into revit_kernels")
+    args = parser.parse_args()
+    if args.ceilings:
+        measure_ceilings(args.folder)
+        return 0
+    found = merge(args.folder)
+    rounded = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
+    for name, text in (("gpu.json", json.dumps(rounded, indent=1) + "\n"), ("gpu.md", markdown(found))):
+        unfinished = args.folder / f"{name}.part"
+        unfinished.write_text(text)
+        unfinished.rename(args.folder / name)
+    if args.hand_over:
+        write_hand_over(found["hand_over"], f"{found['device']}, {found['date']}")
+    print(f"{len(found['duels'])} duels, {len(found['kernels'])} kernels: {args.folder / 'gpu.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
