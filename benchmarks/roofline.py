@@ -24,9 +24,16 @@ class Work:
     flops: float = 0.0
     issued: float = 0.0
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.bytes + other.bytes, self.flops + other.flops, self.issued + other.issued)
+
+    def at(self, copy: float, product: float) -> float:
+        """Seconds on a GPU that copies so many bytes/s and computes so many FLOP/s."""
+        return max(self.bytes / copy, self.issued / product)
+
     @property
     def seconds(self) -> float:
-        return max(self.bytes / COPY, self.issued / PRODUCT)
+        return self.at(COPY, PRODUCT)
 
     @property
     def bound(self) -> str:
@@ -76,6 +83,20 @@ def pos_embed(tokens: int, dim: int) -> Work:
     return Work(tokens * dim * HALF)
 
 
+def linear(rows: int, inputs: int, out: int, columns: int = 0, steps: int = 0) -> Work:
+    """x and the weight read and `columns` (by default out) a row written; `steps` passes over these behind the product,
+    each of which reads or writes them once more: 2 for a GELU of its own, 1 for a residual that an epilogue reads."""
+    columns = columns or out
+    product = 2 * rows * inputs * out
+    moved = rows * inputs + inputs * out + (1 + steps) * rows * columns
+    return Work(moved * HALF, product, product)
+
+
+def alone(rows: int, columns: int, steps: int) -> Work:
+    """What runs behind a product: so many passes over its result."""
+    return Work(steps * rows * columns * HALF)
+
+
 def rows():
     shape = f"{IMAGES} images, {HEADS} heads of {HEAD_DIM}"
     for length in LENGTHS:
@@ -86,6 +107,13 @@ def rows():
         tokens = IMAGES * 197
         yield f"layer_norm with a branch, {tokens:,} tokens of {dim}", layer_norm(tokens, dim)
         yield f"layer_norm backward, {tokens:,} tokens of {dim}", layer_norm_backward(tokens, dim)
+    for dim in (384, 768, 1024):
+        tokens = IMAGES * 197
+        yield f"linear with GELU, {tokens:,} tokens, {dim} to {4 * dim}", linear(tokens, dim, 4 * dim)
+        yield f"  GELU of its own behind it, {tokens:,} tokens of {4 * dim}", alone(tokens, 4 * dim, 2)
+        yield f"linear with a residual, {tokens:,} tokens, {dim} to {dim}", linear(tokens, dim, dim, steps=1)
+        yield f"linear with a residual, {tokens:,} tokens, {4 * dim} to {dim}", linear(tokens, 4 * dim, dim, steps=1)
+        yield f"  add of its own behind it, {tokens:,} tokens of {dim}", alone(tokens, dim, 3)
     for dim in (384, 768):
         patches = IMAGES * 196
         yield f"patch_embed, {patches:,} patches of 16x16 to {dim}", patch_embed(patches, 16, dim)

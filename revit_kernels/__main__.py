@@ -8,6 +8,8 @@ from importlib import metadata
 import torch
 
 from revit_kernels import __version__
+from revit_kernels.configurations import architecture
+from revit_kernels.configurations.tables import shipped
 from revit_kernels.dispatch import BACKENDS, OPS, refusal
 
 
@@ -24,8 +26,14 @@ def versions() -> list[str]:
 
 def devices() -> list[str]:
     cpu = f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}, {tiles(i)}" for i in range(torch.cuda.device_count())]
     return [cpu, *gpus]
+
+
+def tiles(gpu: int) -> str:
+    """Which table of tiles the Triton kernels use there."""
+    table = shipped(architecture(torch.device("cuda", gpu)))
+    return f"tiles of sm_{table.architecture} ({table.source})" if table else "tiles by rule"
 
 
 def table(device: str, dtype: torch.dtype = torch.float32) -> list[str]:

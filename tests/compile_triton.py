@@ -1,63 +1,72 @@
-"""Compiles every Triton kernel of one op for GPUs that are not here and prints what the machine code needs, as JSON.
+"""Compiles Triton kernels for GPUs that are not here and prints what the machine code needs, as JSON.
 
-Run as `python tests/compile_triton.py OP`, in a process of its own: with TRITON_INTERPRET set nothing would compile.
-An op's triton.py lists its kernels in `offline()`: dicts of kernel, signature, constexprs and, if not Triton's
-defaults, num_warps and num_stages. A launch tells the compiler which arguments are multiples of 16, and so does a dict:
-every pointer is, unless its `aligned` is False, and the integers that its `multiples` names.
+Run as `python tests/compile_triton.py OP:ARCH ...`, in a process of its own: with TRITON_INTERPRET set nothing would
+compile. Of each op and architecture: the rows of the architecture's table, and what the op's triton.py lists in
+`offline()`, either (kernel, shape, options of its `specification`) or a whole specification. An option `since` names
+the oldest architecture that has the instructions.
 """
 
 import importlib
 import json
+import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
+from dataclasses import asdict
 
-ARCHS = (80, 90, 100)
+os.environ.pop("TRITON_INTERPRET", None)
 
-
-def resources(cubin):
-    """Registers, stack, shared and local memory per kernel, as cuobjdump reads them from the machine code."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+from revit_kernels.configurations import configuration, machine_code, tables
 
 
-def alignment(spec):
-    """`attrs` of ASTSource, as a launch makes them."""
-    signature, multiples = spec["signature"], spec.get("multiples", ())
-    pointers = [name for name, kind in signature.items() if kind.startswith("*") and spec.get("aligned", True)]
-    names = spec["kernel"].arg_names
-    multiples = [name for name in multiples if name in signature]
-    return {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *multiples)}
+def cases(op, arch):
+    """Of each kernel to compile: its name, shape, tiles, what else its specification is told, and its row, if any."""
+    table = tables.shipped(arch)
+    own = table.rows.items() if table and table.architecture == arch else ()
+    for name, rows in own:
+        if name.split(".")[0] == op:
+            yield from ((name.split(".")[1], row.shape, row.tiles, {}, row) for row in rows)
+    for case in importlib.import_module(f"revit_kernels.ops.{op}.triton").offline():
+        if isinstance(case, dict):
+            yield case["kernel"].__name__, {}, {}, case, None
+        else:
+            kernel, shape, options = case
+            keys = {key: value for key, value in shape.items() if key != "patch" or kernel == "patchify"}
+            yield kernel, shape, configuration(op, kernel, arch, **keys), options, None
 
 
-def compile_op(op):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def described(op, arch):
+    """(what is told of it, specification) of each kernel to compile."""
+    for kernel, shape, tiles, options, row in cases(op, arch):
+        options = dict(options)
+        if options.pop("since", 0) <= arch:
+            ours = "signature" in options
+            spec = options if ours else machine_code.specification(op, kernel, tiles, **shape, **options)
+            about = {"op": op, "kernel": kernel, "shape": shape, "tiles": tiles, "options": str(options)}
+            about |= {"row": bool(row), "designed": row.blocks if row else None, "aligned": spec.get("aligned", True)}
+            yield about, spec
 
-    module = importlib.import_module(f"revit_kernels.ops.{op}.triton")
-    for spec in module.offline():
-        options = {k: spec[k] for k in ("num_warps", "num_stages") if k in spec}
-        signature = spec["signature"] | {name: "constexpr" for name in spec["constexprs"]}
-        for arch in ARCHS:
-            source = ASTSource(spec["kernel"], signature, spec["constexprs"], alignment(spec))
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-            row = {"kernel": spec["kernel"].__name__, "arch": arch, "constexprs": str(spec["constexprs"])}
-            row |= {"aligned": spec.get("aligned", True), "signature": str(spec["signature"])}
-            row |= resources(compiled.asm["cubin"]) | {"dynamic_shared": compiled.metadata.shared}
-            row["wgmma"] = compiled.asm["ptx"].count("wgmma.mma_async")
-            yield row
+
+SPECS = {}  # all that is compiled, once each: filled before the processes are forked
+
+
+def compiled(key):
+    code = machine_code.compiled(*SPECS[key])
+    return key, asdict(code) | {"blocks": code.blocks, "complaint": code.complaint}
+
+
+def main(pairs):
+    rows = []
+    for pair in pairs:
+        op, arch = pair.split(":")
+        for about, spec in described(op, int(arch)):
+            key = str((arch, spec["kernel"].fn.__module__, spec["kernel"].__name__, sorted(spec.items(), key=str)))
+            SPECS[key] = spec, int(arch)
+            rows.append((about, key))
+    order = sorted(SPECS, key=lambda key: ("linear" in key) + 2 * ("attention" in key), reverse=True)  # longest first
+    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool:
+        codes = dict(pool.imap_unordered(compiled, order))
+    print(json.dumps([about | codes[key] for about, key in rows]))
 
 
 if __name__ == "__main__":
-    os.environ.pop("TRITON_INTERPRET", None)
-    print(json.dumps(list(compile_op(sys.argv[1]))))
+    main(sys.argv[1:])

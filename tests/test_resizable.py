@@ -1,5 +1,6 @@
 """make_resizable: a VarLenViT that knows a menu of lengths, its affines, embeddings, positions and files."""
 
+import copy
 import itertools
 
 import pytest
@@ -223,3 +224,63 @@ def test_longest_length_sets_the_input_size():
     model = VarLenViT(**SMALL).make_resizable(((10, 10), (4, 4)))
     assert model.patch_embed.grid_size == (10, 10) and model.patch_sizes() == [(8, 8), (20, 20)]
     assert isinstance(model.blocks[0].norm1, LengthLayerNorm) and cells(model.menu[0]) == 100
+
+
+def _cats(model, x):
+    """How many concatenations a forward launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile, torch.inference_mode():
+        model(x, grids=MIXED)
+    return sum(event.name == "aten::cat" for event in profile.events())
+
+
+def test_affines_are_read_without_a_copy(tmp_path):
+    """Wherever a model's parameters come from: the affines of all lengths lie in one piece of memory."""
+    x, plain = images(), _cats(liven(make()), images())
+    model = liven(make().make_resizable(MENU))
+    torch.save(model, tmp_path / "model.pt")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    copies = {
+        "itself": model,
+        "a copy": copy.deepcopy(model),
+        "unpickled": torch.load(tmp_path / "model.pt", weights_only=False),
+        "moved": copy.deepcopy(model).to(torch.float64).to(torch.float32),
+    }
+    assigned = make().make_resizable(MENU)
+    assigned.load_state_dict(state, assign=True)
+    with torch.inference_mode():
+        expected = model(x, grids=MIXED)
+        for name, other in (copies | {"assigned": assigned}).items():
+            assert torch.equal(other(x, grids=MIXED), expected), name
+            assert other.state_dict().keys() == state.keys()
+    for name, other in (copies | {"assigned": assigned}).items():
+        assert _cats(other, x) == plain, name
+
+
+def test_a_written_affine_is_seen_and_new_memory_too():
+    model, x = liven(make().make_resizable(MENU)), images()
+    norm = model.blocks[0].norm1
+    with torch.inference_mode():
+        before = model(x, grids=MIXED)
+    with torch.no_grad():
+        norm.shorter_weight[1] += 1
+    norm.weight.data.add_(1)  # no version tells of this one
+    with torch.inference_mode():
+        written = model(x, grids=MIXED)
+    assert not torch.equal(written, before)
+    norm.shorter_weight.data = norm.shorter_weight.data.clone()  # apart: put together anew in every call
+    with torch.inference_mode():
+        assert torch.equal(model(x, grids=MIXED), written)
+    with torch.no_grad():
+        norm.shorter_weight[1] -= 1
+    norm.weight.data.add_(-1)
+    with torch.inference_mode():
+        assert torch.allclose(model(x, grids=MIXED), before, atol=1e-5)
+
+
+def test_affines_of_all_lengths_get_their_gradients():
+    model = liven(make().make_resizable(MENU))
+    model(images(), grids=MIXED).sum().backward()
+    norm = model.blocks[0].norm1
+    assert norm.weight.grad.shape == norm.weight.shape and norm.weight.grad.abs().sum() > 0
+    assert (norm.shorter_weight.grad.abs().sum(1) > 0).all()

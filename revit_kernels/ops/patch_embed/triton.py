@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from revit_kernels.configurations import configuration
 from revit_kernels.device_cache import DeviceCache, to_device
 
 PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -254,29 +255,10 @@ def _affine(images, channels, mean, std, device):
     return _CACHE.get(("affine", rows), device, lambda: [torch.tensor(rows, dtype=torch.float32)])[0]
 
 
-def _tiles(dtype):
-    if dtype == torch.float32:
-        return dict(BLOCK_TOKENS=64, BLOCK_DIM=64, BLOCK_WIDTH=16, num_warps=4, num_stages=2)
-    return dict(BLOCK_TOKENS=128, BLOCK_DIM=64, BLOCK_WIDTH=32, num_warps=4, num_stages=3)
-
-
 def forward(
-    images,
-    weight,
-    bias,
-    cu_seqlens,
-    placement,
-    image,
-    pos,
-    prefix,
-    mean,
-    std,
-    interpolation,
-    channels_last,
-    resize,
-    prefix_tokens,
-    keep,
-):
+    images, weight, bias, cu_seqlens, placement, image, pos, prefix, mean, std, interpolation, channels_last, resize,
+    prefix_tokens, keep,
+):  # fmt: skip
     (dim, channels, ph, pw), capacity = weight.shape, image.shape[0]
     y = weight.new_empty(capacity, dim)
     patches = weight.new_empty(0, weight[0].numel())
@@ -287,6 +269,7 @@ def forward(
     affine = _affine(images, channels, mean, std, weight.device)
     pixel = PIXELS[images[0].dtype] if images else tl.uint8
     fused = not (resize or keep) and small
+    bits = 8 * weight.element_size()
     if not fused:
         patches = weight.new_empty(capacity, patches.shape[1])
         _patchify_kernel[(capacity, channels)](
@@ -305,10 +288,9 @@ def forward(
             PATCH_W=pw,
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
-            BLOCK=32,
-            num_warps=8,
+            **configuration("patch_embed", "patchify", weight.device, bits=bits, patch=max(ph, pw)),
         )
-    tiles = _tiles(weight.dtype)
+    tiles = configuration("patch_embed", "forward", weight.device, bits=bits, dim=dim)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
         patches,
         table,
@@ -344,56 +326,63 @@ def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
     dim, images = grad.shape[1], placement.shape[0]
     sums = grad.new_empty(prefix_tokens + cells, dim, dtype=torch.float32)
     if sums.numel():
-        block = min(triton.next_power_of_2(dim), 128)
-        _sums_kernel[(sums.shape[0], triton.cdiv(dim, block))](
-            grad, cu_seqlens, placement, sums, images, dim, prefix_tokens, BLOCK_IMAGES=16, BLOCK_DIM=block
+        tiles = configuration("patch_embed", "sums", grad.device, bits=8 * grad.element_size(), dim=dim)
+        _sums_kernel[(sums.shape[0], triton.cdiv(dim, tiles["BLOCK_DIM"]))](
+            grad, cu_seqlens, placement, sums, images, dim, prefix_tokens, **tiles
         )
     if len(patches):
         return grad.masked_fill((image < 0)[:, None], 0).T @ patches, sums
     return grad.new_zeros(dim, patches.shape[1]), sums
 
 
-def offline():
-    """Every kernel as a model calls it, for tests/compile_triton.py."""
-    u8, names = tl.uint8, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def specification(
+    kernel, tiles, bits=16, dim=768, patch=16, dtype=None, pixel=tl.uint8, cubic=True, fused=True,
+    has=(True, True, True), ones=("prefix",), is_aligned=True,
+):  # fmt: skip
+    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py.
+
+    has: whether there are a bias, positions, prefix tokens; ones: the arguments that are 1
+    """
+    function = {"forward": _forward_kernel, "patchify": _patchify_kernel, "sums": _sums_kernel}[kernel]
+    dtype = dtype or ("fp32" if bits == 32 else "bf16")
     fixed = dict.fromkeys(("cu_seqlens_ptr", "placement_ptr", "image_ptr"), "*i32")
     fixed |= {"table_ptr": "*i64", "affine_ptr": "*fp32", "sums_ptr": "*fp32", "origin": "i64"}
     fixed |= dict.fromkeys(("capacity", "dim", "prefix", "channels", "images"), "i32")
+    sides, block = {"PATCH_H": patch, "PATCH_W": patch}, max(16, triton.next_power_of_2(patch))
+    operand = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16}[dtype]
+    constexprs = {
+        "patchify": {"PIXEL": pixel, "CUBIC": cubic, "BLOCK_H": block, "BLOCK_W": block} | sides,
+        "forward": {"FUSED": fused, "PIXEL": pixel, "OPERAND": operand, "WIDTH": 3 * patch * patch}
+        | dict(zip(("HAS_BIAS", "HAS_POS", "HAS_PREFIX"), has))
+        | sides,
+        "sums": {},
+    }[kernel] | {name: value for name, value in tiles.items() if name.startswith("BLOCK")}
+    constexprs |= {name: 1 for name in ones if name in function.arg_names}  # Triton makes a constant of a 1
+    signature = {name: fixed.get(name, f"*{dtype}") for name in function.arg_names if name not in constexprs}
+    options = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
+    options |= {"aligned": is_aligned, "multiples": ("dim",) if is_aligned and dim % 16 == 0 else ()}
+    return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
 
-    def spec(kernel, dtype, constexprs, warps=4, stages=3, ones=(), **alignment):
-        constexprs = constexprs | dict.fromkeys(ones, 1)
-        signature = {name: fixed.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constexprs}
-        options = {"num_warps": warps, "num_stages": stages, "multiples": ("dim",)} | alignment
-        return {"kernel": kernel, "signature": signature, "constexprs": constexprs} | options
 
-    for dtype, pixel, patch, cubic, ones in (
-        ("bf16", u8, 16, True, ()),
-        ("bf16", u8, 16, False, ("prefix", "channels")),
-        ("fp16", u8, 14, True, ("prefix",)),
-        ("fp32", tl.float32, 32, True, ()),
-        ("fp32", tl.float32, 16, False, ()),
+def offline():
+    """(kernel, shape, what else a specification is told) beside the tables' rows."""
+    for bits, patch, options in (
+        (16, 16, {"cubic": False, "ones": ("prefix", "channels")}),
+        (16, 14, {"dtype": "fp16"}),
+        (32, 32, {"pixel": tl.float32, "ones": ()}),
+        (32, 16, {"pixel": tl.float32, "ones": (), "cubic": False}),
     ):
-        block = max(16, triton.next_power_of_2(patch))
-        sides = {"PATCH_H": patch, "PATCH_W": patch, "BLOCK_H": block, "BLOCK_W": block, "BLOCK": 32}
-        constexprs = {"PIXEL": pixel, "CUBIC": cubic} | sides
-        yield spec(_patchify_kernel, dtype, constexprs, warps=8, ones=ones)
-    everything, nothing = (True, True, True), (False, False, False)  # bias, pos, prefix
-    for dtype, pixel, patch, fused, has, ones, alignment in (
-        ("bf16", u8, 16, True, everything, ("prefix",), {}),
-        ("bf16", u8, 16, True, nothing, (), {}),
-        ("bf16", u8, 14, False, everything, ("prefix",), {}),
-        ("bf16", u8, 16, False, (True, True, False), (), {}),
-        ("bf16", u8, 16, False, (True, False, True), ("capacity", "dim", "prefix"), {}),
-        ("bf16", u8, 16, True, everything, (), {"aligned": False, "multiples": ()}),
-        ("fp16", tl.float16, 14, True, everything, ("prefix",), {}),
-        ("fp32", u8, 16, True, everything, ("prefix",), {}),
-        ("fp32", tl.float32, 16, True, nothing, (), {}),
-        ("fp32", tl.float32, 14, False, everything, ("prefix",), {}),
+        yield "patchify", {"bits": bits, "patch": patch}, options
+    nothing = {"has": (False, False, False)}
+    for bits, options in (
+        (16, {"ones": ()} | nothing),
+        (16, {"patch": 14, "fused": False}),
+        (16, {"fused": False, "has": (True, True, False), "ones": ()}),
+        (16, {"fused": False, "has": (True, False, True), "ones": ("capacity", "dim", "prefix")}),
+        (16, {"ones": (), "is_aligned": False}),
+        (16, {"patch": 14, "dtype": "fp16", "pixel": tl.float16}),
+        (32, {"pixel": tl.float32, "ones": ()} | nothing),
+        (32, {"patch": 14, "fused": False, "pixel": tl.float32}),
     ):
-        constexprs = {"FUSED": fused, "PIXEL": pixel, "OPERAND": PIXELS[names[dtype]]}
-        constexprs |= dict(zip(("HAS_BIAS", "HAS_POS", "HAS_PREFIX"), has))
-        constexprs |= {"WIDTH": 3 * patch * patch, "PATCH_H": patch, "PATCH_W": patch} | _tiles(names[dtype])
-        warps, stages = constexprs.pop("num_warps"), constexprs.pop("num_stages")
-        yield spec(_forward_kernel, dtype, constexprs, warps, stages, ones, **alignment)
-    for dtype, ones in (("fp32", ()), ("bf16", ()), ("bf16", ("images", "prefix", "dim"))):
-        yield spec(_sums_kernel, dtype, {"BLOCK_IMAGES": 16, "BLOCK_DIM": 128}, ones=ones)
+        yield "forward", {"bits": bits, "dim": 768}, options
+    yield "sums", {"bits": 16, "dim": 768}, {"ones": ("images", "prefix", "dim")}

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCKS = {"BLOCK_TOKENS": 16, "BLOCK_DIM": 64}
+from revit_kernels.configurations import configuration
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -126,16 +127,19 @@ def _backward_kernel(
 
 def _constants(kind):
     # The mean of one token is that token.
-    return {"FIRST_ONLY": kind == "token", "AVERAGE": kind != "max", "MAXIMUM": kind in ("max", "avgmax")} | BLOCKS
+    return {"FIRST_ONLY": kind == "token", "AVERAGE": kind != "max", "MAXIMUM": kind in ("max", "avgmax")}
 
 
 def forward(x, cu_seqlens, kind, prefix, include_prefix):
     (tokens, dim), images = x.shape, cu_seqlens.shape[0] - 1
     y = x.new_empty(images, dim)
     if y.numel():
-        grid = (images, triton.cdiv(dim, BLOCKS["BLOCK_DIM"]))
+        tiles = configuration("pool", "forward", x.device, bits=8 * x.element_size(), dim=dim)
+        grid = (images, triton.cdiv(dim, tiles["BLOCK_DIM"]))
         prefix = 0 if include_prefix else prefix
-        _forward_kernel[grid](x, cu_seqlens.contiguous(), y, tokens, dim, x.stride(0), prefix, **_constants(kind))
+        _forward_kernel[grid](
+            x, cu_seqlens.contiguous(), y, tokens, dim, x.stride(0), prefix, **_constants(kind), **tiles
+        )
     return y
 
 
@@ -143,28 +147,36 @@ def backward(grad, x, cu_seqlens, tokens, kind, prefix, include_prefix):
     images, dim = grad.shape
     dx = grad.new_empty(tokens, dim)
     if dx.numel():
-        grid = (images + 1, triton.cdiv(dim, BLOCKS["BLOCK_DIM"]))
+        tiles = configuration("pool", "backward", grad.device, bits=8 * grad.element_size(), dim=dim)
+        grid = (images + 1, triton.cdiv(dim, tiles["BLOCK_DIM"]))
         prefix, stride = 0 if include_prefix else prefix, dim if x is None else x.stride(0)
         _backward_kernel[grid](
-            grad, x, cu_seqlens.contiguous(), dx, images, tokens, dim, stride, prefix, **_constants(kind)
+            grad, x, cu_seqlens.contiguous(), dx, images, tokens, dim, stride, prefix, **_constants(kind), **tiles
         )
     return dx
 
 
-def offline():
-    """Every kernel as a model calls it, for tests/compile_triton.py."""
+def specification(kernel, tiles, bits=16, dim=768, dtype=None, kind="avgmax", ones=(), is_aligned=True):
+    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
     ints = ("images", "tokens", "dim", "stride", "prefix")
-    cases = [
-        (dtype, kind, ("prefix",), True) for dtype in ("fp32", "bf16") for kind in ("token", "avg", "max", "avgmax")
-    ]
-    cases += [("fp16", "avgmax", (), True), ("bf16", "avgmax", (), False), ("bf16", "avgmax", ints, True)]
-    for dtype, kind, ones, aligned in cases:  # Triton makes a constant of an argument that is 1
-        types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "grad", "dx")} | dict.fromkeys(ints, "i32")
-        types["cu_seqlens_ptr"] = "*i32"
-        for kernel in (_forward_kernel, _backward_kernel):
-            without_x = kernel is _backward_kernel and kind in ("token", "avg")
-            constexprs = _constants(kind) | ({"x_ptr": None} if without_x else {})
-            constexprs |= {name: 1 for name in ones if name in kernel.arg_names}
-            signature = {name: types[name] for name in kernel.arg_names if name not in constexprs}
-            alignment = {"aligned": aligned, "multiples": ("dim", "stride") if aligned else ()}
-            yield {"kernel": kernel, "signature": signature, "constexprs": constexprs} | alignment
+    dtype = dtype or ("fp32" if bits == 32 else "bf16")
+    types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "grad", "dx")} | dict.fromkeys(ints, "i32")
+    types["cu_seqlens_ptr"] = "*i32"
+    function = {"forward": _forward_kernel, "backward": _backward_kernel}[kernel]
+    without_x = kernel == "backward" and kind in ("token", "avg")
+    constexprs = _constants(kind) | {name: tiles[name] for name in ("BLOCK_TOKENS", "BLOCK_DIM")}
+    constexprs |= {"x_ptr": None} if without_x else {}
+    constexprs |= {name: 1 for name in ones if name in function.arg_names}  # Triton makes a constant of a 1
+    signature = {name: types[name] for name in function.arg_names if name not in constexprs}
+    aligned = is_aligned and dim % 16 == 0
+    options = {"num_warps": tiles["num_warps"], "aligned": aligned, "multiples": ("dim", "stride") if aligned else ()}
+    return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
+
+
+def offline():
+    """(kernel, shape, what else a specification is told) beside the tables' rows."""
+    ints = ("images", "tokens", "dim", "stride", "prefix")
+    cases = [(bits, {"kind": kind, "ones": ("prefix",)}) for bits in (16, 32) for kind in ("token", "avg", "max")]
+    cases += [(16, {"dtype": "fp16"}), (16, {"is_aligned": False}), (16, {"ones": ints})]
+    for bits, options in cases:
+        yield from ((kernel, {"bits": bits, "dim": 768}, options) for kernel in ("forward", "backward"))
