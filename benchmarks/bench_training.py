@@ -4,12 +4,20 @@ The rival is the same model, loss and optimiser, its lengths one after the other
 of its own; the longest goes first, as the others learn from its answers.
 """
 
+from contextlib import contextmanager
+
+import numpy as np
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from revit_kernels import create_model
+from revit_kernels.data.image_set import ArraySet
+from revit_kernels.training.augmentation import augmentation
 from revit_kernels.training.distillation import Objective, packed_logits
+from revit_kernels.training.loader import Augmented
 from revit_kernels.training.optimiser import adamw
+from revit_kernels.training.trainer import Recipe, Trainer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {  # name: arguments, menu, side of the images in pixels
@@ -90,3 +98,88 @@ def bench_training(duel, name, dtype, images):
     ours, theirs = case.packed(), case.separate()
     torch.testing.assert_close(ours.bfloat16(), theirs.bfloat16())  # an update lies between them
     duel(case.packed, case.separate, rounds=ROUNDS, flops=case.flops, rival="a pass per length", dtype=dtype)
+
+
+class RecipeCase:
+    """A step of the recipe that trained the shipped model, by our trainer and in plain torch and timm."""
+
+    def __init__(self, batch, autocast, drop_path):
+        from plain import PlainReViT
+
+        kwargs, menu, side = CASES["shipped"]
+        torch.manual_seed(0)
+        model = create_model("vit_tiny_patch16_224", num_classes=10, drop_path_rate=drop_path, **kwargs)
+        model = model.to(DEVICE).make_resizable(menu)
+        array = np.random.default_rng(0).integers(0, 256, (batch, side, side), np.uint8)
+        images = ArraySet("noise", tuple(map(str, range(10))), np.arange(batch) % 10, array)
+        self.recipe = Recipe(
+            epochs=1000, batch=batch, lr=2e-3, ema=0.999, autocast=autocast, objective=Objective(smoothing=0.05)
+        )
+        self.plain = PlainReViT(model).to(DEVICE).train()
+        augmented = Augmented(images, (side, side), augmentation((side, side), "pad", flip=True))
+        self.trainer = Trainer(model.train(), augmented, self.recipe)
+        self.images = torch.from_numpy(array)[..., None].expand(-1, -1, -1, 3).contiguous().to(DEVICE)
+        self.targets = torch.arange(batch, device=DEVICE) % 10
+        decayed = [p for p in self.plain.parameters() if p.ndim > 1 and min(p.shape[:2]) > 1]
+        others = [p for p in self.plain.parameters() if p.ndim <= 1 or min(p.shape[:2]) <= 1]
+        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        self.optimiser = torch.optim.AdamW(groups, lr=self.trainer.recipe.lr / 1000, fused=True)
+        average = get_ema_multi_avg_fn(self.recipe.ema)
+        self.average = AveragedModel(self.plain, multi_avg_fn=average, use_buffers=True)
+
+    def ours(self):
+        return self.trainer.train_step(self.images, self.targets)
+
+    def theirs(self):
+        losses, teacher = [], None
+        for row in range(len(self.plain.menu)):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=self.recipe.autocast):
+                logits = self.plain(self.images, row)
+                pair = logits[None] if teacher is None else torch.stack([teacher, logits])
+                loss, own = self.recipe.objective(pair, self.targets)
+            (loss * len(pair) / len(self.plain.menu)).backward()
+            teacher = logits.detach() if teacher is None else teacher
+            losses.append(own[-1])
+        torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.plain)
+        return torch.stack(losses)
+
+    def gradients(self):
+        """The norm of all gradients that one step of each has before it is clipped."""
+        norms = []
+        for step in (self.ours, self.theirs):
+            with patched_norm() as found:
+                step()
+            norms.append(found[0])
+        return norms
+
+
+@contextmanager
+def patched_norm():
+    """The results of clip_grad_norm_ inside, in a list."""
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def remember(*args, **kwargs):
+        found.append(clip(*args, **kwargs))
+        return found[-1]
+
+    torch.nn.utils.clip_grad_norm_ = remember
+    try:
+        yield found
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", [64])
+def bench_recipe(duel, dtype, images):
+    """The whole step: forward and backward at every length, clipping, AdamW, the moving average of the weights."""
+    case = RecipeCase(images, dtype == torch.bfloat16, drop_path=0.0)
+    norms = case.gradients()  # drop path draws other numbers in each
+    torch.testing.assert_close(*[torch.as_tensor(norm).bfloat16() for norm in norms])
+    torch.testing.assert_close(case.ours().bfloat16(), case.theirs().bfloat16())
+    flops = Case("shipped", images, False).flops
+    case = RecipeCase(images, dtype == torch.bfloat16, drop_path=0.05)
+    duel(case.ours, case.theirs, rounds=15, flops=flops, rival="plain torch", dtype=dtype)

@@ -4,6 +4,8 @@ Images are uniform over the menu {4, 7, 10, 14}^2 and already of their grid's si
 (padding, sorting by length, compiling) is not timed: the rival is shown at its best.
 """
 
+import cpu_rivals
+import gpu_vit_rivals
 import pytest
 import torch
 
@@ -21,11 +23,13 @@ ROUNDS = 11 if DEVICE == "cpu" else 30
 class Case:
     """One model with random weights, and one batch of images, sorted by length."""
 
+    @torch.inference_mode(False)  # of an inference tensor nobody can tell whether it was written to since it was packed
     def __init__(self, name, images, dtype, menu=MENU):
         torch.manual_seed(0)
         self.name, self.dtype = name, dtype
         self.timm = timm.create_model(name, dynamic_img_size=True).eval().to(DEVICE, dtype)
         self.model = VarLenViT.from_timm(self.timm)
+        self.model.prepack()  # as a server would; the rivals' compiled models do the same
         grids = [menu[i * len(menu) // images] for i in range(images)]
         self.images = [torch.randn(3, 16 * h, 16 * w, device=DEVICE).to(dtype) for h, w in grids]
         self.grids = grids
@@ -40,6 +44,13 @@ class Case:
         tokens = [h * w + 1 for h, w in self.grids]
         block = 24 * dim * dim * sum(tokens) + 4 * dim * sum(n * n for n in tokens)
         return len(self.model.blocks) * block + 2 * 768 * dim * sum(h * w for h, w in self.grids)
+
+    @torch.inference_mode(False)
+    def float32(self):
+        """A copy of timm's model, its weights as they are rounded, in float32."""
+        model = timm.create_model(self.name, dynamic_img_size=True).eval()
+        model.load_state_dict({k: v.float() for k, v in self.timm.state_dict().items()})
+        return model
 
     def ours(self):
         return self.model(self.images, grids=self.grids)
@@ -116,33 +127,29 @@ def nested(case):
     return run
 
 
-def openvino(case):
-    """OpenVINO, one compiled model for each length, at the precision and threads that it does best with."""
+def _on_cpu(case, make, *options):
+    """A rival of cpu_rivals, ready for the case's batches."""
     if DEVICE != "cpu":
-        pytest.skip("openvino: for CPUs")
-    ov = pytest.importorskip("openvino", reason="openvino: pip install revit_kernels[bench]")
-    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}[case.dtype]
-    options = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-    }
-    model = timm.create_model(case.name, dynamic_img_size=True).eval()
-    model.load_state_dict({k: v.float() for k, v in case.timm.state_dict().items()})
-    core, compiled, inputs = ov.Core(), [], [batch.float().numpy() for batch in case.batches]
-    for batch in inputs:
-        converted = ov.convert_model(model, example_input=torch.from_numpy(batch), input=[batch.shape])
-        compiled.append(core.compile_model(converted, "CPU", options))
-    requests = [c.create_infer_request() for c in compiled]
-
-    def run():
-        outputs = [next(iter(r.infer([x]).values())) for r, x in zip(requests, inputs)]
-        return torch.cat([torch.from_numpy(y) for y in outputs])
-
+        pytest.skip("for CPUs")
+    batches = [batch.float() for batch in case.batches]
+    with torch.inference_mode(False), torch.no_grad():  # tracers want ordinary tensors
+        found = make(case.float32(), case.dtype, *options, [batches])
+    run = found.prepare(batches)
+    run.settings = found.settings
     return run
 
 
-RIVALS = [bucketed, naflex, naflex_fastest, loop, nested, openvino]
+def openvino(case):
+    """OpenVINO, one compiled model for each length, at the precision and threads that it does best with."""
+    return _on_cpu(case, cpu_rivals.openvino, "static")
+
+
+def zentorch(case):
+    """AMD's plugin for torch.compile, one dense batch for each length."""
+    return _on_cpu(case, cpu_rivals.zentorch)
+
+
+RIVALS = [bucketed, naflex, naflex_fastest, loop, nested, openvino, zentorch, *gpu_vit_rivals.RIVALS]
 
 
 @pytest.mark.parametrize("rival", RIVALS, ids=lambda rival: rival.__name__)
@@ -154,20 +161,12 @@ def bench_vit(duel, name, images, dtype, rival):
     case = Case(name, images, dtype)
     theirs = rival(case)
     a, b = case.ours().float(), theirs().float()
-    if rival is not naflex_fastest:  # its grid_sample is another interpolation of the positions
+    if rival not in (
+        naflex_fastest,
+        *gpu_vit_rivals.INEXACT,
+    ):  # its grid_sample is another interpolation of the positions
         assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps ** 0.5 * a.abs().max(), "it computes something else"
     duel(case.ours, theirs, rounds=ROUNDS, flops=case.flops, rival=rival.__name__)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
-@torch.inference_mode()
-def bench_vit_prepacked(duel, name, dtype):
-    """With the weights kept in the CPU library's layout (`model.prepack()`), as a server would."""
-    case = Case(name, IMAGES[0], dtype)
-    if not case.model.prepack():
-        pytest.skip("prepack: this device has no such layout")
-    duel(case.ours, bucketed(case), rounds=ROUNDS, flops=case.flops, rival="bucketed")
 
 
 @pytest.mark.parametrize("grid", MENU, ids=str)

@@ -1,12 +1,14 @@
 """What every benchmark shares: a clock on the device, this machine's own ceilings, and the duel with a rival."""
 
+import json
+import os
 import platform
 import subprocess
 import time
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import mean, median, quantiles
 
 import pytest
 import torch
@@ -15,7 +17,11 @@ from revit_kernels.gemm import linear, prepack
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-PACKAGES = ("torch", "triton", "timm", "openvino", "flash_attn", "numpy")
+PACKAGES = ("torch", "triton", "timm", "openvino", "nncf", "onnxruntime", "zentorch", "flash_attn", "numpy")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rounds", type=int, help="at most so many rounds of every duel: to see that all of them run")
 
 
 class Tick:
@@ -56,8 +62,11 @@ def copy_ceiling() -> float:
 
 @cache
 def matmul_ceiling(dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large square matrix product, by the fastest library there is."""
+    """Operations a second of a large square matrix product, by the fastest library there is."""
     size = 8192 if CUDA else 2048
+    if dtype == torch.int8:
+        a, b = (torch.randint(-128, 128, (size, size), dtype=dtype, device=DEVICE) for _ in range(2))
+        return 2 * size**3 / _best(lambda: torch._int_mm(a, b), rounds=15)
     a = torch.randn(size, size, device=DEVICE).to(dtype)
     b = torch.nn.Parameter(torch.randn(size, size, device=DEVICE).to(dtype), requires_grad=False)
     prepack(b)
@@ -68,8 +77,13 @@ def matmul_ceiling(dtype: torch.dtype) -> float:
 def device_name() -> str:
     if CUDA:
         return torch.cuda.get_device_name()
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
+    found = {}
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in found:  # a cloud's "AMD EPYC" may be any of several
+        name += f" family {found['cpu family']} model {found['model']}"
     bf16 = any("avx512_bf16" in line for line in _lines("/proc/cpuinfo"))
     return f"{name}, {torch.get_num_threads()} threads" + (", AVX512-BF16" if bf16 else "")
 
@@ -130,18 +144,38 @@ def peak_memory(call) -> int:
 def duel(benchmark, request):
     """Times `ours` in turn with `theirs`, so that drift of clocks or load hits both alike.
 
-    duel(ours, theirs, rounds=30, bytes=None, flops=None, rival=None, dtype=None, latency=False)
+    duel(ours, theirs, rounds=30, warmup=None, bytes=None, flops=None, rival=None, dtype=None, latency=False,
+         series=False, per=1)
 
+    warmup:  rounds before those; by default a fifth as many, and 3 at least
     bytes:   what one call of `ours` moves at least
     flops:   what one call of `ours` computes
     rival:   what `theirs` is; by default the benchmark's parameter `rival`
     dtype:   whose matrix product is the ceiling; by default the benchmark's parameter `dtype`, else fp32
     latency: on a GPU, count the host's time to launch too; by default kernels are queued before the clock starts
+    series:  every call is another piece of one task, which both get in the same order: the ratio is of the sums, and
+             the times are means
+    per:     what one call does so many times; times are then of one of them (bytes and flops are still of the call)
+
+    `theirs.settings`, where the rival has some, says which settings it does best with.
     """
     benchmark._timer = Tick
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
 
-    def run(ours, theirs, rounds=30, bytes=None, flops=None, rival=None, dtype=None, latency=False):
+    def run(
+        ours,
+        theirs,
+        rounds=30,
+        warmup=None,
+        bytes=None,
+        flops=None,
+        rival=None,
+        dtype=None,
+        latency=False,
+        series=False,
+        per=1,
+    ):
+        rounds = min(rounds, request.config.getoption("--rounds") or rounds)
         dtype = dtype or parameters.get("dtype", torch.float32)
         theirs_seconds = []
 
@@ -154,7 +188,7 @@ def duel(benchmark, request):
             theirs_seconds.append(_seconds(theirs))
             wait()
 
-        warmup = max(3, rounds // 5)
+        warmup = max(3, rounds // 5) if warmup is None else min(warmup, rounds)
         benchmark.pedantic(ours, setup=setup, warmup_rounds=warmup, rounds=rounds)
         if benchmark.disabled:
             return
@@ -162,12 +196,14 @@ def duel(benchmark, request):
         theirs_seconds = theirs_seconds[-len(seconds) :]
         ratios = [theirs / ours for theirs, ours in zip(theirs_seconds, seconds)]
         low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+        middle = mean if series else median
+        once, theirs_once = middle(seconds), middle(theirs_seconds)
         row = {
             "rival": rival or parameters.get("rival", "rival"),
-            "speedup": median(ratios),
+            "speedup": theirs_once / once if series else median(ratios),
             "speedup_quartiles": [low, high],
-            "ours_ms": median(seconds) * 1e3,
-            "rival_ms": median(theirs_seconds) * 1e3,
+            "ours_ms": once / per * 1e3,
+            "rival_ms": theirs_once / per * 1e3,
             "dtype": str(dtype).removeprefix("torch."),
             "ours_peak_bytes": peak_memory(ours),
             "rival_peak_bytes": peak_memory(theirs),
@@ -175,14 +211,25 @@ def duel(benchmark, request):
             "versions": versions(),
             "commit": commit(),
         }
+        if hasattr(theirs, "settings"):
+            row["settings"] = theirs.settings
         if bytes:
-            row["gb_per_s"] = bytes / median(seconds) / 1e9
+            row["gb_per_s"] = bytes / once / 1e9
             row["copy_ceiling_gb_per_s"] = copy_ceiling() / 1e9
             row["percent_of_copy"] = 100 * row["gb_per_s"] / row["copy_ceiling_gb_per_s"]
         if flops:
-            row["tflop_per_s"] = flops / median(seconds) / 1e12
+            row["tflop_per_s"] = flops / once / 1e12
             row["matmul_ceiling_tflop_per_s"] = matmul_ceiling(dtype) / 1e12
             row["percent_of_matmul"] = 100 * row["tflop_per_s"] / row["matmul_ceiling_tflop_per_s"]
         benchmark.extra_info.update(row)
 
-    return run
+    yield run
+    if (rows := os.environ.get("REVIT_BENCH_ROWS")) and "speedup" in benchmark.extra_info:
+        with open(rows, "a") as file:  # at once: a run that is killed keeps what it has measured
+            file.write(json.dumps({"name": request.node.name, "extra_info": benchmark.extra_info}) + "\n")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_benchmark_generate_json(benchmarks):
+    """A benchmark that was interrupted has no times, and would cost the others theirs."""
+    benchmarks[:] = [bench for bench in benchmarks if bench.stats.data]

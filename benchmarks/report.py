@@ -19,25 +19,47 @@ REPORTS = HERE.parent / "recipes" / "reports"  # of `revit evaluate`
 REVIT_START, REVIT_END = "<!-- revit:start -->", "<!-- revit:end -->"
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
+KEPT += ("settings", "ours_error", "rival_error")
+INFER = ("infer", "images", "images_per_second", "decoded_per_second", "answered_per_second", "process_seconds")
 README_BENCHES = {  # what the README shows: file::function, and what it is
-    "bench_vit::bench_vit": "ViT-S/16, 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
-    "bench_vit::bench_vit_prepacked": "The same with `model.prepack()`",
+    "bench_vit::bench_vit": "A batch of 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
+    "bench_cpu::bench_traffic": "200 batches, each image's grid drawn anew from those four",
+    "bench_cpu::bench_one_image": "One image at a time: milliseconds an image",
+    "bench_cpu::bench_int8": "A batch of 32 images in int8; the peak is int8's",
+    "bench_cpu::bench_int8_shipped": "The shipped model in int8, 256 images over its menu; the peak is int8's",
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images of one length: where packing has nothing to save",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
+    "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
     "bench_loading::bench_loading": "The images of a training step made ready in one process, against the step",
 }
+MODELS = {"vit_small_patch16_224": "ViT/S", "vit_base_patch16_224": "ViT/B"}  # a slash, as dashes part parameters
 RIVALS = {
     "bucketed": "one dense batch per length",
     "loop": "one image at a time",
     "naflex": "NaFlexVit, padded",
     "naflex_fastest": "NaFlexVit, padded, its fastest mode",
-    "openvino": "OpenVINO, one dense batch per length",
+    "openvino": "OpenVINO, a compiled model per length",
+    "openvino_per_length": "OpenVINO, a compiled model per length",
+    "openvino_dynamic": "OpenVINO, one model, dynamic shapes",
+    "openvino_int8": "OpenVINO int8 (NNCF)",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime_int8": "ONNX Runtime int8",
+    "zentorch": "zentorch",
+    "eager": "timm, eager",
+    "compiled": "timm, torch.compile",
+    "ours_bf16": "ours in bf16",
     "padded": "padded, with a mask",
     "convolve": "F.conv2d",
     "unfold": "F.unfold and a product",
 }
+
+
+def results_file(device: str) -> Path:
+    """Where the results of this device are kept."""
+    RESULTS.mkdir(exist_ok=True)
+    return RESULTS / (re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json")
 
 
 def collect(path: Path) -> None:
@@ -45,15 +67,14 @@ def collect(path: Path) -> None:
     run = json.loads(path.read_text())
     for bench in run["benchmarks"]:
         info = bench["extra_info"]
-        if "speedup" not in info:
+        if "speedup" not in info and "infer" not in info:
             continue
-        file = RESULTS / (re.sub(r"[^A-Za-z0-9]+", "_", info["device"]).strip("_") + ".json")
+        file = results_file(info["device"])
         results = json.loads(file.read_text()) if file.exists() else {"device": info["device"], "rows": {}}
-        row = {key: info[key] for key in KEPT if key in info}
+        row = {key: info[key] for key in KEPT + INFER if key in info}
         row |= {"rounds": bench["stats"]["rounds"], "date": run["datetime"][:10]}
         name = bench["fullname"].rpartition("/")[2].replace(".py::", "::")
         results["rows"][name] = json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
-        RESULTS.mkdir(exist_ok=True)
         file.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
@@ -66,15 +87,61 @@ def _rows(results: dict, bench: str):
 
 def _case(parameters: str, row: dict) -> str:
     """The parameters less what has a column of its own."""
-    for taken in (
-        row["rival"],
-        f"torch.{row['dtype']}",
-        "forward",
-        "vit_small_patch16_224-32",
-        "vit_small_patch16_224",
-    ):
+    for taken in (row["rival"], f"torch.{row['dtype']}", "forward"):
         parameters = re.sub(rf"(^|-){re.escape(taken)}(?=-|$)", "", parameters)
-    return parameters.strip("-").replace("-", ", ")
+    for name, short in MODELS.items():
+        parameters = parameters.replace(name, short)
+    return ", ".join(part.replace("/", "-") for part in parameters.strip("-").split("-"))
+
+
+def infer_table(results: dict) -> list[str]:
+    """What `revit infer` says of itself, on photographs."""
+    rows = sorted(_rows(results, "bench_infer::bench_infer"))
+    if not rows:
+        return []
+    count = rows[0][1]["images"]
+    lines = [
+        f"**`revit infer` on {count:,} photographs in JPEG, 640 x 480: images/s, and what each part could do alone**",
+        "",
+        "| model and grid | end to end | decoding alone | the model alone | bottleneck |",
+        "|---|---|---|---|---|",
+    ]
+    for case, row in rows:
+        rates = (row[key] for key in ("images_per_second", "decoded_per_second", "answered_per_second"))
+        cells = [case.replace("-", ", "), *(f"{rate:,.0f}" for rate in rates), row["infer"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def accuracy_table(results: dict) -> list[str]:
+    """What int8 costs in accuracy, of benchmarks/int8_accuracy.py."""
+    found = results.get("int8_accuracy")
+    if not found:
+        return []
+    lines = [
+        f"**Accuracy in int8: the shipped model on {found['rows'][0]['images']:,} test images, {found['date']}**",
+        "",
+        "| grid | | accuracy, % | points lost against bf16 |",
+        "|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        lost = f"{row['lost']:.2f} ± {row['lost_error']:.2f}" if row["way"] != found["rows"][0]["way"] else ""
+        cells = [row["length"], row["way"], f"{row['accuracy']:.2f} ± {row['standard_error']:.2f}", lost]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def settings(results: dict, bench: str) -> list[str]:
+    """Which of its settings each rival does best with."""
+    found = {}
+    for parameters, row in _rows(results, bench):
+        if "settings" in row:
+            rival = RIVALS.get(row["rival"], row["rival"])
+            found.setdefault((rival, row["settings"]), []).append(f"{_case(parameters, row)} {row['dtype']}")
+    by_rival = {}
+    for (rival, text), cases in sorted(found.items()):
+        by_rival.setdefault(rival, []).append(f"{text} ({'; '.join(sorted(cases))})")
+    return [f"Best settings of {rival}: {'. '.join(texts)}." for rival, texts in by_rival.items()]
 
 
 def table(results: dict, bench: str) -> list[str]:
@@ -108,6 +175,8 @@ def readme() -> str:
         for bench, title in README_BENCHES.items():
             if any(True for _ in _rows(results, bench)):
                 text += [f"**{title}**", "", *table(results, bench), ""]
+                text += [line for setting in settings(results, bench) for line in (setting, "")]
+        text += accuracy_table(results) + infer_table(results)
     return "\n".join(text)
 
 

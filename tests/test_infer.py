@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +19,8 @@ from test_images import broken_files, noise
 
 from revit_kernels import cli, dispatch
 from revit_kernels.data.images import Decoded, decode
-from revit_kernels.serving import command
-from revit_kernels.serving.infer import GridRule
+from revit_kernels.serving import command, loading
+from revit_kernels.serving.infer import GridRule, Totals, measured
 from revit_kernels.serving.records import WRITERS, Answer, Columns, check_output
 
 
@@ -156,6 +158,61 @@ def test_labels(model, photos, capsys, tmp_path):
         assert {(c["class"], c["label"]) for c in best} == {(0, "röt"), (1, "grün"), (2, "blau")}
 
 
+# ---------------------------------------------------------------------- the bottleneck
+
+
+def slowed(function, seconds):
+    def slow(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def rates(err):
+    """The closing line's two rates: what could be decoded, what the model could take."""
+    one = r"Decoding was the bottleneck: ([\d,.]+) images/s could be decoded, the model could take ([\d,.]+)\.$"
+    other = r"The model was the bottleneck: it could take ([\d,.]+) images/s, ([\d,.]+) could be decoded\.$"
+    line = err.splitlines()[0]
+    found = re.search(one, line) or re.search(other, line)
+    numbers = [float(number.replace(",", "")) for number in found.groups()]
+    return numbers if "Decoding was" in line else numbers[::-1]
+
+
+def test_slow_decoding_is_the_bottleneck(model, photos, capsys, monkeypatch):
+    monkeypatch.setattr(loading, "decode", slowed(loading.decode, 0.05))
+    assert revit(*[photos] * 10, "--workers", 2, "--batch-tokens", 600) == 0
+    err = lines(capsys)[1]
+    decoded, answered = rates(err)
+    assert "Decoding was the bottleneck" in err and decoded <= 2 / 0.05 < answered
+
+
+def test_a_slow_model_is_the_bottleneck(model, photos, capsys):
+    model.forward = slowed(model.forward, 0.2)
+    assert revit(*[photos] * 6, "--workers", 2, "--batch-tokens", 600) == 0
+    err = lines(capsys)[1]
+    decoded, answered = rates(err)
+    assert "The model was the bottleneck" in err and answered <= 3 / 0.2 < decoded
+
+
+def test_one_batch_is_enough_to_tell(model, photos, capsys):
+    model.forward = slowed(model.forward, 1.0)
+    assert revit(photos) == 0
+    err = lines(capsys)[1]
+    assert "The model was the bottleneck: it could take " in err and rates(err)[1] <= 3
+
+
+def test_nothing_answered_is_no_bottleneck(model, tmp_path, capsys):
+    broken_files(tmp_path)
+    assert revit(tmp_path / "text.jpg") == 1
+    assert "bottleneck" not in lines(capsys)[1]
+    assert command.bottleneck(Totals(decoded=100.0)) is None is command.bottleneck(Totals(answered=100.0))
+
+
+def test_the_decoders_rarely_stand_still():
+    assert [number for number in range(1, 1000) if measured(number)] == [1, 4, 16, 64, 256]
+
+
 # ---------------------------------------------------------------------- files
 
 
@@ -219,7 +276,7 @@ def test_an_interrupt_from_outside(photos, tmp_path):
         import sys, time
         from test_infer import StandIn
         from revit_kernels import cli
-        from revit_kernels.serving import command
+        from revit_kernels.serving import command, loading
         model = StandIn()
         def slow(images, **kwargs):
             print("answering", flush=True)
@@ -302,8 +359,6 @@ def test_misuse_is_one_sentence_and_exit_2(model, photos, tmp_path, capsys, argu
         status = exit.code
     captured = capsys.readouterr()
     assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
-    import re
-
     assert re.search(message, captured.err) and "error:" in captured.err
     assert dispatch.FORCED == os.environ.get("REVIT_BACKEND")
 

@@ -9,7 +9,7 @@ from test_images import noise
 from revit_kernels.data.images import Decoded, ImageError
 from revit_kernels.serving import loading
 from revit_kernels.serving.infer import GridRule
-from revit_kernels.serving.loading import load_all
+from revit_kernels.serving.loading import Pace, load_all
 
 RULE = GridRule((16, 16), 196)
 
@@ -106,6 +106,50 @@ def test_threads_that_wait_end_with_the_run(decoder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         failing.throw(KeyboardInterrupt())
     assert threads_end()
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 3 * 48])  # also with threads that wait for room
+def test_a_pause_lets_nothing_be_decoded(decoder, monkeypatch, limit):
+    monkeypatch.setattr(loading, "AHEAD_BYTES", limit)
+    pace, order = Pace(), []
+    for loaded in load_all(range(60), RULE, workers=4, ahead=16, pace=pace):
+        order.append(loaded.path)
+        if loaded.path % 5 == 0:
+            with pace.pause():
+                held = decoder.bytes
+                threading.Event().wait(0.02)
+                assert pace.decoding == 0 and decoder.bytes == held
+        decoder.take(loaded)
+    assert order == list(range(60)) and threads_end()
+
+
+def test_a_run_that_dies_in_a_pause_ends(decoder):
+    pace = Pace()
+    images = load_all(range(100), RULE, workers=4, ahead=16, pace=pace)
+    next(images)
+    with pytest.raises(KeyboardInterrupt), pace.pause():
+        raise KeyboardInterrupt
+    images.close()
+    assert threads_end()
+
+
+def test_an_image_counts_by_the_part_of_it_that_was_decoded_alone(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(loading.time, "perf_counter", lambda: now)
+    pace = Pace()
+    assert pace.images_per_second is None
+    begun = pace.begin()
+    now = 2.0
+    with pace.waiting():
+        now = 4.0
+        parts = [pace.stop(begun)]  # it stands still for room, which is not decoding
+        now = 5.0
+        begun = pace.begin()
+        now = 6.0
+    now = 8.0
+    pace.add([*parts, pace.stop(begun)])
+    # 7 seconds of decoding, 3 of them while the consumer waited, which took 4 seconds in all.
+    assert pace.images_per_second == (3 / 7) / 4
 
 
 def test_a_crop_does_not_keep_the_whole_image(tmp_path):

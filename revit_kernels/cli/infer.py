@@ -46,6 +46,11 @@ def add(commands):
     model.add_argument("--untrained", action="store_true", help="random weights: for timing only")
     add_device(model)
     add_dtype(model)
+    model.add_argument(
+        "--quantise",
+        choices=("int8", "fp8"),
+        help="fewer bits for the blocks' weights and activations: int8 on a CPU, fp8 on a GPU",
+    )
     model.add_argument("--backend", help="run every op on this backend, or fail (python -m revit_kernels lists them)")
 
     tokens = infer.add_argument_group("tokens")

@@ -56,6 +56,7 @@ def _answer(args, paths: list[str], device: torch.device) -> Totals:
         untrained=args.untrained,
         device=device,
         dtype=choose_dtype(args.dtype, device),
+        quantise=args.quantise,
     )
     model.patch_method = args.method
     adaptive = make_adaptive(args, model)
@@ -179,7 +180,18 @@ def closing_line(totals: Totals, length: int) -> str:
         share = totals.tokens / totals.full - 1
         change = "saved" if share <= 0 else "added"
         line += f", {abs(share):.0%} of tokens {change} against {length} an image"
-    return line
+    return f"{line}. {found}" if (found := bottleneck(totals)) else line
+
+
+def bottleneck(totals: Totals) -> str | None:
+    """Whether decoding or the model was the slower, each measured while the other stood still; None where either was
+    not measured."""
+    if totals.decoded is None or totals.answered is None:
+        return None
+    decoded, answered = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in (totals.decoded, totals.answered))
+    if totals.decoded < totals.answered:
+        return f"Decoding was the bottleneck: {decoded} images/s could be decoded, the model could take {answered}."
+    return f"The model was the bottleneck: it could take {answered} images/s, {decoded} could be decoded."
 
 
 def _report(totals: Totals) -> int:

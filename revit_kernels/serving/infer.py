@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.images import Decoded, ImageError, show
 from revit_kernels.grids import Grid, largest_grid, native_grid
 from revit_kernels.serving.batching import token_batches
-from revit_kernels.serving.loading import Loaded, load_all
+from revit_kernels.serving.loading import Loaded, Pace, load_all
 from revit_kernels.serving.records import Answer
 
 BATCH_BYTES = 512 << 20  # decoded images in one batch
@@ -74,13 +75,20 @@ class GridRule:
 
 @dataclass
 class Totals:
-    """What a run came to. Seconds count from the first image asked for to the last record written."""
+    """What a run came to. Seconds count from the first image asked for to the last record written.
+
+    decoded:  images a second that the threads decoded while nothing was answered
+    answered: images a second from decoded image to record while nothing was decoded, measured in a few batches
+    Both are None where there was no such time.
+    """
 
     images: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     tokens: int = 0
     full: int = 0  # tokens, had every image been given the model's full length
     seconds: float = 0.0
+    decoded: float | None = None
+    answered: float | None = None
 
 
 class Results(NamedTuple):
@@ -168,7 +176,24 @@ def infer(
         if progress is not None:
             progress(len(batch))
 
-    images = load_all(paths, rule, workers, ahead)
+    def run(batch: list[Loaded]) -> Results | None:
+        good = [loaded for loaded in batch if loaded.error is None]
+        results = answer(model, good, device, features) if good else None
+        for loaded in good:
+            if keep is not None:
+                keep(loaded)
+            loaded.pixels = None
+        return results
+
+    def run_to_the_end(batch: list[Loaded]) -> float:
+        """Answers the batch and writes its records; returns the seconds."""
+        begun = time.perf_counter()
+        write(batch, run(batch))
+        return time.perf_counter() - begun
+
+    pace = Pace()
+    alone: list[tuple[int, float]] = []  # images and seconds of batches that ran while no image was decoded
+    images = load_all(paths, rule, workers, ahead, pace)
     try:
         before = None  # a GPU works on one batch while the records of the one before are written
         batches = token_batches(
@@ -178,21 +203,36 @@ def infer(
             max_bytes=BATCH_BYTES,
             bytes_of=lambda loaded: loaded.bytes,
         )
-        for batch in batches:
-            good = [loaded for loaded in batch if loaded.error is None]
-            results = answer(model, good, device, features) if good else None
-            for loaded in good:
-                if keep is not None:
-                    keep(loaded)
-                loaded.pixels = None
+        for number, batch in enumerate(batches):
+            if number and not measured(number):
+                results = run(batch)
+                if before is not None:
+                    write(*before)
+                before = (batch, results)
+                continue
             if before is not None:
                 write(*before)
-            before = (batch, results)
+                before = None
+            with pace.pause() if number else nullcontext():
+                alone.append((len(batch), run_to_the_end(batch)))
         if before is not None:
             write(*before)
     finally:
         images.close()
+    totals.decoded = pace.images_per_second
+    if len(totals.errors) < totals.images:
+        # The first batch warms up; where there is no other, all images were decoded before it.
+        count, seconds = map(sum, zip(*(alone[1:] or alone)))
+        totals.answered = count / max(seconds, 1e-9)
     return totals
+
+
+def measured(number: int) -> bool:
+    """Whether the decoders stand still for this batch, which shows what the model can do by itself.
+
+    They do for 1, 4, 16, 64 ...: few enough to cost next to nothing.
+    """
+    return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _choices(model: AdaptiveViT, results: Results) -> list[tuple[Grid, int]]:

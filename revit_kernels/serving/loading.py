@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from threading import Condition
 
 import torch
@@ -71,6 +72,74 @@ class ByteLimit:
             self.changed.notify_all()
 
 
+class Pace:
+    """How fast images are decoded while their consumer does nothing, and a way to have the decoders do nothing.
+
+    Decoders and consumer may share cores, so neither's time says what it could do alone. The consumer does nothing
+    while it waits for an image; an image that is decoded partly in such times counts by that part of its time.
+    """
+
+    def __init__(self):
+        self.changed = Condition()
+        self.paused, self.decoding = False, 0
+        self.waited, self.since = 0.0, None  # seconds of waiting that have ended, and when the present one began
+        self.images = 0.0  # decoded while the consumer waited
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Decoded while the consumer waited; None where it never did."""
+        return self.images / self.waited if self.images and self.waited else None
+
+    def _now(self) -> tuple[float, float]:
+        """The time, and the seconds that the consumer has waited by now."""
+        now = time.perf_counter()
+        return now, self.waited + (now - self.since if self.since is not None else 0.0)
+
+    @contextmanager
+    def waiting(self):
+        """Around the consumer's wait for an image."""
+        with self.changed:
+            self.since = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.waited, self.since = self._now()[1], None
+
+    @contextmanager
+    def pause(self):
+        """No image is being decoded inside; those begun are finished first."""
+        try:
+            with self.changed:
+                self.paused = True
+                self.changed.wait_for(lambda: not self.decoding)
+            yield
+        finally:
+            with self.changed:
+                self.paused = False
+                self.changed.notify_all()
+
+    def begin(self) -> tuple[float, float]:
+        """A decoder begins or goes on, once there is no pause."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.paused)
+            self.decoding += 1
+            return self._now()
+
+    def stop(self, begun: tuple[float, float]) -> tuple[float, float]:
+        """A decoder is done, or stands still: the seconds since `begun`, and those of them that the consumer waited."""
+        with self.changed:
+            self.decoding -= 1
+            self.changed.notify_all()
+            return tuple(now - then for now, then in zip(self._now(), begun))
+
+    def add(self, parts: list[tuple[float, float]]) -> None:
+        """An image was decoded, in the seconds of these `stop`s."""
+        seconds, alone = map(sum, zip(*parts))
+        with self.changed:
+            self.images += alone / max(seconds, 1e-9)
+
+
 def load(path: str, rule, hold=None) -> Loaded:
     """Decode one image; whatever is wrong with it becomes its error. hold: see `decode`."""
     try:
@@ -84,23 +153,35 @@ def load(path: str, rule, hold=None) -> Loaded:
     return Loaded(path, torch.from_numpy(pixels), decoded.size, grid)
 
 
-def load_all(paths: Iterable[str], rule, workers: int, ahead: int) -> Iterator[Loaded]:
+def load_all(paths: Iterable[str], rule, workers: int, ahead: int, pace: Pace | None = None) -> Iterator[Loaded]:
     """Images in the order of `paths`, decoded by `workers` threads, at most `ahead` of them before they are asked for.
 
     Images that are being decoded or wait take AHEAD_BYTES at most, and the one that is asked for if it is larger.
+    pace: told what is decoded and waited for, and can pause the threads
     """
-    limit = ByteLimit(AHEAD_BYTES)
+    limit, pace = ByteLimit(AHEAD_BYTES), pace or Pace()
     numbered = enumerate(paths)
     waiting: deque[tuple[int, Future]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
 
     def work(index: int, path: str) -> Loaded:
-        size = 0
+        size, begun, parts = 0, pace.begin(), []
+
+        def hold(size: int) -> None:  # to wait for room is not to decode
+            nonlocal begun
+            parts.append(pace.stop(begun))
+            try:
+                limit.hold(index, size)
+            finally:
+                begun = pace.begin()
+
         try:
-            loaded = load(path, rule, partial(limit.hold, index))
+            loaded = load(path, rule, hold)
             size = loaded.bytes
             return loaded
         finally:
+            parts.append(pace.stop(begun))
+            pace.add(parts)
             limit.settle(index, size)
 
     try:
@@ -111,7 +192,8 @@ def load_all(paths: Iterable[str], rule, workers: int, ahead: int) -> Iterator[L
                 return
             index, future = waiting.popleft()
             limit.wait_for(index)  # the pool begins images in order: this one is done, or a thread has it
-            loaded = future.result()
+            with pace.waiting():
+                loaded = future.result()
             del future  # it would keep the image
             limit.settle(index, 0)
             yield loaded
