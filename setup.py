@@ -1,8 +1,9 @@
 """Builds csrc/<op>/cpu.cpp into revit_kernels/_cpu.so and, where nvcc is found, csrc/<op>/cuda.cu into _cuda.so.
 
 Both use only PyTorch's stable ABI: one build serves every torch >= 2.10, and needs no GPU nor a CUDA build of torch.
-REVIT_CUDA_ARCHS ("80;90" by default) names the GPUs to build for, oldest first: those newer than the last compile its
-PTX as they load it. Empty leaves the CUDA kernels out.
+REVIT_CUDA_ARCHS ("80;90a" by default) names the GPUs to build for, oldest first: those newer than the last compile its
+PTX as they load it. 90a is Hopper with the instructions that no other GPU has; newer ones get the PTX of 90. Empty
+leaves the CUDA kernels out.
 Without a C++ compiler the package still installs: its Triton and reference backends need none.
 """
 
@@ -17,10 +18,11 @@ from torch.utils.cpp_extension import include_paths, library_paths
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
 # Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
 CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
-ARCHS = [arch for arch in os.environ.get("REVIT_CUDA_ARCHS", "80;90").split(";") if arch]
+ARCHS = [arch for arch in os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";") if arch]
 CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=0"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
+NEWEST = [arch.rstrip("af") for arch in ARCHS[-1:]]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in NEWEST]
 CXX = os.environ.get("CXX", "g++")
 
 

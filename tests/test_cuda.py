@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_host.build import CXX, FLAGS, ROOT, build, cached, contents, sanitizer, sources
+from cuda_on_host.build import CXX, FLAGS, HEADERS, ROOT, build, cached, contents, sanitizer, sources
 
 from revit_kernels import native
 
@@ -67,6 +67,71 @@ def test_memory_out_of_bounds_is_left_alone(on_host, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.parametrize("order", ["", "reverse"])
+def test_contract_on_hopper(order, on_host):
+    env = on_host | {"REVIT_CUDA_ON_HOST_HOPPER": "1", "REVIT_CUDA_ORDER": order}
+    select = "cuda and (float16 or not float) and " + (
+        "(menu or edges or 72 or company or tail)" if order else "not none"
+    )
+    passed, skipped = run_contract(["attention"], select, env)
+    assert passed >= 10 and not [why for why in skipped if not re.search(EXCUSES["attention"], why)], (passed, skipped)
+
+
+# Beside the contract's images: more tiles than warpgroups while the keys stay, and keys that stream past several tiles.
+HOPPER = """
+import sys
+import torch
+from revit_kernels.ops.attention import attention
+head_dim, heads, *lengths = map(int, sys.argv[1:])
+torch.manual_seed(0)
+q, k, v = torch.randn(sum(lengths), 3, heads, head_dim).bfloat16().unbind(1)
+def run(backend, lengths, *qkv):
+    return attention(*qkv, torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths), backend=backend)
+out, exact = run("cuda", lengths, q, k, v), run("reference", lengths, q.double(), k.double(), v.double())
+rough = (run("reference", lengths, q, k, v) - exact).abs().max()
+assert (out - exact).abs().max() <= 2 * rough, ((out - exact).abs().max(), rough)
+for i, length in enumerate(lengths):
+    rows = slice(sum(lengths[:i]), sum(lengths[: i + 1]))
+    assert torch.equal(run("cuda", [length], q[rows], k[rows], v[rows]), out[rows]), length
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "shape", ["64 5 300 17 64 197 50", "64 2 780 3", "80 4 257 33 600", "96 4 7 460", "128 4 330 200 65"]
+)
+def test_tiles_on_hopper(shape, on_host):
+    env = on_host | {"REVIT_CUDA_ON_HOST_HOPPER": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", HOPPER, *shape.split()], capture_output=True, text=True, env=env, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("order", ["", "reverse"])
+def test_what_hopper_would_not_forgive_shows_on_the_host(order):
+    source = ROOT / "tests/cuda_on_host/hopper_faults.cpp"
+    parts = [path.read_bytes() for path in (source, *HEADERS, *sorted(ROOT.glob("csrc/common/*.h")))]
+    program = cached("hopper_faults", [*CXX, str(source), "-o"], parts)
+    env = os.environ | {"REVIT_CUDA_ORDER": order}
+    said = subprocess.run([program], capture_output=True, text=True, env=env, check=True).stdout
+    changes, hangs = "an operand of a product changes before it is waited for", "threads wait for one another for ever"
+    expected = [
+        "right",
+        "right" if order else changes,  # a copy that lands at once is there for those who do not wait
+        "NaN",
+        "a product without wgmma.fence since the last wait",
+        "a product after a store to shared memory without fence.proxy.async",
+        changes,
+        hangs,
+        hangs,
+        "wrong",
+    ]
+    assert [line.removeprefix("CUDA on the host: ") for line in said.splitlines()] == expected
+
+
+@needs_compiler
 def test_a_tensor_on_the_cpu_is_refused(on_host):
     code = f"""
 import importlib, os, torch
@@ -81,15 +146,19 @@ print([refusal(op, "cuda", *sample) for op, sample in samples.items()])
     assert done.stdout == f"{taken}\n{refused}\n", done.stdout + done.stderr[-2000:]
 
 
+def cuobjdump():
+    """The path of the tool."""
+    if tool := shutil.which("cuobjdump"):
+        return tool
+    pytest.importorskip("triton", reason="there is no cuobjdump, beside nvcc or in Triton")
+    from triton import knobs
+
+    return knobs.nvidia.cuobjdump.path
+
+
 def resources(cubin):
     """Registers, stack, static shared and local memory of each kernel, as cuobjdump reads them."""
-    tool = shutil.which("cuobjdump")
-    if not tool:
-        pytest.importorskip("triton", reason="there is no cuobjdump, beside nvcc or in Triton")
-        from triton import knobs
-
-        tool = knobs.nvidia.cuobjdump.path
-    text = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([cuobjdump(), "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     kernels = re.findall(r"Function (\S+):\s+(.*)", text)
     return {name: {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", usage)} for name, usage in kernels}
 
@@ -131,3 +200,29 @@ def test_machine_code(op):
         for name, usage in kernels.items():
             assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"spills on sm_{arch}: {name} {usage}"
             assert usage["SHARED"] <= SHARED[arch], f"too much shared memory on sm_{arch}: {name} {usage}"
+
+
+@needs_nvcc
+def test_machine_code_for_hopper():
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(re.search(r"release (\d+)", version)[1]) < 12:
+        pytest.skip("this nvcc does not know sm_90a")
+    source = sources()["attention"]
+    command = ["nvcc", *FLAGS, "-O3", "-DUSE_CUDA", "-cubin", "-arch=sm_90a", str(source), "-o"]
+    cubin = cached("attention_90a.cubin", command, contents(source))
+    kernels = {name: usage for name, usage in resources(cubin).items() if "hopper_kernel" in name}
+    assert len(kernels) == 8  # head_dim 64, 80, 96 and 128, in two dtypes
+    for name, usage in resources(cubin).items():
+        assert usage["STACK"] == 0 and usage["LOCAL"] == 0, f"spills: {name} {usage}"
+    for name, usage in kernels.items():
+        threads = 640 if "Li64E" in name else 512
+        assert usage["REG"] == 65536 // threads // 8 * 8, f"not the registers that are dealt out again: {name} {usage}"
+        assert usage["SHARED"] <= 2048, f"more than is kept for it beside the ring: {name} {usage}"
+        text = subprocess.run([cuobjdump(), "-sass", "-fun", name, cubin], capture_output=True, text=True).stdout
+        code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?);", text, re.MULTILINE)
+        products = [line for line in code if "HGMMA" in line]
+        starts = [line for line in code if "WARPGROUP.ARRIVE" in line]
+        for instruction in ("UTMALDG.3D", "SYNCS.PHASECHK", "USETMAXREG", "WARPGROUP.DEPBAR"):
+            assert any(instruction in line for line in code), f"no {instruction}: {name}"
+        # Five kinds of a block of keys, scores and sums of each: products that wait for one another would be more.
+        assert len(starts) == 10 and sum("gsb0" in line for line in products) == 10 and len(products) > 30, name

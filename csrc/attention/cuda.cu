@@ -1,11 +1,13 @@
-// Attention within each image of a packed batch on NVIDIA GPUs from sm_80 on: mma.sync on 16-bit numbers, softmax and
-// sums in fp32. No atomics: the same results in every run, and for an image in any company.
+// Attention within each image of a packed batch on NVIDIA GPUs from sm_80 on: mma.sync on 16-bit numbers, on Hopper
+// wgmma for the forward pass; softmax and sums in fp32. No atomics: the same results in every run, and for an image in
+// any company.
 
 #include <algorithm>
 #include <tuple>
 
 #include "cuda_backward.h"
 #include "cuda_forward.h"
+#include "cuda_hopper.h"
 
 namespace {
 
@@ -70,6 +72,42 @@ void for_shape(const Tensor& q, Run run) {
     by_dim(revit::float16());
 }
 
+// Tiles of 64 queries that a block on Hopper has of an image: two for each warpgroup, so all of an image with up to 384
+// rows. And all heads, or as many as leave every multiprocessor two blocks; where even one leaves less, fewer tiles.
+template <class Shape>
+int hopper_tiles(Packed& p) {
+  const int64_t wanted = int64_t{2} * Shape::kBlocks * revit::multiprocessors();
+  int tiles = 2 * Shape::kWarpgroups;
+  auto blocks = [&] { return static_cast<int64_t>(revit::most_tiles(p.images, p.tokens, tiles * kRows)); };
+  if (blocks() * p.heads < wanted) tiles = Shape::kWarpgroups;
+  p.head_group = p.heads;
+  while (p.head_group > 1 && blocks() * ceil_div(p.heads, p.head_group) < wanted)
+    p.head_group = ceil_div(p.head_group, 2);
+  return tiles;
+}
+
+// Whether it went to Hopper's kernel.
+template <int kDim, class Kind>
+bool forward_on_hopper(const revit::Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, uint16_t* y,
+                       float* lse, Packed p) {
+  using Shape = HopperShape<kDim>;
+  if (!p.tokens_k || !revit::on_hopper(hopper_kernel<kDim, Kind>)) return false;
+  HopperMaps maps;
+  auto encode = [&](revit::TensorMap(&to)[2], const Tensor& x) {
+    for (int tail = 0; tail < (Shape::kTail ? 2 : 1); ++tail)
+      if (!revit::encode(to[tail], x.data_ptr(), static_cast<int>(x.size(0)), p.heads, p.dim, x.stride(0), x.stride(1),
+                         kBoxRows, tail ? Shape::kTail : 64))
+        return false;
+    return true;
+  };
+  if (!encode(maps.q, q) || !encode(maps.k, k) || !encode(maps.v, v)) return false;
+  const int tiles = hopper_tiles<Shape>(p);
+  const dim3 grid(revit::most_tiles(p.images, p.tokens, tiles * kRows) + kTailBlocks,
+                  ceil_div(p.heads, p.head_group));
+  stream.launch(hopper_kernel<kDim, Kind>, grid, Shape::kThreads, Shape::kShared, maps, y, lse, p, tiles);
+  return true;
+}
+
 // q, y: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                           const Tensor& cu_seqlens_k, double scale) {
@@ -81,9 +119,12 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, cons
   for_shape(q, [&](auto columns, auto kind) {
     constexpr int kDim = decltype(columns)::value;
     using Shape = ForwardShape<kDim>;
+    float* const lse_data = static_cast<float*>(lse.data_ptr());
+    constexpr int kHopperDim = kDim < 64 ? 64 : kDim;
+    if (forward_on_hopper<kHopperDim, decltype(kind)>(stream, q, k, v, pointer(y), lse_data, p)) return;
     const dim3 blocks = grid(p, p.tokens, Shape::kWarps);
     stream.launch(forward_kernel<kDim, decltype(kind)>, blocks, Shape::kWarps * 32, Shape::kShared, view(q), view(k),
-                  view(v), pointer(y), static_cast<float*>(lse.data_ptr()), p);
+                  view(v), pointer(y), lse_data, p);
   });
   return {y, lse};
 }

@@ -36,14 +36,15 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kWarps * 32, ForwardShape<
   for (int step = 0; step < plan.flight - 1; ++step) start(step);
 
   // Which of the heads beside one another the warp has.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = warp / plan.groups;
+  const int place = threadIdx.x / 32 / plan.groups;
   const float factor = fmaxf(p.scale * kLog2E, 1e-30f);  // so that -inf stays -inf; a scale of 0 still gives the mean
   int step = 0;
   for (int round = 0; round * plan.beside < plan.heads; ++round) {
     const int head = plan.first_head + round * plan.beside + place;
     const bool busy = place < plan.beside && round * plan.beside + place < plan.heads;
     uint32_t queries[kDim / 16][4];
-    float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0}, sums[kDim / 8][4] = {};
+    Softmax softmax;
+    float sums[kDim / 8][4] = {};
     if (busy) load_rows<kDim>(queries, q, head, rows_of_warp(plan), p.dim);
     for (int chunk = 0; chunk < plan.chunks; ++chunk, ++step) {
       wait_for_step(plan);
@@ -56,33 +57,8 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kWarps * 32, ForwardShape<
         const int here = min(left - key, Shape::kTiles * 8), parts = ceil_div(here, kGroup);
         float scores[Shape::kTiles][4] = {};
         times_rows<kDim, Shape::kTiles, Kind>(scores, queries, chunk_keys + key * kRow<kDim> * 2, parts);
-        float highest[2] = {top[0], top[1]};
-#pragma unroll
-        for (int t = 0; t < Shape::kTiles; ++t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (8 * t + lane % 4 * 2 + i % 2 >= here) scores[t][i] = -INFINITY;
-            highest[i / 2] = fmaxf(highest[i / 2], scores[t][i]);
-          }
-        }
-        float base[2], shrink[2], added[2] = {0, 0};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          highest[i] = quad_max(highest[i]);
-          base[i] = highest[i] == -INFINITY ? 0 : highest[i] * factor;
-          shrink[i] = revit::exp2_approximate(top[i] * factor - base[i]);
-          top[i] = highest[i];
-        }
-#pragma unroll
-        for (int t = 0; t < Shape::kTiles; ++t) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            scores[t][i] = revit::exp2_approximate(fmaf(scores[t][i], factor, -base[i / 2]));
-            added[i / 2] += scores[t][i];
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) total[i] = total[i] * shrink[i] + quad_sum(added[i]);
+        float shrink[2];
+        softmax.add<true>(scores, shrink, here, factor);
 #pragma unroll
         for (int t = 0; t < kDim / 8; ++t) {
 #pragma unroll
@@ -93,14 +69,9 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kWarps * 32, ForwardShape<
     }
     if (!busy) continue;
     const Rows own = rows_of_warp(plan);
-    const float inverse[2] = {total[0] == 0 ? 0 : 1 / total[0], total[1] == 0 ? 0 : 1 / total[1]};  // no keys: zeros
+    const float inverse[2] = {softmax.inverse(0), softmax.inverse(1)};
     store_rows<kDim, Kind>(y, sums, inverse, p.heads, head, own, p.dim);
-    if (lane % 4 < 2) {
-      const int row = lane / 4 + lane % 4 * 8;
-      const float highest = lane % 4 ? top[1] : top[0], sum = lane % 4 ? total[1] : total[0];
-      if (row < own.count())
-        lse[static_cast<int64_t>(own.begin + row) * p.heads + head] = (highest * factor + log2f(sum)) * kLn2;
-    }
+    softmax.store_lse(lse, p.heads, head, own, factor);
   }
   revit::wait_for_copies<0>();
 }

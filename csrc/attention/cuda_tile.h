@@ -269,4 +269,55 @@ __device__ inline float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// The softmax of two rows, 8 apart, of which a thread sees every fourth pair of scores: block after block of keys.
+struct Softmax {
+  float top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+  // Makes weights of the scores, of which those from `here` on count for nothing; what was summed before shrinks.
+  template <bool kMasked, int kTiles>
+  __device__ void add(float (&scores)[kTiles][4], float (&shrink)[2], int here, float factor) {
+    const int column = threadIdx.x % 4 * 2;
+    float highest[2] = {top[0], top[1]};
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kMasked && 8 * t + column + i % 2 >= here) scores[t][i] = -INFINITY;
+        highest[i / 2] = fmaxf(highest[i / 2], scores[t][i]);
+      }
+    }
+    float base[2], added[2] = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      highest[i] = quad_max(highest[i]);
+      base[i] = highest[i] == -INFINITY ? 0 : highest[i] * factor;
+      shrink[i] = revit::exp2_approximate(top[i] * factor - base[i]);
+      top[i] = highest[i];
+    }
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[t][i] = revit::exp2_approximate(fmaf(scores[t][i], factor, -base[i / 2]));
+        added[i / 2] += scores[t][i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) total[i] = total[i] * shrink[i] + quad_sum(added[i]);
+  }
+
+  // 1 / sum of a row's weights: what makes them add up to one. No keys: zeros.
+  __device__ float inverse(int i) const { return total[i] == 0 ? 0 : 1 / total[i]; }
+
+  // Writes log(sum(exp(score * scale))) of the rows of a warp to (tokens, heads).
+  __device__ void store_lse(float* lse, int heads, int head, Rows rows, float factor) const {
+    const int lane = threadIdx.x % 32;
+    if (lane % 4 >= 2) return;
+    const int row = lane / 4 + lane % 4 * 8;
+    const float highest = lane % 4 ? top[1] : top[0], sum = lane % 4 ? total[1] : total[0];
+    if (row < rows.count())
+      lse[static_cast<int64_t>(rows.begin + row) * heads + head] = (highest * factor + log2f(sum)) * kLn2;
+  }
+};
+
 }  // namespace revit_attention_cuda

@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
 HEADER = Path(__file__).with_name("cuda_on_host.h")
+HEADERS = [HEADER, Path(__file__).with_name("hopper_on_host.h")]
 FLAGS = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
 FLAGS += [f"-I{path}" for path in include_paths()]
 # A vector of numbers is read as words of 32 bits, which is what GPUs do, but not what C++ lets its optimiser expect.
@@ -65,7 +66,7 @@ def build(sanitize: bool = False) -> Path:
 
     def compiled(source):
         command = [*CXX, *extra, "-x", "c++", "-c", str(source), "-o"]
-        return cached(f"{source.parent.name}.o", command, [HEADER.read_bytes(), *contents(source)])
+        return cached(f"{source.parent.name}.o", command, [*(path.read_bytes() for path in HEADERS), *contents(source)])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources().values()))

@@ -102,13 +102,14 @@ struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Meeting> warps;
   int threads = 0, living = 0, waiting = 0;
-  long generation = 0, progress = 0;
+  long generation = 0, progress = 0, serial = 0;
   Fiber* running = nullptr;
   jmp_buf scheduler;
   const std::function<void()>* kernel = nullptr;
   std::string failure;
 };
 inline Block block;
+inline std::string (*at_end)() = nullptr;  // what is left undone at the end of a block, for hopper_on_host.h
 
 inline void yield() {
   if (!_setjmp(block.running->here)) _longjmp(block.scheduler, 1);
@@ -192,6 +193,7 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
   block.waiting = 0;
   block.kernel = &kernel;
   block.failure.clear();
+  ++block.serial;
   block.warps.assign((threads + kLanes - 1) / kLanes, Meeting());
   while (static_cast<int>(block.fibers.size()) < threads) block.fibers.emplace_back(new Fiber);
   for (int i = 0; i < threads; ++i) {
@@ -221,6 +223,7 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
     const long before = block.progress;
     for (int i = 0; i < warps && block.failure.empty(); ++i) run_warp(last_first ? warps - 1 - i : i);
     if (block.failure.empty() && block.progress == before) block.failure = "threads wait for one another for ever";
+    if (block.failure.empty() && !block.living && at_end) block.failure = at_end();
     if (block.failure.empty()) continue;
     for (auto& fiber : block.fibers) fiber->started = false;
     throw std::runtime_error("CUDA on the host: " + block.failure);
@@ -463,3 +466,5 @@ class Stream {
 inline int multiprocessors() { return 3; }
 
 }  // namespace revit
+
+#include "hopper_on_host.h"

@@ -1,0 +1,351 @@
+// Hopper's instructions on a CPU, for kernels that use common/hopper.h: included by cuda_on_host.h.
+//
+// A copy of a box lands when its barrier is waited for, and until then its place holds NaN; with
+// REVIT_CUDA_ORDER=reverse it lands at once. The sums of a product hold NaN until it is waited for, and an operand in
+// shared memory that changes before is an error, as are products without a fence and a warpgroup that does not meet.
+// Operands are read as their descriptors say, swizzled by address, so a wrong layout gives wrong numbers.
+#pragma once
+
+#include <array>
+#include <map>
+
+#define __grid_constant__
+
+namespace cuda_on_host {
+
+constexpr int kGroupThreads = 128;
+
+struct TensorMap {
+  const unsigned char* data;
+  int64_t sizes[3], strides[3];  // of columns, heads and tokens; in bytes
+  int rows, columns;
+};
+
+struct BoxCopy {
+  uintptr_t to;
+  TensorMap map;  // a copy: here, a kernel's parameters are gone once their thread has ended
+  int column, head, token;
+};
+
+struct BarrierState {
+  int expected = 0, arrived = 0;
+  long bytes = 0, phase = 0;
+  std::vector<BoxCopy> copies;  // on their way
+};
+
+struct GroupMeeting {
+  const char* what = nullptr;
+  std::array<void*, kGroupThreads> operands;
+  int arrived = 0;
+  long generation = 0;
+};
+
+struct Pending {
+  std::vector<float> sums;
+  long group;
+};
+
+struct Read {  // of an operand in shared memory
+  uint64_t descriptor, sum;
+  int columns;
+  bool transposed;
+  long group;
+};
+
+struct AsyncThread {
+  std::map<float*, Pending> pending;
+  std::vector<Read> reads;
+  long open = 0;  // the group that products now go to
+  bool fenced = false, unfenced_store = false;
+};
+
+struct Hopper {
+  long serial = -1;
+  std::map<const void*, BarrierState> barriers;
+  std::vector<GroupMeeting> groups;
+  std::vector<AsyncThread> threads;
+};
+inline Hopper hopper_state;
+
+inline Hopper& hopper() {
+  if (hopper_state.serial != block.serial) {
+    hopper_state = Hopper();
+    hopper_state.serial = block.serial;
+    hopper_state.groups.resize(block.threads / kGroupThreads + 1);
+    hopper_state.threads.resize(block.threads);
+  }
+  return hopper_state;
+}
+inline AsyncThread& async_thread() { return hopper().threads[block.running->number]; }
+
+// What is left undone at the end of a block.
+inline std::string left_undone() {
+  if (hopper_state.serial != block.serial) return "";
+  for (const auto& thread : hopper_state.threads)
+    if (!thread.pending.empty()) return "a thread ended with products that nobody waited for";
+  for (const auto& barrier : hopper_state.barriers)
+    if (!barrier.second.copies.empty()) return "a block ended with copies of boxes that nobody waited for";
+  return "";
+}
+inline const bool left_undone_is_seen = (at_end = left_undone, true);
+
+// Meets the other 127 threads of the warpgroup; the last one to arrive does the work.
+template <class Work>
+void meet_group(const char* what, void* operands, Work work) {
+  const int number = block.running->number;
+  GroupMeeting& group = hopper().groups[number / kGroupThreads];
+  ++block.progress;
+  if (group.arrived && group.what != what) fail(std::string("warpgroup meets at ") + group.what + " and at " + what);
+  group.what = what;
+  group.operands[number % kGroupThreads] = operands;
+  const long mine = group.generation;
+  if (++group.arrived == kGroupThreads) {
+    work(group.operands);
+    group.arrived = 0;
+    ++group.generation;
+    return;
+  }
+  while (group.generation == mine) yield();
+}
+
+inline BarrierState& barrier_state(const void* barrier) {
+  auto found = hopper().barriers.find(barrier);
+  if (found == hopper().barriers.end()) fail("a barrier in shared memory that was not initialised");
+  return found->second;
+}
+
+inline void complete(BarrierState& state) {
+  ++block.progress;
+  if (state.arrived > state.expected) fail("more arrive at a barrier than it expects");
+  if (state.arrived != state.expected || state.bytes) return;
+  state.arrived = 0;
+  ++state.phase;
+}
+
+inline uintptr_t swizzled(uintptr_t address, int row_bytes) {
+  return address ^ ((address >> 7 & static_cast<uintptr_t>(row_bytes / 16 - 1)) << 4);
+}
+
+inline bool in_shared(uintptr_t address, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(block.shared.data());
+  return address >= begin && address + bytes <= begin + block.shared.size();
+}
+
+inline void land(const BoxCopy& copy) {
+  const TensorMap& map = copy.map;
+  for (int row = 0; row < map.rows; ++row)
+    for (int column = 0; column < map.columns; ++column) {
+      const int64_t at[3] = {copy.column + column, copy.head, copy.token + row};
+      bool inside = true;
+      int64_t offset = 0;
+      for (int i = 0; i < 3; ++i) {
+        inside = inside && at[i] >= 0 && at[i] < map.sizes[i];
+        offset += at[i] * map.strides[i];
+      }
+      uint16_t value = 0;
+      if (inside) std::memcpy(&value, map.data + offset, 2);
+      const uintptr_t to = swizzled(copy.to + (row * map.columns + column) * 2, map.columns * 2);
+      std::memcpy(reinterpret_cast<void*>(to), &value, 2);
+    }
+}
+
+inline void land_all(BarrierState& state) {
+  if (state.copies.empty()) return;
+  for (const auto& copy : state.copies) {
+    land(copy);
+    state.bytes -= copy.map.rows * copy.map.columns * 2;
+  }
+  state.copies.clear();
+  complete(state);
+}
+
+// Calls visit(k, column, address) for every number of an operand of 16 x columns.
+template <class Visit>
+void for_operand(uint64_t descriptor, int columns, bool transposed, Visit visit) {
+  const int row_bytes = std::array<int, 4>{0, 128, 64, 32}[descriptor >> 62];
+  if (!row_bytes) fail("operands without swizzle are not known here");
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(block.shared.data());
+  const uintptr_t start = begin + ((((descriptor & 0x3fff) << 4) - begin) & 0x3ffff);
+  const uintptr_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  const int wide = row_bytes / 2;
+  for (int k = 0; k < 16; ++k)
+    for (int n = 0; n < columns; ++n) {
+      const uintptr_t linear =
+          transposed ? start + n / wide * leading + n % wide * 2 + k / 8 * stride + k % 8 * row_bytes
+                     : start + n / 8 * stride + n % 8 * row_bytes + k * 2;
+      const uintptr_t address = swizzled(linear, row_bytes);
+      if (!in_shared(address, 2)) fail("a product reads outside shared memory");
+      visit(k, n, *reinterpret_cast<const uint16_t*>(address));
+    }
+}
+
+inline uint64_t sum_of(uint64_t descriptor, int columns, bool transposed) {
+  uint64_t sum = 0;
+  for_operand(descriptor, columns, transposed, [&](int, int, uint16_t bits) { sum = sum * 31 + bits; });
+  return sum;
+}
+
+struct AsyncProduct {
+  float* d;
+  const uint32_t* a;
+  uint64_t b;
+  bool add;
+  AsyncThread* thread;
+};
+
+}  // namespace cuda_on_host
+
+namespace revit {
+
+using TensorMap = cuda_on_host::TensorMap;
+using Barrier = uint64_t;
+
+// The GPU that this stands for is a Hopper where REVIT_CUDA_ON_HOST_HOPPER is set.
+template <class Kernel>
+bool on_hopper(Kernel) {
+  return std::getenv("REVIT_CUDA_ON_HOST_HOPPER") != nullptr;
+}
+
+inline bool encode(TensorMap& map, const void* data, int tokens, int heads, int dim, int64_t token_stride,
+                   int64_t head_stride, int rows, int columns) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 || token_stride % 8 || head_stride % 8 || tokens < 1 || dim < 1)
+    return false;
+  map = {static_cast<const unsigned char*>(data),
+         {dim, heads, tokens},
+         {2, head_stride * 2, token_stride * 2},
+         rows,
+         columns};
+  return true;
+}
+
+inline void init_barrier(Barrier* barrier, int arrivals) {
+  cuda_on_host::hopper().barriers[barrier] = cuda_on_host::BarrierState();
+  cuda_on_host::hopper().barriers[barrier].expected = arrivals;
+}
+
+inline void arrive(Barrier* barrier) {
+  auto& state = cuda_on_host::barrier_state(barrier);
+  ++state.arrived;
+  cuda_on_host::complete(state);
+}
+
+inline void arrive_expecting(Barrier* barrier, int bytes) {
+  auto& state = cuda_on_host::barrier_state(barrier);
+  state.bytes += bytes;
+  ++state.arrived;
+  cuda_on_host::complete(state);
+}
+
+inline void wait(Barrier* barrier, int parity) {
+  for (;; cuda_on_host::yield()) {
+    auto& state = cuda_on_host::barrier_state(barrier);
+    cuda_on_host::land_all(state);
+    if ((state.phase & 1) != parity) break;
+  }
+  ++cuda_on_host::block.progress;
+}
+
+inline void copy_box(SharedAddress to, const TensorMap* map, int column, int head, int token, Barrier* barrier) {
+  const int bytes = map->rows * map->columns * 2;
+  if (to % (map->columns * 16)) cuda_on_host::fail("a box goes to an address off its pattern of swizzled rows");
+  if (!cuda_on_host::in_shared(to, bytes)) cuda_on_host::fail("a box goes outside shared memory");
+  auto& state = cuda_on_host::barrier_state(barrier);
+  std::memset(reinterpret_cast<void*>(to), 0xff, bytes);
+  state.copies.push_back({to, *map, column, head, token});
+  if (cuda_on_host::reversed()) cuda_on_host::land_all(state);
+  ++cuda_on_host::block.progress;
+}
+
+inline void prefetch_map(const TensorMap*) {}
+inline void fence_async() { cuda_on_host::async_thread().unfenced_store = false; }
+inline void store_zeros(SharedAddress to) {
+  if (!cuda_on_host::in_shared(to, 16)) cuda_on_host::fail("zeros go outside shared memory");
+  std::memset(reinterpret_cast<void*>(to), 0, 16);
+  cuda_on_host::async_thread().unfenced_store = true;
+}
+template <int kRegisters>
+void shrink_registers() {
+  cuda_on_host::meet_group("setmaxnreg", nullptr, [](auto&) {});
+}
+template <int kRegisters>
+void grow_registers() {
+  cuda_on_host::meet_group("setmaxnreg", nullptr, [](auto&) {});
+}
+inline void sync_warpgroup(int) {
+  cuda_on_host::meet_group("bar.sync", nullptr, [](auto&) {});
+}
+
+inline void fence_products() { cuda_on_host::async_thread().fenced = true; }
+inline void commit_products() { ++cuda_on_host::async_thread().open; }
+
+template <int kPending>
+void wait_for_products() {
+  auto& thread = cuda_on_host::async_thread();
+  const long done = thread.open - kPending;  // groups before this one
+  for (auto at = thread.pending.begin(); at != thread.pending.end();) {
+    if (at->second.group >= done) {
+      ++at;
+      continue;
+    }
+    std::copy(at->second.sums.begin(), at->second.sums.end(), at->first);
+    at = thread.pending.erase(at);
+  }
+  for (auto at = thread.reads.begin(); at != thread.reads.end();) {
+    if (at->group >= done) {
+      ++at;
+      continue;
+    }
+    if (cuda_on_host::sum_of(at->descriptor, at->columns, at->transposed) != at->sum)
+      cuda_on_host::fail("an operand of a product changes before it is waited for");
+    at = thread.reads.erase(at);
+  }
+  thread.fenced = false;
+}
+
+// The fragments of wgmma.m64nNk16 as the PTX manual gives them.
+template <bool kTransposed, int kTiles, class Kind>
+void multiply_async(float (&d)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add, Kind kind) {
+  using namespace cuda_on_host;
+  AsyncThread& mine = async_thread();
+  if (!mine.fenced) fail("a product without wgmma.fence since the last wait");
+  AsyncProduct own = {&d[0][0], a, b, add, &mine};
+  meet_group(kTransposed ? "wgmma transposed" : "wgmma", &own, [=](auto& all) {
+    constexpr int kColumns = kTiles * 8;
+    static float left[64][16], right[16][kColumns];
+    const bool first_add = static_cast<AsyncProduct*>(all[0])->add;
+    for (int i = 0; i < kGroupThreads; ++i) {
+      const AsyncProduct& from = *static_cast<AsyncProduct*>(all[i]);
+      if (from.b != b || from.add != first_add) fail("threads of a warpgroup have different descriptors");
+      if (from.thread->unfenced_store) fail("a product after a store to shared memory without fence.proxy.async");
+      const int row = i / 32 * 16 + i % 32 / 4, pair = i % 4 * 2;
+      for (int j = 0; j < 4; ++j) {
+        const float2 two = unpack(from.a[j], kind);
+        left[row + j % 2 * 8][pair + j / 2 * 8] = two.x;
+        left[row + j % 2 * 8][pair + j / 2 * 8 + 1] = two.y;
+      }
+    }
+    for_operand(b, kColumns, kTransposed,
+                [&](int k, int column, uint16_t bits) { right[k][column] = to_float(bits, kind); });
+    for (int i = 0; i < kGroupThreads; ++i) {
+      const AsyncProduct& to = *static_cast<AsyncProduct*>(all[i]);
+      auto found = to.thread->pending.find(to.d);
+      std::vector<float> sums(kTiles * 4, 0.0f);
+      if (to.add && found != to.thread->pending.end())
+        sums = found->second.sums;
+      else if (to.add)
+        sums.assign(to.d, to.d + kTiles * 4);
+      for (int j = 0; j < kTiles * 4; ++j) {
+        const int row = i / 32 * 16 + i % 32 / 4 + j % 4 / 2 * 8, column = j / 4 * 8 + i % 4 * 2 + j % 2;
+        float sum = 0;
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][column];
+        sums[j] += sum;
+      }
+      std::fill(to.d, to.d + kTiles * 4, std::nanf(""));
+      to.thread->pending[to.d] = {std::move(sums), to.thread->open};
+    }
+    AsyncThread& first = *static_cast<AsyncProduct*>(all[0])->thread;
+    first.reads.push_back({b, sum_of(b, kColumns, kTransposed), kColumns, kTransposed, first.open});
+  });
+}
+
+}  // namespace revit
