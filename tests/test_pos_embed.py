@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import DEVICE, assert_close, check, every_backend, every_dtype, run
+from contract import DEVICE, assert_close, check, every_backend, every_dtype, require, run
 
 from revit_kernels.ops import pos_embed
+from revit_kernels.ops.pos_embed.taps import taps
 
 HOW = [
     dict(interpolation="bicubic", antialias=True),
@@ -175,3 +176,21 @@ def test_compiles_whole():
 def test_wrong_use(change, sentence):
     with pytest.raises(ValueError, match=sentence):
         pos_embed(**(make_inputs((3, 4), [(2, 2)], 8) | change))
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_taps_are_made_once_for_a_table_and_a_grid(backend):
+    table, other = (make_inputs((side, 5), [], 8)["table"].requires_grad_() for side in (4, 6))
+    require("pos_embed", backend, table, [2, 2], "bicubic", True, False, 0.0)
+    taps.cache_clear()
+    with torch.no_grad():
+        for grids in ([(3, 3), (2, 2)], [(2, 2), (3, 3)], [(3, 3)], [(2, 2), (2, 2), (3, 3)]):
+            pos_embed(table, grids, backend=backend)
+            assert taps.cache_info().misses == 2
+        expected = pos_embed(table, [(2, 2), (3, 3)], backend=backend)
+        assert torch.equal(pos_embed(table, [(3, 3), (2, 2)], backend=backend), expected.roll(-4, 0))
+        pos_embed(other, [(3, 3)], backend=backend)
+        assert taps.cache_info().misses == 3
+    for grids in ([(3, 3), (2, 2)], [(2, 2), (3, 3)]):
+        pos_embed(table, grids, backend=backend).sum().backward()
+        assert taps.cache_info().misses == 5  # those of a gradient are the transpose

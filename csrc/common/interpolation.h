@@ -84,21 +84,6 @@ REVIT_EVERYWHERE inline double whole(const Axis& axis, const Window& w) {
   return sum;
 }
 
-struct Span {
-  int32_t begin, end;
-};
-
-// The targets that have a share in any of the cells first to last; perhaps some more, whose share is 0.
-REVIT_EVERYWHERE inline Span targets(const Axis& axis, int32_t first, int32_t last) {
-  const double scale = axis.scale(), reach = (axis.cubic ? 2 : 1) * axis.stretch();
-  if (scale == 0) return {0, axis.target};
-  const double start = axis.align_corners ? 0 : scale / 2 - 0.5;  // the centre of the first target
-  const double low = std::ceil((first - reach - start) / scale), high = std::floor((last + reach - start) / scale) + 1;
-  const int32_t begin = first == 0 || low < 0 ? 0 : low < axis.target ? static_cast<int32_t>(low) : axis.target;
-  const bool to_the_end = last == axis.source - 1 || high > axis.target;
-  return {begin, to_the_end ? axis.target : high < begin ? begin : static_cast<int32_t>(high)};
-}
-
 }  // namespace revit
 
 #if !defined(__CUDACC__)

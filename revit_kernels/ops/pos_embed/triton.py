@@ -7,8 +7,9 @@ import torch
 import triton
 import triton.language as tl
 
+from revit_kernels.configurations import configuration
 from revit_kernels.device_cache import DeviceCache
-from revit_kernels.ops.pos_embed.interpolation import matrix
+from revit_kernels.ops.pos_embed.taps import plan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,50 +62,30 @@ def _resample_kernel(
     tl.store(y_ptr + cell * dim + cols, total, mask=inside)
 
 
-def _bands(weights):
-    """(bands, 2) first and count, and (bands, width) weights: of each row of the matrices, what is not zero."""
-    rows = [row for matrix in weights for row in matrix]
-    spans = [(int(used[0]), int(used[-1]) + 1) if len(used := np.flatnonzero(row)) else (0, 0) for row in rows]
-    values = np.zeros((len(rows), max(end - first for first, end in spans)), np.float32)
-    for value, row, (first, end) in zip(values, rows, spans):
-        value[: end - first] = row[first:end]
-    return np.array([(first, end - first) for first, end in spans], np.int32), values
-
-
 def _plan(backward, rows, columns, sizes, how):
     """The last three arrays that the kernel takes."""
-    grids = list(zip(sizes[::2], sizes[1::2]))
-    axes = {}  # (source, target, whether the grid is the table's own): weights
-    for h, w in grids:
-        same = (h, w) == (rows, columns)
-        for n, m in ((rows, h), (columns, w)):
-            axes[n, m, same] = np.eye(n) if same else matrix(n, m, *how)
-    weights = list(axes.values())
-    weights = [weight.T for weight in weights] if backward else weights
-    band = dict(zip(axes, np.cumsum([0, *(len(weight) for weight in weights)])))
-    parts, start = [], 0
-    for h, w in grids:
-        same = (h, w) == (rows, columns)
-        down, across = band[rows, h, same], band[columns, w, same]
+    grids, bands, weights = plan(backward, rows, columns, sizes, how)
+    parts = []
+    for h, w, start, band in grids:
         y, x = np.indices((rows, columns) if backward else (h, w)).reshape(2, -1)
+        across = band + (rows if backward else h)
         first, pitch = (start, w) if backward else (0, columns)
-        parts.append(np.stack([down + y, across + x, np.full_like(y, first), np.full_like(y, pitch)], -1))
-        start += h * w
+        parts.append(np.stack([band + y, across + x, np.full_like(y, first), np.full_like(y, pitch)], -1))
     parts = np.stack(parts, 1) if backward else np.concatenate(parts)[:, None]  # (target cells, parts, 4)
-    return [torch.from_numpy(np.ascontiguousarray(a)) for a in (parts.astype(np.int32), *_bands(weights))]
+    return [torch.from_numpy(np.ascontiguousarray(a)) for a in (parts.astype(np.int32), bands, weights)]
 
 
 _CACHE = DeviceCache()  # nothing is copied again for grids seen before
 
 
-def _resample(x, cells, plan):
+def _resample(x, cells, arrays):
     dim = x.shape[1]
     y = x.new_empty(cells, dim)
-    part, band, weight = plan
+    part, band, weight = arrays
     if y.numel():
-        block = min(triton.next_power_of_2(dim), 128)
-        _resample_kernel[(cells, triton.cdiv(dim, block))](
-            x, y, part, band, weight, dim, part.shape[1], weight.shape[1], BLOCK_TAPS=16, BLOCK_DIM=block, num_warps=4
+        tiles = configuration("pos_embed", "resample", x.device, bits=8 * x.element_size(), dim=dim)
+        _resample_kernel[(cells, triton.cdiv(dim, tiles["BLOCK_DIM"]))](
+            x, y, part, band, weight, dim, part.shape[1], weight.shape[1], **tiles
         )
     return y
 
@@ -114,8 +95,8 @@ def forward(table, sizes, *how):
     if not sizes:
         return table.new_empty(0, dim)
     key = (False, rows, columns, tuple(sizes), how)
-    plan = _CACHE.get(key, table.device, lambda: _plan(*key))
-    return _resample(table.contiguous().view(-1, dim), plan[0].shape[0], plan)
+    arrays = _CACHE.get(key, table.device, lambda: _plan(*key))
+    return _resample(table.contiguous().view(-1, dim), arrays[0].shape[0], arrays)
 
 
 def backward(grad, rows, columns, sizes, *how):
@@ -123,25 +104,29 @@ def backward(grad, rows, columns, sizes, *how):
     if not sizes:
         return grad.new_zeros(rows, columns, dim)
     key = (True, rows, columns, tuple(sizes), how)
-    plan = _CACHE.get(key, grad.device, lambda: _plan(*key))
-    return _resample(grad.contiguous(), rows * columns, plan).view(rows, columns, dim)
+    arrays = _CACHE.get(key, grad.device, lambda: _plan(*key))
+    return _resample(grad.contiguous(), rows * columns, arrays).view(rows, columns, dim)
+
+
+def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=("parts",), is_aligned=True):
+    """The kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
+    dtype = dtype or ("fp32" if bits == 32 else "bf16")
+    types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
+    types |= dict.fromkeys(("dim", "parts", "width"), "i32")
+    constexprs = {name: tiles[name] for name in ("BLOCK_TAPS", "BLOCK_DIM")} | dict.fromkeys(ones, 1)
+    signature = {name: types.get(name, f"*{dtype}") for name in _resample_kernel.arg_names if name not in constexprs}
+    aligned = is_aligned and dim % 16 == 0
+    options = {"num_warps": tiles["num_warps"], "aligned": aligned, "multiples": ("dim",) if aligned else ()}
+    return {"kernel": _resample_kernel, "signature": signature, "constexprs": constexprs} | options
 
 
 def offline():
-    """Every kernel as a model calls it, for tests/compile_triton.py."""
-    types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
-    types |= dict.fromkeys(("dim", "parts", "width"), "i32")
-    for dtype, block, ones, alignment in (
-        ("fp32", 128, ("parts",), {}),  # parts is 1 in every forward
-        ("fp32", 128, (), {}),
-        ("fp32", 64, ("parts",), {"aligned": False, "multiples": ()}),
-        ("bf16", 128, ("parts",), {}),
-        ("bf16", 64, (), {}),
-        ("fp16", 128, ("parts",), {}),
-        ("fp32", 1, ("parts", "dim", "width"), {}),
+    """(kernel, shape, what else a specification is told) beside the tables' rows; parts is 1 in every forward."""
+    for bits, dim, options in (
+        (32, 768, {"ones": ()}),
+        (32, 768, {"is_aligned": False}),
+        (16, 768, {"ones": ()}),
+        (16, 768, {"dtype": "fp16"}),
+        (32, 1, {"ones": ("parts", "dim", "width")}),
     ):
-        constexprs = {"BLOCK_TAPS": 16, "BLOCK_DIM": block} | dict.fromkeys(ones, 1)
-        names = [name for name in _resample_kernel.arg_names if name not in constexprs]
-        signature = {name: types.get(name, f"*{dtype}") for name in names}
-        options = {"num_warps": 4, "multiples": ("dim",)} | alignment
-        yield {"kernel": _resample_kernel, "signature": signature, "constexprs": constexprs} | options
+        yield "resample", {"bits": bits, "dim": dim}, options
