@@ -190,22 +190,35 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries
 }
 
 template <class T>
-void attend_images(const T* qkv, const Boundaries& images, int64_t heads, int64_t dim, float scale, T* y, float* lse) {
+Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, void* y, float* lse) {
   const int64_t width = heads * dim;
+  const T* q = static_cast<const T*>(qkv);
   Problem<T> p{};
-  p.q = {qkv, 3 * width, dim}, p.k = {qkv + width, 3 * width, dim}, p.v = {qkv + 2 * width, 3 * width, dim};
-  p.y = {y, width, dim};
+  p.q = {q, 3 * width, dim}, p.k = {q + width, 3 * width, dim}, p.v = {q + 2 * width, 3 * width, dim};
+  p.y = {static_cast<T*>(y), width, dim};
   p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale;
-  forward_images(p, images, images);
+  return p;
 }
 
 void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
             int64_t head_dim, float scale, void* y, float* lse) {
   const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
   if (is_bf16)
-    attend_images(static_cast<const bf16*>(qkv), boundaries, heads, head_dim, scale, static_cast<bf16*>(y), lse);
+    forward_images(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
   else
-    attend_images(static_cast<const float*>(qkv), boundaries, heads, head_dim, scale, static_cast<float*>(y), lse);
+    forward_images(problem_of<float>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
+}
+
+void attend_image(bool is_bf16, const void* qkv, int64_t first, int64_t length, int64_t heads, int64_t head_dim,
+                  float scale, void* y, float* lse) {
+  auto each_head = [&](const auto& problem, auto kernel) {
+    for (int64_t head = 0; head < heads; ++head) kernel(problem, Item{head, first, length, first, length});
+  };
+  if (!length) return;
+  if (is_bf16)
+    each_head(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), forward_kernel<bf16>());
+  else
+    each_head(problem_of<float>(qkv, heads, head_dim, scale, y, lse), forward_kernel<float>());
 }
 
 template <class T>

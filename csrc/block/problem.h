@@ -45,6 +45,7 @@ struct Norm {
 struct Problem {
   const void *x, *attended;
   void *qkv, *y;
+  int64_t between_first;  // the token that qkv and attended begin with
   const int32_t* row;  // which affine each token uses; null: the first
   int64_t dim, attended_dim, hidden;
   Norm norm1, norm2;

@@ -19,8 +19,8 @@ inline To convert(Bfloat16 x) {
 
 #include "block/product.h"
 
-constexpr int64_t kHiddenBytes = 320 * 1024;  // of the hidden layer of the rows that a thread takes: beside a panel, in L2
-constexpr int64_t kMostRows = 128;
+constexpr int64_t kHiddenBytes = 512 * 1024;  // of the hidden layer of the rows that a thread takes: half of an L2
+constexpr int64_t kMostRows = 160;
 
 // What of a row block lies between two products.
 template <class Math, class T>
@@ -186,7 +186,7 @@ struct Rows {
 
   void queries_keys_values() {
     normalise(static_cast<const T*>(p.x) + first * p.dim, p.norm1);
-    T* out = static_cast<T*>(p.qkv) + first * p.to_qkv.out;
+    T* out = static_cast<T*>(p.qkv) + (first - p.between_first) * p.to_qkv.out;
     const int64_t stride = p.to_qkv.out;
     multiply(p.to_qkv, left, near(out, stride),
              [=](int64_t r, int64_t column, auto n, Floats y) { store(out + r * stride + column, y, n); });
@@ -211,7 +211,7 @@ struct Rows {
         store(y + at, fma(branch, load(gamma + column, Full{}), load(before + at, n)), n);
       };
     };
-    const T* attended = static_cast<const T*>(p.attended) + first * p.attended_dim;
+    const T* attended = static_cast<const T*>(p.attended) + (first - p.between_first) * p.attended_dim;
     auto both = [to = near(y, dim), from = near(const_cast<T*>(x), dim)](int64_t first, int64_t rows, int64_t column) {
       to(first, rows, column);
       from(first, rows, column);

@@ -16,7 +16,9 @@ from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS
 from revit_kernels.models.quantise import quantise
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
+from revit_kernels.modules import whole_block
 from revit_kernels.modules.attention import by_length, dense_packing
+from revit_kernels.modules.block import take
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
@@ -340,7 +342,13 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
         visit:  called with each block's number, its output (capacity, dim), and the packing
         """
-        for i, block in enumerate(self.blocks[start:stop] if start or stop else self.blocks, start):
+        blocks = list(self.blocks)[start:stop]
+        if visit is None and not mask and not torch.is_grad_enabled():
+            first = whole_block.together(blocks, stream[0])
+            if len(first) > 1:
+                stream = [whole_block.run(first, add(*take(stream)), packing), None, None]
+                blocks, start = blocks[len(first) :], start + len(first)
+        for i, block in enumerate(blocks, start):
             stream = self._run_block(block, stream, packing, mask or {})
             if visit is not None:
                 stream = [add(*stream), None, None]

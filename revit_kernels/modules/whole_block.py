@@ -1,4 +1,4 @@
-"""A plain pre-norm block through the `block` op, where it is faster than op by op: on a CPU, at inference."""
+"""Plain pre-norm blocks through the `block` op, where it is faster than op by op: on a CPU, at inference."""
 
 import torch
 from torch import Tensor, nn
@@ -109,16 +109,41 @@ def weights(module: nn.Module, packing: Packing | None) -> BlockWeights:
     )
 
 
-def run(module: nn.Module, x: Tensor, packing: Packing) -> Tensor:
-    """The block's output for a block that is not refused. x: (capacity, dim), or (images, length, dim)."""
+def _alike(module: nn.Module) -> tuple:
+    """What blocks that run in one call have in common."""
     parts = module._modules
-    norm1, norm2, attn, act = parts["norm1"], parts["norm2"], parts["attn"], parts["mlp"]._modules["act"]
+    attn, mlp = parts["attn"], parts["mlp"]._modules
+    act = mlp["act"]
     name = "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else GELUS[type(act).__name__]
+    return attn.num_heads, (parts["norm1"].eps, parts["norm2"].eps), attn.scale, name, kind(module)
+
+
+def run(modules: list[nn.Module], x: Tensor, packing: Packing) -> Tensor:
+    """The output of the last of these blocks, none of which is refused, and which `together` takes as one.
+
+    x: (capacity, dim), or (images, length, dim)
+    """
     rows = x.reshape(-1, x.shape[-1])
-    per_length = len(packing.menu) > 1 and (isinstance(norm1, _PerLength) or isinstance(norm2, _PerLength))
+    norms = (norm for module in modules for norm in (module._modules["norm1"], module._modules["norm2"]))
+    per_length = len(packing.menu) > 1 and any(isinstance(norm, _PerLength) for norm in norms)
     row = _rows(rows, packing) if per_length else None
-    options = (attn.num_heads, (norm1.eps, norm2.eps), attn.scale, name, kind(module))
-    return load("block", "cpu").forward(rows, packing.cu_seqlens, row, weights(module, packing), *options).view_as(x)
+    parameters = [weights(module, packing) for module in modules]
+    options = _alike(modules[0])
+    return load("block", "cpu").forward_blocks(rows, packing.cu_seqlens, row, parameters, *options).view_as(x)
+
+
+def together(modules: list[nn.Module], x: Tensor) -> list[nn.Module]:
+    """The first of these blocks that can run in one call: plain, and alike in all but their weights."""
+    taken, shared = [], None
+    for module in modules:
+        if not isinstance(module, nn.Module) or not is_plain(module, "Block") or refusal(module, x) is not None:
+            break
+        alike = (_alike(module), _widths(module), module._modules["norm1"].weight.dtype)
+        shared = alike if shared is None else shared
+        if alike != shared:
+            break
+        taken.append(module)
+    return taken
 
 
 def forget(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ from revit_kernels.layouts import Layouts
 from revit_kernels.ops.block import ACTIVATIONS
 
 native.load("cpu")
-_forward = torch.ops.revit_kernels.block_cpu.default
+_forward = torch.ops.revit_kernels.blocks_cpu.default
 _pack = torch.ops.revit_kernels.block_pack_cpu.default
 _takes = torch.ops.revit_kernels.block_takes_cpu.default
 KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
@@ -70,15 +70,29 @@ def prepack(weights, kind=None) -> None:
     _layouts.trust(*_order(weights), how=(KINDS[kind or weights.qkv.dtype],))
 
 
-def forward(x, cu_seqlens, row, w, heads, eps, scale, activation, kind):
-    how, tensors = (KINDS[kind or w.qkv.dtype],), _order(w)
+def _read(w, kind):
+    """What a block reads: its norms' affines and its packed weights."""
+    tensors, how = _order(w), (KINDS[kind or w.qkv.dtype],)
     norms, packed = _layouts.get(*tensors, how=how) or _made(*tensors, *how)
     if norms[0] is None:
         norms = [_rows(t) for t in (w.norm1, w.norm1_bias, w.norm2, w.norm2_bias)]
+    return *norms, *packed
+
+
+def forward_blocks(x, cu_seqlens, row, blocks, heads, eps, scale, activation, kind):
+    """The blocks one after the other, alike in all but their weights. blocks: a BlockWeights each"""
+    read = [_read(w, kind) for w in blocks]  # kept alive until they were read
+    addresses = [[*(t.data_ptr() for t in tensors), len(tensors[0]), len(tensors[2])] for tensors in read]
+    w = blocks[0]
     return _forward(
         x.contiguous(),
         cu_seqlens.contiguous(),
         row if row is None else row.contiguous(),
-        *(*norms[:2], eps[0], *norms[2:], eps[1], *packed),
-        *(heads, w.proj.shape[1] // heads, w.fc1.shape[0], scale, ACTIVATIONS.index(activation), *how),
+        torch.tensor(addresses, dtype=torch.int64),
+        *(*eps, heads, w.proj.shape[1] // heads, w.fc1.shape[0], scale),
+        *(ACTIVATIONS.index(activation), KINDS[kind or w.qkv.dtype]),
     )
+
+
+def forward(x, cu_seqlens, row, w, heads, eps, scale, activation, kind):
+    return forward_blocks(x, cu_seqlens, row, [w], heads, eps, scale, activation, kind)
