@@ -109,7 +109,7 @@ def bench_traffic(duel, name, images, dtype, rival):
 
 
 def openvino(vit, dtype, sample):
-    return rivals.openvino(vit, dtype, "static", sample)
+    return rivals.openvino(vit, dtype, "static", sample, in_turn=True)
 
 
 ONE_AT_A_TIME = [openvino, rivals.onnxruntime, rivals.zentorch, rivals.eager, rivals.compiled]

@@ -100,6 +100,10 @@ class Way(NamedTuple):
     shapes: str = "static"
     images: str = "together"
 
+    @property
+    def in_turn(self) -> bool:
+        return self.hint == "LATENCY" and self.images == "together"
+
     def __str__(self):
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{self.precision}, {self.hint.lower()}, {threads}, {self.shapes} shapes, images {self.images}"
@@ -173,10 +177,9 @@ class OpenVino:
             piece for batch in batches for piece in batch.chunk(parts.get(self.way.images, len(batch))) if len(batch)
         ]
         used, jobs = defaultdict(int), []
-        together = self.way.hint == "LATENCY" and self.way.images == "together"
         for piece in pieces:
             key, request = self._request(tuple(piece.shape), 0)
-            if not together:
+            if not self.way.in_turn:
                 key, request = self._request(tuple(piece.shape), used[key])
             used[key] += 1
             inputs = [piece.numpy()]
@@ -196,7 +199,7 @@ class OpenVino:
                 request.wait()
             return torch.cat([torch.from_numpy(request.get_output_tensor(0).data.copy()) for request, _ in jobs])
 
-        return in_turn if together else at_once
+        return in_turn if self.way.in_turn else at_once
 
 
 def openvino_ways(precision: str, shapes: str) -> list[Way]:
@@ -213,13 +216,15 @@ def openvino_ways(precision: str, shapes: str) -> list[Way]:
     return ways
 
 
-def openvino(vit: nn.Module, dtype: torch.dtype, shapes: str, sample: list[Batches], calibration=None):
+def openvino(vit: nn.Module, dtype: torch.dtype, shapes: str, sample: list[Batches], calibration=None, in_turn=False):
     """OpenVINO at the settings that take the least time for the sample.
 
+    in_turn: a request begins when the one before is done, as for images that come one at a time
     int8 (with `calibration`) computes what is not quantised in bf16 where the processor has it.
     """
     converted = Converted(vit, calibration)
     ways = openvino_ways(PRECISIONS[dtype], shapes)
+    ways = [way for way in ways if way.in_turn] if in_turn else ways
     if dtype == torch.bfloat16 and shapes == "static":
         ways.append(ways[0]._replace(precision="f32"))
     return fastest({str(way): lambda way=way: OpenVino(converted, way) for way in ways}, sample)

@@ -44,28 +44,25 @@ _all: "WeakSet[Layouts]" = WeakSet()
 
 
 class Layouts:
-    """What `pack(*tensors, *how)` made of a weight and of what is packed beside it (a bias, say).
+    """What `pack(*tensors, *how)` made of a weight, the first of the tensors, and of what is packed beside it (a bias).
 
-    weight: which of the tensors it is: the layout is kept as long as that one lives
-
-    Every get reads the tensors to see whether they changed;
+    Kept as long as the weight lives. Every get reads the tensors to see whether they changed;
     after `trust` it asks their versions only, which every write raises but one through `.data`.
     """
 
-    def __init__(self, pack: Callable, weight: int = 0):
+    def __init__(self, pack: Callable):
         self._pack = pack
-        self._weight = weight
         self._kept = WeakIdKeyDictionary()  # weight: {how: _Kept}
         _all.add(self)
 
     def _keep(self, tensors, how, state, fingerprint) -> object:
         kept = _Kept(state, fingerprint, self._pack(*tensors, *how))
-        self._kept.setdefault(tensors[self._weight], {})[how] = kept
+        self._kept.setdefault(tensors[0], {})[how] = kept
         return kept.packed
 
     def get(self, *tensors: Tensor | None, how: tuple = ()) -> object | None:
         """The layout, made anew where a tensor changed; None where nothing can be kept: for temporaries."""
-        kept, state = self._kept.get(tensors[self._weight], {}).get(how), _state(tensors)
+        kept, state = self._kept.get(tensors[0], {}).get(how), _state(tensors)
         if kept is not None and kept.state == state and kept.fingerprint is None:
             return kept.packed
         lasting = all(t is None or (isinstance(t, torch.nn.Parameter) and t.is_contiguous()) for t in tensors)

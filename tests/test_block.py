@@ -274,6 +274,36 @@ def test_a_changed_weight_is_seen(runs, prepacked):
 
 
 @cpu_only
+def test_weights_are_packed_once_whatever_lengths_come(runs, monkeypatch):
+    """An affine per length is another tensor for every menu: the products' weights must not be packed anew for it."""
+    m = model(torch.bfloat16).make_resizable(((4, 4), (2, 3), (1, 1))).requires_grad_(False)
+    m.prepack()
+    monkeypatch.setattr(whole_block.load("block", "cpu"), "_pack", lambda *_: pytest.fail("packed anew"))
+    for grids in ([(4, 4)], [(2, 3)], [(4, 4), (1, 1)], [(1, 1)], [(3, 3)], [(4, 4)]):
+        m([torch.randn(3, 16 * h, 16 * w).bfloat16() for h, w in grids], grids=grids)
+    assert len(runs) == 12
+
+
+@cpu_only
+def test_weights_that_are_not_what_the_kernel_reads(runs):
+    m = model(torch.float32)
+    x = torch.randn(2, 3, 64, 64)
+    want = m(x)
+
+    class Wrapped(torch.Tensor):
+        pass
+
+    m.blocks[0].mlp.fc2.weight = nn.Parameter(m.blocks[0].mlp.fc2.weight.as_subclass(Wrapped), requires_grad=False)
+    m.blocks[1].attn.proj.to(torch.bfloat16)
+    runs.clear()
+    assert "Wrapped" in whole_block.refusal(m.blocks[0], want)
+    assert "bfloat16" in whole_block.refusal(m.blocks[1], want)
+    m.blocks[1].attn.proj.to(torch.float32)
+    assert torch.allclose(m(x), want, atol=1e-2)
+    assert runs == [m.blocks[1]]
+
+
+@cpu_only
 def test_a_model_quantised_to_int8(runs):
     m = model(torch.bfloat16, depth=3)
     plain = answers(m).float()

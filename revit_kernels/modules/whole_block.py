@@ -60,13 +60,25 @@ def refusal(module: nn.Module, x: Tensor) -> str | None:
         return "is for inference: the block is in training mode"
     if torch.is_autocast_enabled("cpu"):
         return "computes in the dtype of the weights, autocast would not"
-    if type(x) is not Tensor or x.dtype not in (torch.float32, torch.bfloat16) or x.dtype != module.norm1.weight.dtype:
-        return f"no kernel for {x.dtype} and weights of {module.norm1.weight.dtype}"
+    if type(x) is not Tensor or x.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for a {type(x).__name__} of {x.dtype}"
     if dispatch.FORCED not in (None, "", "cpu"):
         return f"another backend is asked for, {dispatch.FORCED}"
     if isinstance(backend := load("block", "cpu"), str):
         return backend
-    return structure(module) or backend.unable(_widths(module), kind(module))
+    return structure(module) or _unlike(module, x) or backend.unable(_widths(module), kind(module))
+
+
+def _unlike(module: nn.Module, x: Tensor) -> str | None:
+    """The weight that is no plain tensor of x's dtype and device: its address is all that the kernel gets."""
+    parts = module._modules
+    attn, mlp = parts["attn"]._modules, parts["mlp"]._modules
+    for part in (parts["norm1"], attn["qkv"], attn["proj"], parts["norm2"], mlp["fc1"], mlp["fc2"]):
+        weight = part._parameters.get("weight")
+        if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != x.dtype or weight.device != x.device:
+            found = "no parameter" if weight is None else f"a {type(weight).__name__} of {weight.dtype}"
+            return f"a weight is {found}, the tokens are of {x.dtype}"
+    return None
 
 
 def refusal_to_be(module: nn.Module, quantised: str) -> str | None:

@@ -21,29 +21,26 @@ def _floats(t):
     return None if t is None else t.detach().float().contiguous()
 
 
-def _made(
-    norm1, bias1, norm2, bias2, qkv, qkv_bias, proj, proj_bias, gamma1, fc1, fc1_bias, fc2, fc2_bias, gamma2, kind
-):
-    """The norms' affines in fp32, a row per length, None where None was given; and the four products' weights."""
+def _pack_all(qkv, qkv_bias, proj, proj_bias, gamma1, fc1, fc1_bias, fc2, fc2_bias, gamma2, kind):
     parts = (qkv, qkv_bias, None), (proj, proj_bias, gamma1), (fc1, fc1_bias, None), (fc2, fc2_bias, gamma2)
-    return (
-        [None if t is None else _rows(t) for t in (norm1, bias1, norm2, bias2)],
-        [_pack(w.detach().contiguous(), _floats(bias), _floats(gamma), kind) for w, bias, gamma in parts],
-    )
+    return [_pack(w.detach().contiguous(), _floats(bias), _floats(gamma), kind) for w, bias, gamma in parts]
 
 
-_layouts = Layouts(_made, weight=4)
+def _affines(*tensors):
+    """The norms' weights and biases in fp32, a row per length."""
+    return [_floats(t).view(-1, t.shape[-1]) for t in tensors]
 
 
-def _rows(t):
-    return _floats(t).view(-1, t.shape[-1])
+_products = Layouts(_pack_all)
+_norms = Layouts(_affines)  # apart: an affine per length is picked anew for each batch, and is not kept
 
 
-def _order(w):
-    """The tensors as `_made` takes them: an affine per length is picked anew for each batch, and is not kept."""
-    plain = w.norm1.ndim == w.norm2.ndim == 1
-    norms = (w.norm1, w.norm1_bias, w.norm2, w.norm2_bias) if plain else (None,) * 4
-    return *norms, w.qkv, w.qkv_bias, w.proj, w.proj_bias, w.gamma1, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.gamma2
+def _of_products(w):
+    return w.qkv, w.qkv_bias, w.proj, w.proj_bias, w.gamma1, w.fc1, w.fc1_bias, w.fc2, w.fc2_bias, w.gamma2
+
+
+def _of_norms(w):
+    return w.norm1, w.norm1_bias, w.norm2, w.norm2_bias
 
 
 def refusal(x, cu_seqlens, row, weights, heads, eps, scale, activation, kind):
@@ -51,8 +48,9 @@ def refusal(x, cu_seqlens, row, weights, heads, eps, scale, activation, kind):
         return f"needs CPU tensors, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {x.dtype}"
-    if weights.qkv.dtype != x.dtype:
-        return f"needs weights of x's dtype, {x.dtype}, got {weights.qkv.dtype}"
+    for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2"):
+        if (found := getattr(weights, name).dtype) != x.dtype:
+            return f"needs weights of x's dtype, {x.dtype}, got {name} of {found}"
     return unable((*weights.proj.shape, weights.fc1.shape[0]), kind)
 
 
@@ -67,16 +65,16 @@ def unable(widths, kind):
 
 def prepack(weights, kind=None) -> None:
     """Pack the weights now, and see no more whether they changed but by their versions."""
-    _layouts.trust(*_order(weights), how=(KINDS[kind or weights.qkv.dtype],))
+    _products.trust(*_of_products(weights), how=(KINDS[kind or weights.qkv.dtype],))
+    _norms.trust(*_of_norms(weights))
 
 
 def _read(w, kind):
     """What a block reads: its norms' affines and its packed weights."""
-    tensors, how = _order(w), (KINDS[kind or w.qkv.dtype],)
-    norms, packed = _layouts.get(*tensors, how=how) or _made(*tensors, *how)
-    if norms[0] is None:
-        norms = [_rows(t) for t in (w.norm1, w.norm1_bias, w.norm2, w.norm2_bias)]
-    return *norms, *packed
+    products, norms, how = _of_products(w), _of_norms(w), (KINDS[kind or w.qkv.dtype],)
+    # fp32 needs no copy, so none that might be stale.
+    affines = (None if w.norm1.dtype == torch.float32 else _norms.get(*norms)) or _affines(*norms)
+    return *affines, *(_products.get(*products, how=how) or _pack_all(*products, *how))
 
 
 def forward_blocks(x, cu_seqlens, row, blocks, heads, eps, scale, activation, kind):
