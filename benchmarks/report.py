@@ -28,6 +28,7 @@ README_BENCHES = {  # what the README shows: file::function, and what it is
     "bench_cpu::bench_int8": "A batch of 32 images in int8; the peak is int8's",
     "bench_cpu::bench_int8_shipped": "The shipped model in int8, 256 images over its menu; the peak is int8's",
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images of one length: where packing has nothing to save",
+    "bench_block::bench_block": "Four blocks at once, 32 images at those grids or one at 14x14",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
