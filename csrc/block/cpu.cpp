@@ -34,10 +34,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kFewestRows = 24;   // that are worth reading all weights of half a block for
+constexpr int64_t kFewestRows = 24;  // that are worth reading all weights of half a block for
 // Tokens of small images that go through the blocks together: the more, the seldomer weights are read; the fewer, the
 // more evenly they are shared out. Measured on 32 images of ViT-S/16: 256 is 3 % faster than 128.
 constexpr int64_t kGroupRows[] = {256, 192, 128, 96};
+constexpr int64_t kMostKept = 64 << 20;  // bytes that a thread keeps from call to call: a huge batch gives its own back
 constexpr double kImbalance = 1.03, kMostImbalance = 1.10;  // of the longest share to the mean; beyond, rows are shared
 
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
@@ -264,8 +265,10 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
       }
     });
   } else {
-    static thread_local Arena arena;
-    const Between between(problems[0], tokens, arena.reserve(Between::bytes(problems[0], tokens, heads)));
+    static thread_local Arena kept;
+    Arena once;
+    const int64_t bytes = Between::bytes(problems[0], tokens, heads);
+    const Between between(problems[0], tokens, (bytes <= kMostKept ? kept : once).reserve(bytes));
     for (Problem& problem : problems) {
       problem.qkv = between.qkv, problem.attended = between.attended;
       share_rows(begin, end, shape,
