@@ -104,7 +104,7 @@ class RecipeCase:
     """A step of the recipe that trained the shipped model, by our trainer and in plain torch and timm."""
 
     def __init__(self, batch, autocast, drop_path):
-        from plain import PlainReViT
+        from plain_revit import PlainReViT
 
         kwargs, menu, side = CASES["shipped"]
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ import cpu_rivals as rivals
 import numpy as np
 import torch
 from conftest import commit, device_name, versions
-from plain import PlainReViT
+from plain_revit import PlainReViT
 from report import results_file
 
 from revit_kernels import create_model

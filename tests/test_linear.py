@@ -410,8 +410,9 @@ def test_the_result_may_be_e4m3(rows, group, gate, backend):
     rough = linear_fp8(**inputs, **form, quantised=True, backend="reference")
     exact = exactly(inputs, "gelu", gate)
     assert torch.isfinite(y.scale).all()
-    torch.testing.assert_close(y.scale, rough.scale, rtol=1e-4, atol=1e-6)
     if rows:
+        largest = exact.unflatten(1, (-1, 128)).abs().amax(2) / 448
+        assert_close("scale", y.scale, largest, rough.scale)
         error, usual = ((q.dequantise(torch.float64) - exact).square().mean().sqrt() for q in (y, rough))
         assert error <= 1.01 * usual, f"{error} against {usual}"
 

@@ -27,10 +27,10 @@ struct Backward {
     take(dk_sum, whole ? 0 : keys * columns), take(dv_sum, whole ? 0 : keys * columns);
   }
 
-  Backward(const Problem<T>& problem, const Item& item, Scratch& scratch) : p(problem), item(item) {
+  Backward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
     int64_t bytes = 0;
     lay_out([&](auto*& piece, int64_t count) {
-      bytes += Scratch::bytes<std::remove_reference_t<decltype(*piece)>>(count);
+      bytes += Arena::bytes<std::remove_reference_t<decltype(*piece)>>(count);
     });
     scratch.reserve(bytes);
     lay_out(
@@ -177,6 +177,6 @@ struct Backward {
 
 template <class Math, class T>
 void backward_item(const Problem<T>& problem, const Item& item) {
-  static thread_local Scratch scratch;
+  static thread_local Arena scratch;
   Backward<Math, T>(problem, item, scratch).run();
 }

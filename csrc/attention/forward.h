@@ -37,9 +37,9 @@ struct Forward {
   Unit *packed_k, *packed_v, *query, *weights;
   float* scores;
 
-  Forward(const Problem<T>& problem, const Item& item, Scratch& scratch) : p(problem), item(item) {
-    scratch.reserve(Scratch::bytes<Unit>(row * depth) + Scratch::bytes<Unit>(dim_panels * kLanes * key_units) +
-                    Scratch::bytes<Unit>(kRows * width) + Scratch::bytes<float>(kRows * row) * 2);
+  Forward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
+    scratch.reserve(Arena::bytes<Unit>(row * depth) + Arena::bytes<Unit>(dim_panels * kLanes * key_units) +
+                    Arena::bytes<Unit>(kRows * width) + Arena::bytes<float>(kRows * row) * 2);
     packed_k = scratch.take<Unit>(row * depth);
     packed_v = scratch.take<Unit>(dim_panels * kLanes * key_units);
     query = scratch.take<Unit>(kRows * width);
@@ -101,6 +101,6 @@ struct Forward {
 
 template <class Math, class T>
 void forward_item(const Problem<T>& problem, const Item& item) {
-  static thread_local Scratch scratch;
+  static thread_local Arena scratch;
   Forward<Math, T>(problem, item, scratch).run();
 }

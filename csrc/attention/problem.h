@@ -1,12 +1,14 @@
-// What one call computes, and the scratch memory of a thread.
+// What one call computes.
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
+
+#include "common/arena.h"
 
 namespace revit_attention {
+
+using revit::Arena;
 
 struct bf16 {
   uint16_t bits;
@@ -32,34 +34,6 @@ struct Problem {
 // One head of some query rows of one image, with all keys of that image.
 struct Item {
   int64_t head, first_query, queries, first_key, keys;
-};
-
-// Memory that a thread keeps from call to call, handed out in pieces that start on cache lines.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  void reserve(int64_t bytes) {
-    used_ = 0;
-    if (bytes <= size_) return;
-    std::free(data_);
-    size_ = (bytes + 4095) / 4096 * 4096;
-    data_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-    if (!data_) size_ = 0, throw std::bad_alloc();
-  }
-  template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(data_ + used_);
-    used_ += bytes<T>(count);
-    return piece;
-  }
-  template <class T>
-  static int64_t bytes(int64_t count) {
-    return (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  }
-
- private:
-  char* data_ = nullptr;
-  int64_t size_ = 0, used_ = 0;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -12,9 +12,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <type_traits>
 #include <vector>
@@ -26,8 +23,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
 #define KERNELS "block/rows.h"
+#include "common/arena.h"
 #include "common/every_isa.h"
-#include "common/scratch.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -53,23 +50,11 @@ Linear linear(char* packed, int64_t kind, int64_t in, int64_t out) {
   return Linear(packed, in, out, how.lanes, how.unit);
 }
 
-// Memory that a thread keeps from call to call.
-class Arena {
- public:
-  char* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      size_ = 0;
-      memory_.reset();
-      memory_ = make_scratch((bytes + 3) / 4);
-      size_ = bytes;
-    }
-    return reinterpret_cast<char*>(memory_.get());
-  }
-
- private:
-  Scratch memory_;
-  int64_t size_ = 0;
-};
+// `bytes` of the arena, in which whatever it held before is lost.
+char* room(revit::Arena& arena, int64_t bytes) {
+  arena.reserve(bytes);
+  return arena.take<char>(bytes);
+}
 
 // f(first, count, arena) on rows of [begin, end). Few rows: a part for each thread. Many: each thread takes the next
 // ones that are left, in the end fewer and fewer, so that none waits long for another.
@@ -80,8 +65,8 @@ void share_rows(int64_t begin, int64_t end, const Shape& shape, F f) {
   const int64_t threads = std::min(most, (rows + kFewestRows - 1) / kFewestRows);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    static thread_local Arena arena;
-    char* memory = arena.reserve(shape.bytes);
+    static thread_local revit::Arena arena;
+    char* memory = room(arena, shape.bytes);
     for (int64_t at = next.load();;) {
       const int64_t left = rows - at;
       if (left <= 0) return;
@@ -245,11 +230,11 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
   if (!groups.empty()) {
     std::atomic<size_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      static thread_local Arena own, shared;
-      char* memory = own.reserve(shape.bytes);
+      static thread_local revit::Arena of_rows, of_group;
+      char* memory = room(of_rows, shape.bytes);
       for (size_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups.size();) {
         const int64_t top = boundaries[groups[g].first], rows = boundaries[groups[g].last] - top;
-        const Between between(problems[0], rows, shared.reserve(Between::bytes(problems[0], rows, heads)));
+        const Between between(problems[0], rows, room(of_group, Between::bytes(problems[0], rows, heads)));
         for (Problem problem : problems) {
           problem.qkv = between.qkv, problem.attended = between.attended, problem.between_first = top;
           const int64_t parts = (rows + shape.rows - 1) / shape.rows;
@@ -265,10 +250,10 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
       }
     });
   } else {
-    static thread_local Arena kept;
-    Arena once;
+    static thread_local revit::Arena kept;
+    revit::Arena once;
     const int64_t bytes = Between::bytes(problems[0], tokens, heads);
-    const Between between(problems[0], tokens, (bytes <= kMostKept ? kept : once).reserve(bytes));
+    const Between between(problems[0], tokens, room(bytes <= kMostKept ? kept : once, bytes));
     for (Problem& problem : problems) {
       problem.qkv = between.qkv, problem.attended = between.attended;
       share_rows(begin, end, shape,
