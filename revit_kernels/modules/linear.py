@@ -44,12 +44,19 @@ def linear(module: nn.Module, x: Tensor) -> Tensor:
     return _product(x, module) if is_plain(module, "Linear") else module(x)
 
 
+ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
+
+
+def name_of(activation: nn.Module) -> str | None:
+    """What the ops call an activation of this class, whether or not somebody hooked it; None if they do not know it."""
+    if getattr(activation, "approximate", "none") == "tanh":
+        return "gelu_tanh"
+    return ACTIVATIONS.get(type(activation).__name__)
+
+
 def activation_name(activation: nn.Module) -> str | None:
-    """What the ops call the activation, or None where they have none such, or somebody hooked it."""
-    if is_plain(activation, "GELU", "GELUTanh"):
-        tanh = type(activation).__name__ == "GELUTanh" or getattr(activation, "approximate", "none") == "tanh"
-        return "gelu_tanh" if tanh else "gelu"
-    return "silu" if is_plain(activation, "SiLU") else None
+    """What the op `linear` calls the activation, or None where it has none such, or somebody hooked it."""
+    return name_of(activation) if is_plain(activation, "GELU", "GELUTanh", "SiLU") else None
 
 
 def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ from torch import Tensor, nn
 from revit_kernels import dispatch, layouts
 from revit_kernels.dispatch import load
 from revit_kernels.modules.layer_norm import PER_LENGTH, _PerLength, _rows
-from revit_kernels.modules.linear import is_plain
+from revit_kernels.modules.linear import is_plain, name_of
 from revit_kernels.ops.block import BlockWeights
 from revit_kernels.packing import Packing
 
 NORMS = ("LayerNorm", PER_LENGTH["LayerNorm"].__name__)
 LINEAR, IDENTITY, DROPOUT = ("Linear",), ("Identity",), ("Identity", "Dropout")
-GELUS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu"}
+GELUS = ("GELU", "GELUTanh", "QuickGELU")
 PARTS = (
     *(("norm1", NORMS), ("norm2", NORMS)),
     *((name, ("Identity", "LayerScale")) for name in ("ls1", "ls2")),
@@ -23,7 +23,7 @@ ATTENTION = (
     *((name, IDENTITY) for name in ("q_norm", "k_norm", "norm")),
 )
 MLP = (
-    *(("fc1", LINEAR), ("fc2", LINEAR), ("act", tuple(GELUS))),
+    *(("fc1", LINEAR), ("fc2", LINEAR), ("act", GELUS)),
     *(("drop1", DROPOUT), ("drop2", DROPOUT), ("norm", IDENTITY)),
 )
 
@@ -124,9 +124,7 @@ def weights(module: nn.Module, packing: Packing | None) -> BlockWeights:
 def _alike(module: nn.Module) -> tuple:
     """What blocks that run in one call have in common."""
     parts = module._modules
-    attn, mlp = parts["attn"], parts["mlp"]._modules
-    act = mlp["act"]
-    name = "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else GELUS[type(act).__name__]
+    attn, name = parts["attn"], name_of(parts["mlp"]._modules["act"])
     return attn.num_heads, (parts["norm1"].eps, parts["norm2"].eps), attn.scale, name, kind(module)
 
 
