@@ -273,7 +273,8 @@ def test_a_run_that_dies_leaves_nothing(model, photos, tmp_path, capsys, suffix,
 def test_an_interrupt_from_outside(photos, tmp_path):
     """A real process, a real signal, while images are being answered."""
     script = """if True:
-        import sys, time
+        import signal, sys, time
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         from test_infer import StandIn
         from revit_kernels import cli
         from revit_kernels.serving import command, loading
