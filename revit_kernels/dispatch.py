@@ -61,7 +61,6 @@ def register(op: str, step: str, schema: str, fake, order=None):
     torch.library.define(f"revit_kernels::{name}", schema)
     torch.library.register_fake(f"revit_kernels::{name}", fake)
 
-    @torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd")
     def run(*args):
         *args, backend = args
         wanted = BACKENDS if order is None else order(*args)
@@ -71,7 +70,30 @@ def register(op: str, step: str, schema: str, fake, order=None):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return run_step(*args)  # an op computes in the dtypes it was given
 
-    return getattr(torch.ops.revit_kernels, name).default
+    torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd", run)
+    registered = getattr(torch.ops.revit_kernels, name).default
+
+    def call(*args):
+        """The op; straight to the backend where no tracer, mode or autograd needs to see it as one."""
+        return run(*args) if unwatched(*args) else registered(*args)
+
+    return call
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def unwatched(*args) -> bool:
+    """Whether nobody would see an op: no autograd, compiler, tracer, mode or transform, nor tensors of other classes."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    for arg in args:
+        for x in arg if type(arg) is list else (arg,):
+            if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
+                return False
+    return True
 
 
 def one_device(**tensors) -> None:

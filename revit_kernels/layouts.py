@@ -1,4 +1,4 @@
-"""Weights kept in the layout that a CPU's matrix product reads fastest, for as long as they do not change."""
+"""What is made of weights on a CPU, such as the layout that its matrix product reads fastest, kept while they stay."""
 
 from collections.abc import Callable
 from functools import cache
@@ -40,7 +40,22 @@ def _fingerprint(tensors: tuple[Tensor | None, ...]) -> tuple:
     return tuple(None if t is None else _fingerprint_op()(t.detach()) for t in tensors)
 
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+
+
+def panels(weight: Tensor, bias: Tensor | None, gamma: Tensor | None, kind) -> Tensor:
+    """The weight (out, in), with what is added to and multiplied with its product (out,), as csrc/gemm packs them."""
+    floats = (None if t is None else t.detach().float().contiguous() for t in (bias, gamma))
+    return torch.ops.revit_kernels.pack_cpu.default(weight.detach().contiguous(), *floats, KINDS[kind])
+
+
 _all: "WeakSet[Layouts]" = WeakSet()
+_changes = 0
+
+
+def changes() -> int:
+    """How often a layout was made or forgotten so far: who keeps what `trusted` gave keeps it while this stays."""
+    return _changes
 
 
 class Layouts:
@@ -50,18 +65,27 @@ class Layouts:
     after `trust` it asks their versions only, which every write raises but one through `.data`.
     """
 
-    def __init__(self, pack: Callable):
-        self._pack = pack
+    def __init__(self, pack: Callable, most: int | None = None):
+        """most: how many layouts of one weight are kept, of any number that may be asked for"""
+        self._pack, self._most = pack, most
         self._kept = WeakIdKeyDictionary()  # weight: {how: _Kept}
         _all.add(self)
 
-    def _keep(self, tensors, how, state, fingerprint) -> object:
-        kept = _Kept(state, fingerprint, self._pack(*tensors, *how))
-        self._kept.setdefault(tensors[0], {})[how] = kept
+    def _keep(self, tensors, how, state, fingerprint, make=None) -> object:
+        global _changes
+        _changes += 1
+        kept = _Kept(state, fingerprint, make() if make else self._pack(*tensors, *how))
+        of_weight = self._kept.setdefault(tensors[0], {})
+        of_weight[how] = kept
+        while self._most and len(of_weight) > self._most:
+            del of_weight[next(iter(of_weight))]
         return kept.packed
 
-    def get(self, *tensors: Tensor | None, how: tuple = ()) -> object | None:
-        """The layout, made anew where a tensor changed; None where nothing can be kept: for temporaries."""
+    def get(self, *tensors: Tensor | None, how: tuple = (), make: Callable | None = None) -> object | None:
+        """The layout, made anew where a tensor changed; None where nothing can be kept: for temporaries.
+
+        make: makes it in place of `pack`
+        """
         kept, state = self._kept.get(tensors[0], {}).get(how), _state(tensors)
         if kept is not None and kept.state == state and kept.fingerprint is None:
             return kept.packed
@@ -72,7 +96,12 @@ class Layouts:
         same = kept is not None and kept.fingerprint == fingerprint
         if same and all(a is b is None or a[:3] == b[:3] for a, b in zip(kept.state, state)):
             return kept.packed
-        return self._keep(tensors, how, state, fingerprint)
+        return self._keep(tensors, how, state, fingerprint, make)
+
+    def trusted(self, *tensors: Tensor | None, how: tuple = ()) -> object | None:
+        """The layout, if there is one that is trusted, and versions and memory are as they were; makes none."""
+        kept = self._kept.get(tensors[0], {}).get(how)
+        return kept.packed if kept and kept.fingerprint is None and kept.state == _state(tensors) else None
 
     def trust(self, *tensors: Tensor | None, how: tuple = ()) -> None:
         """Make the layout now, and read the tensors no more."""
@@ -83,5 +112,7 @@ class Layouts:
 
 def forget(weight: Tensor) -> None:
     """Keep no layout of this weight any longer."""
+    global _changes
+    _changes += 1
     for layouts in _all:
         layouts._kept.pop(weight, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from revit_kernels.device_cache import DeviceCache
 
 Grid = tuple[int, int]
+
+MOST_KEPT = 2048  # tokens of a dense batch on a CPU whose packing is kept: of one image or a few, it takes time
 
 
 def _check_grid(name: str, grid) -> Grid:
@@ -135,6 +138,15 @@ class Packing:
         """One grid for every image: a dense batch seen as a packing. `images` may be symbolic, as in torch.export."""
         grid = _check_grid("grid", grid)
         length = prefix + grid[0] * grid[1]
+        watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+        if type(images) is int and images * length <= MOST_KEPT and str(device) in ("None", "cpu") and not watched:
+            if torch.get_default_device().type == "cpu":
+                return _kept_uniform(images, grid, prefix)
+        return cls._uniform(images, grid, prefix, device)
+
+    @classmethod
+    def _uniform(cls, images: int, grid: Grid, prefix: int, device) -> Packing:
+        length = prefix + grid[0] * grid[1]
         tokens = torch.arange(images * length, dtype=torch.int32, device=device)
         return cls(
             torch.arange(images + 1, dtype=torch.int32, device=device) * length,
@@ -208,7 +220,8 @@ class Packing:
     def placement(self) -> Tensor:
         """(images, 3) int32: rows and columns of each image's grid, and where that grid starts in a table that
         lists the cells of every grid of the menu, in order."""
-        return _table(self.menu, self.device)[self.length_index.long()]
+        kept = self.__dict__.get("_placement")
+        return _table(self.menu, self.device)[self.length_index.long()] if kept is None else kept
 
     def without_prefix(self) -> tuple[Packing, Tensor]:
         """The packing of the patch tokens alone, and (tokens,) int64: the row of each in this packing.
@@ -227,6 +240,14 @@ class Packing:
             raise ValueError("tokens can be split by image only where the host knows the grids")
         lengths = [self.prefix + h * w for h, w in self.grids]
         return torch.split(tokens[: sum(lengths)], lengths) if lengths else ()
+
+
+@lru_cache(maxsize=64)
+def _kept_uniform(images: int, grid: Grid, prefix: int) -> Packing:
+    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+        packing = Packing._uniform(images, grid, prefix, "cpu")
+        packing._placement = packing.placement
+        return packing
 
 
 pytree.register_pytree_node(

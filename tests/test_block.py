@@ -283,7 +283,7 @@ def test_weights_are_packed_once_whatever_lengths_come(runs, monkeypatch):
     """An affine per length is another tensor for every menu: the products' weights must not be packed anew for it."""
     m = model(torch.bfloat16).make_resizable(((4, 4), (2, 3), (1, 1))).requires_grad_(False)
     m.prepack()
-    monkeypatch.setattr(whole_block.load("block", "cpu"), "_pack", lambda *_: pytest.fail("packed anew"))
+    monkeypatch.setattr(whole_block.load("block", "cpu"), "panels", lambda *_: pytest.fail("packed anew"))
     for grids in ([(4, 4)], [(2, 3)], [(4, 4), (1, 1)], [(1, 1)], [(3, 3)], [(4, 4)]):
         m([torch.randn(3, 16 * h, 16 * w).bfloat16() for h, w in grids], grids=grids)
     assert len(runs) == 12

@@ -11,8 +11,13 @@ namespace revit_attention {
 void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
             int64_t head_dim, float scale, void* y, float* lse);
 
-// The same for one image, on the calling thread: its tokens are [first, first + length).
-void attend_image(bool is_bf16, const void* qkv, int64_t first, int64_t length, int64_t heads, int64_t head_dim,
-                  float scale, void* y, float* lse);
+// One head of some queries of one image, with all its keys.
+struct Piece {
+  int64_t head, first_query, queries, first_key, keys;
+};
+
+// The same for one piece, on the calling thread.
+void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
+                  void* y, float* lse);
 
 }  // namespace revit_attention

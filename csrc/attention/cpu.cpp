@@ -209,16 +209,12 @@ void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t im
     forward_images(problem_of<float>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
 }
 
-void attend_image(bool is_bf16, const void* qkv, int64_t first, int64_t length, int64_t heads, int64_t head_dim,
-                  float scale, void* y, float* lse) {
-  auto each_head = [&](const auto& problem, auto kernel) {
-    for (int64_t head = 0; head < heads; ++head) kernel(problem, Item{head, first, length, first, length});
-  };
-  if (!length) return;
+void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
+                  void* y, float* lse) {
   if (is_bf16)
-    each_head(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), forward_kernel<bf16>());
+    forward_kernel<bf16>()(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), piece);
   else
-    each_head(problem_of<float>(qkv, heads, head_dim, scale, y, lse), forward_kernel<float>());
+    forward_kernel<float>()(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
 }
 
 template <class T>

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention/attention.h"
 #include "common/arena.h"
 
 namespace revit_attention {
@@ -31,10 +32,7 @@ struct Problem {
   float scale;
 };
 
-// One head of some query rows of one image, with all keys of that image.
-struct Item {
-  int64_t head, first_query, queries, first_key, keys;
-};
+using Item = Piece;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,25 +1,5 @@
 // GELU and its kin on vectors. No include guard: compiled once per instruction set.
 
-inline Floats splat(float x) {
-#if LANES == 16
-  return (Floats)_mm512_set1_ps(x);
-#elif LANES == 8
-  return (Floats)_mm256_set1_ps(x);
-#else
-  return Floats{x, x, x, x};
-#endif
-}
-
-inline Floats fma(Floats a, Floats b, Floats c) {
-#if LANES == 16
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif LANES == 8
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-
 // NaN in `a` stays NaN: these instructions return their second argument then.
 inline Floats at_least(Floats a, float b) {
 #if LANES == 16

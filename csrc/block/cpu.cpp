@@ -2,8 +2,8 @@
 // projection, norm and MLP, with both residual adds. Tokens go through in rows that stay in a core's cache, against
 // weights packed beforehand. A row's arithmetic does not depend on the rows beside it, nor on how rows are shared out.
 //
-// Many images: a thread takes a few of them through all blocks by itself, and waits for nobody. Few images: all threads
-// share the rows of each half of a block, and the heads of its attention.
+// Many images: a thread takes a few of them through all blocks by itself, and waits for nobody. Else all threads share
+// each block: rows, or where there are few, the columns of each product, so that each weight is read once.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -18,6 +18,8 @@
 
 #include "attention/attention.h"
 #include "block/problem.h"
+#include "block/share.h"
+#include "gemm/gemm.h"
 
 #pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -31,24 +33,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kFewestRows = 24;  // that are worth reading all weights of half a block for
-// Tokens of small images that go through the blocks together: the more, the seldomer weights are read; the fewer, the
-// more evenly they are shared out. Measured on 32 images of ViT-S/16: 256 is 3 % faster than 128.
-constexpr int64_t kGroupRows[] = {256, 192, 128, 96};
+// Rows for each thread, below which threads share a product's columns instead: measured at 1 to 50 rows on 2 threads.
+constexpr int64_t kFewRows = 24;
 constexpr int64_t kMostKept = 64 << 20;  // bytes that a thread keeps from call to call: a huge batch gives its own back
-constexpr double kImbalance = 1.03, kMostImbalance = 1.10;  // of the longest share to the mean; beyond, rows are shared
 
 bool is_bf16(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16; }
-
-Layout layout(int64_t kind) {
-  static const auto layout_of = EVERY_ISA_PICK(layout_of);
-  return layout_of(static_cast<Kind>(kind));
-}
-
-Linear linear(char* packed, int64_t kind, int64_t in, int64_t out) {
-  const Layout how = layout(kind);
-  return Linear(packed, in, out, how.lanes, how.unit);
-}
 
 // `bytes` of the arena, in which whatever it held before is lost.
 char* room(revit::Arena& arena, int64_t bytes) {
@@ -56,103 +45,59 @@ char* room(revit::Arena& arena, int64_t bytes) {
   return arena.take<char>(bytes);
 }
 
-// f(first, count, arena) on rows of [begin, end). Few rows: a part for each thread. Many: each thread takes the next
-// ones that are left, in the end fewer and fewer, so that none waits long for another.
-template <class F>
-void share_rows(int64_t begin, int64_t end, const Shape& shape, F f) {
-  const int64_t rows = end - begin, most = torch::stable::get_num_threads();
-  if (rows <= 0) return;
-  const int64_t threads = std::min(most, (rows + kFewestRows - 1) / kFewestRows);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    static thread_local revit::Arena arena;
-    char* memory = room(arena, shape.bytes);
-    for (int64_t at = next.load();;) {
-      const int64_t left = rows - at;
-      if (left <= 0) return;
-      const int64_t fair = rows <= threads * shape.rows ? (rows + threads - 1) / threads : left / (2 * threads);
-      const int64_t count = std::min(left, std::clamp(fair, std::min(kFewestRows, shape.rows), shape.rows));
-      if (!next.compare_exchange_weak(at, at + count)) continue;
-      f(begin + at, count, memory);
-      at = next.load();
-    }
-  });
-}
-
-// Images [first, last), and what they cost, in rows' worth of products.
-struct Group {
-  int64_t first, last;
-  double cost;
-};
-
-// Neighbouring images together, up to `most` tokens; those that cost most first.
-std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t most) {
-  std::vector<Group> groups;
-  for (int64_t i = 0; i < images;) {
-    Group group{i, i, 0};
-    do {
-      const double length = boundaries[group.last + 1] - boundaries[group.last];
-      group.cost += length + cost_of_pair * length * length;
-      ++group.last;
-    } while (group.last < images && boundaries[group.last + 1] - boundaries[i] <= most);
-    groups.push_back(group);
-    i = group.last;
+// What a step multiplies with; null where it is no product.
+const Linear* weight_of(const Problem& p, Step step) {
+  switch (step) {
+    case Step::kQueriesKeysValues:
+      return &p.to_qkv;
+    case Step::kProjection:
+      return &p.proj;
+    case Step::kUp:
+      return &p.fc1;
+    case Step::kDown:
+      return &p.fc2;
+    default:
+      return nullptr;
   }
-  std::stable_sort(groups.begin(), groups.end(), [](const Group& a, const Group& b) { return a.cost > b.cost; });
-  return groups;
 }
 
-// The longest share of a thread to the mean, where each takes the next group that is left.
-double imbalance(const std::vector<Group>& groups, int64_t threads) {
-  std::vector<double> load(threads, 0.);
-  double total = 0;
-  for (const Group& group : groups) *std::min_element(load.begin(), load.end()) += group.cost, total += group.cost;
-  return total ? *std::max_element(load.begin(), load.end()) * threads / total : 1;
+// What will be multiplied with after that.
+const Linear& weight_after(const Problem& p, Step step) {
+  for (auto next = static_cast<int64_t>(step) + 1; next < kSteps; ++next)
+    if (const Linear* weight = weight_of(p, static_cast<Step>(next))) return *weight;
+  return *p.next;
 }
 
-// The groups that threads take through all blocks by themselves; none where they would wait for one another too long.
-std::vector<Group> shares(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t threads) {
-  std::vector<Group> best;
-  double least = kMostImbalance;
-  for (const int64_t rows : kGroupRows) {
-    std::vector<Group> groups = groups_of(boundaries, images, cost_of_pair, rows);
-    const double found = imbalance(groups, threads);
-    if (found < least) best = std::move(groups), least = found;
-    if (least <= kImbalance) break;
+enum class Half { kFirst, kSecond };
+
+// Those of a half of a block that there is something to do for.
+std::vector<Step> steps_of(Half half, const Shape& shape) {
+  if (half == Half::kFirst) return {Step::kNorm1, Step::kQueriesKeysValues};
+  std::vector<Step> steps;
+  if (shape.stages[0]) steps.push_back(Step::kStageAttended);
+  for (const Step step : {Step::kProjection, Step::kNorm2, Step::kUp}) steps.push_back(step);
+  if (shape.stages[1]) steps.push_back(Step::kStageHidden);
+  steps.push_back(Step::kDown);
+  return steps;
+}
+
+using RunStep = void (*)(const Block&, Step, Span, Span, const char*, float*);
+
+RunStep step_kernel() {
+  static const RunStep kernel = EVERY_ISA_PICK(run_step);
+  return kernel;
+}
+
+// Some rows through these steps, on the calling thread. memory: of the shape's line, and then of the rows
+void run_steps(const Problem& p, const std::vector<Step>& steps, const Shape& shape, int64_t first, int64_t count,
+               char* memory) {
+  const Block block{p, first, count, memory + shape.line};
+  for (const Step step : steps) {
+    const Linear* weight = weight_of(p, step);
+    step_kernel()(block, step, {0, count}, {0, weight ? weight->out : 0}, weight_after(p, step).panels,
+                  reinterpret_cast<float*>(memory));
   }
-  return best;
 }
-
-void zero_rows(Tensor& x, int64_t first, int64_t last) {
-  const int64_t row = x.size(1) * x.element_size();
-  if (last > first) std::memset(static_cast<char*>(x.data_ptr()) + first * row, 0, (last - first) * row);
-}
-
-}  // namespace
-
-// Which kinds of weights there are kernels for here: 0 fp32, 1 bf16, 2 int8.
-bool block_takes_cpu(int64_t kind) { return layout(kind).unit > 0; }
-
-// weight: (out, in) fp32 or bf16; bias, gamma: (out,) fp32. Returns bytes, for this process alone to read.
-Tensor block_pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
-                      int64_t kind) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const Layout how = layout(kind);
-  STD_TORCH_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
-  const Linear sizes(nullptr, in, out, how.lanes, how.unit);
-  Tensor packed = torch::stable::new_empty(weight, {sizes.end - static_cast<char*>(nullptr)}, ScalarType::Byte);
-  std::memset(packed.data_ptr(), 0, packed.numel());
-  const Linear to = linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
-  for (int64_t n = 0; n < out; ++n) {
-    to.bias[n] = bias ? static_cast<const float*>(bias->data_ptr())[n] : 0;
-    to.gamma[n] = gamma ? static_cast<const float*>(gamma->data_ptr())[n] : 1;
-  }
-  static const auto pack_weight = EVERY_ISA_PICK(pack_weight);
-  pack_weight(static_cast<Kind>(kind), is_bf16(weight), weight.data_ptr(), to);
-  return packed;
-}
-
-namespace {
 
 // What one block reads, as `addresses` lists it.
 struct BlockAddresses {
@@ -161,6 +106,15 @@ struct BlockAddresses {
   int64_t lengths1, lengths2;
 };
 static_assert(sizeof(BlockAddresses) == 10 * sizeof(int64_t));
+
+// And what the head reads.
+struct HeadAddresses {
+  const float *norm_weight, *norm_bias;
+  int64_t lengths;
+  char* weight;
+  int64_t classes;
+};
+static_assert(sizeof(HeadAddresses) == 5 * sizeof(int64_t));
 
 // The memory of what lies between the halves of a block, for `rows` tokens.
 struct Between {
@@ -180,25 +134,185 @@ struct Between {
   }
 };
 
-using Half = void (*)(const Problem&, int64_t, int64_t, char*);
+void zero_rows(Tensor& x, int64_t first, int64_t last) {
+  const int64_t row = x.size(1) * x.element_size();
+  if (last > first) std::memset(static_cast<char*>(x.data_ptr()) + first * row, 0, (last - first) * row);
+}
+
+using revit_attention::Piece;
+
+// One call: all blocks on all tokens.
+struct Call {
+  std::vector<Problem> problems;
+  Shape shape;
+  const int32_t* boundaries;
+  int64_t images, tokens, heads, head_dim;
+  float scale;
+  int64_t threads = torch::stable::get_num_threads();
+
+  int64_t begin() const { return boundaries[0]; }
+  int64_t end() const { return boundaries[images]; }
+
+  void attend(const Between& between, const Piece& piece) const {
+    revit_attention::attend_piece(problems[0].is_bf16, between.qkv, piece, heads, head_dim, scale, between.attended,
+                                  between.lse);
+  }
+
+  // Each thread takes the next images that are left through all blocks.
+  void share_groups(const std::vector<Group>& groups) const {
+    const std::vector<Step> first = steps_of(Half::kFirst, shape), second = steps_of(Half::kSecond, shape);
+    std::atomic<size_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      static thread_local revit::Arena of_rows, of_group;
+      char* memory = room(of_rows, shape.line + shape.bytes(shape.rows));
+      for (size_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups.size();) {
+        const int64_t top = boundaries[groups[g].first], rows = boundaries[groups[g].last] - top;
+        const Between between(problems[0], rows, room(of_group, Between::bytes(problems[0], rows, heads)));
+        const int64_t parts = (rows + shape.rows - 1) / shape.rows;
+        for (Problem problem : problems) {
+          problem.qkv = between.qkv, problem.attended = between.attended, problem.between_first = top;
+          auto each_part = [&](const std::vector<Step>& steps) {
+            for (int64_t i = 0; i < parts; ++i) {
+              const Span part = Span{top, top + rows}.part(i, parts);
+              run_steps(problem, steps, shape, part.begin, part.size(), memory);
+            }
+          };
+          each_part(first);
+          for (int64_t image = groups[g].first; image < groups[g].last; ++image) {
+            const int64_t length = boundaries[image + 1] - boundaries[image], at = boundaries[image] - top;
+            for (int64_t head = 0; length && head < heads; ++head) attend(between, {head, at, length, at, length});
+          }
+          each_part(second);
+        }
+      }
+    });
+  }
+
+  // All threads take one step after the other together.
+  void share_steps() {
+    static thread_local revit::Arena kept, of_thread;
+    revit::Arena once;
+    const int64_t rows = end() - begin(), of_between = Between::bytes(problems[0], tokens, heads);
+    const bool few = rows < threads * kFewRows;
+    const int64_t bytes = of_between + (few ? shape.bytes(rows) : 0);
+    char* memory = room(bytes <= kMostKept ? kept : once, bytes);
+    const Between between(problems[0], tokens, memory);
+    const std::vector<Piece> pieces = pieces_of_attention();
+    const std::vector<Span> parts = parts_of_rows();
+    Phases phases;
+    for (Problem& problem : problems) {
+      problem.qkv = between.qkv, problem.attended = between.attended;
+      const Block block{problem, begin(), rows, memory + of_between};
+      for (const Half half : {Half::kFirst, Half::kSecond}) {
+        const std::vector<Step> steps = steps_of(half, shape);
+        if (few)
+          for (const Step step : steps) share_step(block, step, phases);
+        else
+          phases.add(parts.size(), [&, steps](int64_t i, char* memory) {
+            run_steps(problem, steps, shape, parts[i].begin, parts[i].size(), memory);
+          });
+        if (half == Half::kFirst)
+          phases.add(pieces.size(), [&](int64_t i, char*) { attend(between, pieces[i]); });
+      }
+    }
+    const int64_t own = shape.line + (few ? 0 : shape.bytes(shape.rows));
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { phases.work(room(of_thread, own)); });
+  }
+
+ private:
+  // The rows that a thread takes at a time: an even share of a few; of many, in the end fewer and fewer, so that none
+  // waits long for another.
+  std::vector<Span> parts_of_rows() const {
+    std::vector<Span> parts;
+    for (int64_t at = begin(), left; (left = end() - at) > 0; at = parts.back().end) {
+      const int64_t rows = end() - begin();
+      const int64_t fair = rows <= threads * shape.rows ? (rows + threads - 1) / threads : left / (2 * threads);
+      parts.push_back({at, at + std::min(left, std::clamp(fair, std::min(kFewRows, shape.rows), shape.rows))});
+    }
+    return parts;
+  }
+
+  // Heads, and of few long images parts of them.
+  std::vector<Piece> pieces_of_attention() const {
+    std::vector<Piece> pieces;
+    for (int64_t image = 0; image < images; ++image) {
+      const Span all{boundaries[image], boundaries[image + 1]};
+      const int64_t fitting = (all.size() + kFewRows - 1) / kFewRows;
+      const int64_t parts = std::min(fitting, (threads + images * heads - 1) / (images * heads));
+      for (int64_t i = 0; i < parts; ++i)
+        for (int64_t head = 0; head < heads; ++head)
+          pieces.push_back({head, all.part(i, parts).begin, all.part(i, parts).size(), all.begin, all.size()});
+    }
+    return pieces;
+  }
+
+  // Of a product a thread takes the next panel that is left, so that every weight is read once; else rows.
+  void share_step(const Block& block, Step step, Phases& phases) const {
+    const Problem& problem = block.problem;
+    const int64_t rows = block.count;
+    const Linear* weight = weight_of(problem, step);
+    if (!weight) {
+      const int64_t parts = std::clamp<int64_t>(rows / 4, 1, threads);
+      return phases.add(parts, [=](int64_t i, char* line) {
+        step_kernel()(block, step, Span{0, rows}.part(i, parts), {0, 0}, nullptr, reinterpret_cast<float*>(line));
+      });
+    }
+    const int64_t wide = shape.panel, panels = (weight->out + wide - 1) / wide;
+    const int64_t parts = std::min((2 * threads + panels - 1) / panels, (rows + 7) / 8);
+    const int64_t apart = std::max<int64_t>(1, threads / parts);  // panels that are read at the same time
+    phases.add(panels * parts, [=, &problem](int64_t i, char*) {
+      const int64_t column = i / parts * wide, next = i / parts + apart;
+      const Linear& then = next < panels ? *weight : weight_after(problem, step);
+      step_kernel()(block, step, Span{0, rows}.part(i % parts, parts), {column, std::min(column + wide, weight->out)},
+                    then.panels + next % panels * wide * then.in * then.unit, nullptr);
+    });
+  }
+};
+
+// The logits of each image's first token in the blocks' result; zeros for an image without tokens.
+void classify(const Call& call, const HeadAddresses& head, float eps, Tensor& logits) {
+  Problem problem = call.problems[0];
+  const int64_t dim = problem.dim, kind = problem.is_bf16 ? 1 : 0, images = call.images;
+  const Layout layout = revit_gemm::layout(kind);
+  problem.x = problem.y, problem.kind = static_cast<Kind>(kind);
+  problem.norm1 = {head.norm_weight, head.norm_bias, head.lengths, eps};
+  static thread_local revit::Arena kept;
+  char* line = room(kept, call.shape.line + aligned(images * dim * layout.unit));
+  char* rows = line + call.shape.line;
+  for (int64_t i = 0; i < images; ++i)  // a row is normalised to where the first of a block's rows are
+    if (call.boundaries[i + 1] > call.boundaries[i])
+      step_kernel()({problem, call.boundaries[i], 1, rows + i * dim * layout.unit}, Step::kNorm1, {0, 1}, {0, 0},
+                    nullptr, reinterpret_cast<float*>(line));
+  const Linear product = revit_gemm::linear(head.weight, kind, dim, head.classes);
+  char* out = static_cast<char*>(logits.data_ptr());
+  const int64_t panels = (head.classes + layout.panel - 1) / layout.panel;
+  torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+    revit_gemm::multiply(product, kind, problem.is_bf16, rows, images,
+                         {begin * layout.panel, std::min(end * layout.panel, head.classes)}, nullptr, out);
+  });
+  for (int64_t i = 0; i < images; ++i)
+    if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
+}
 
 }  // namespace
 
 // x: (tokens, dim) fp32 or bf16; row: (tokens,) int32
 // addresses: (blocks, 10) int64: of the norms' weights and biases, (lengths, dim) fp32; of the weights to queries, keys
-// and values, of proj, fc1 and fc2, made by block_pack_cpu; and the lengths of both norms. The caller keeps them alive.
-// Returns (tokens, dim).
+// and values, of proj, fc1 and fc2, made by pack_cpu; and the lengths of both norms. The caller keeps them alive.
+// head: (5,) int64, or none: the final norm's weight and bias, (lengths, dim) fp32, and those lengths; the weight to the
+// classes, made by pack_cpu of the dtype of x; and how many they are
+// Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
 Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, const Tensor& addresses,
                   double eps1, double eps2, int64_t heads, int64_t head_dim, int64_t hidden, double scale,
-                  int64_t activation, int64_t kind) {
+                  int64_t activation, int64_t kind, const std::optional<Tensor>& head, double head_eps) {
   const int64_t tokens = x.size(0), dim = x.size(1), width = heads * head_dim, images = cu_seqlens.size(0) - 1;
   const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  const int64_t begin = boundaries[0], end = boundaries[images], blocks = addresses.size(0);
   for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
     STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
                     "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
   Tensor y = torch::stable::new_empty(x, {tokens, dim});
   const auto* at = static_cast<const BlockAddresses*>(addresses.data_ptr());
+  const int64_t blocks = addresses.size(0);
   std::vector<Problem> problems;
   for (int64_t i = 0; i < blocks; ++i)
     problems.push_back({
@@ -210,76 +324,41 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
         .hidden = hidden,
         .norm1 = {at[i].norm1_weight, at[i].norm1_bias, at[i].lengths1, static_cast<float>(eps1)},
         .norm2 = {at[i].norm2_weight, at[i].norm2_bias, at[i].lengths2, static_cast<float>(eps2)},
-        .to_qkv = linear(at[i].to_qkv, kind, dim, 3 * width),
-        .proj = linear(at[i].proj, kind, width, dim),
-        .fc1 = linear(at[i].fc1, kind, dim, hidden),
-        .fc2 = linear(at[i].fc2, kind, hidden, dim),
+        .to_qkv = revit_gemm::linear(at[i].to_qkv, kind, dim, 3 * width),
+        .proj = revit_gemm::linear(at[i].proj, kind, width, dim),
+        .fc1 = revit_gemm::linear(at[i].fc1, kind, dim, hidden),
+        .fc2 = revit_gemm::linear(at[i].fc2, kind, hidden, dim),
         .activation = static_cast<Activation>(activation),
         .kind = static_cast<Kind>(kind),
         .is_bf16 = is_bf16(x),
     });
+  for (int64_t i = 0; i < blocks; ++i) problems[i].next = &problems[std::min(i + 1, blocks - 1)].to_qkv;
   static const auto shape_of = EVERY_ISA_PICK(shape_of);
-  static const Half first_half = EVERY_ISA_PICK(first_half), second_half = EVERY_ISA_PICK(second_half);
   const Shape shape = shape_of(problems[0]);
-  const bool bf16 = problems[0].is_bf16;
-  const auto factor = static_cast<float>(scale);
-  const double products = 4. * dim * width + 2. * dim * hidden;  // multiplications of a token, and of a pair of them
-  const int64_t threads = torch::stable::get_num_threads();
-  const std::vector<Group> groups = shares(boundaries, images, 2. * width / products, threads);
+  Call call{std::move(problems), shape, boundaries, images, tokens, heads, head_dim, static_cast<float>(scale)};
 
-  if (!groups.empty()) {
-    std::atomic<size_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      static thread_local revit::Arena of_rows, of_group;
-      char* memory = room(of_rows, shape.bytes);
-      for (size_t g; (g = next.fetch_add(1, std::memory_order_relaxed)) < groups.size();) {
-        const int64_t top = boundaries[groups[g].first], rows = boundaries[groups[g].last] - top;
-        const Between between(problems[0], rows, room(of_group, Between::bytes(problems[0], rows, heads)));
-        for (Problem problem : problems) {
-          problem.qkv = between.qkv, problem.attended = between.attended, problem.between_first = top;
-          const int64_t parts = (rows + shape.rows - 1) / shape.rows;
-          for (int64_t i = 0; i < parts; ++i)
-            first_half(problem, top + rows * i / parts, rows * (i + 1) / parts - rows * i / parts, memory);
-          for (int64_t image = groups[g].first; image < groups[g].last; ++image)
-            revit_attention::attend_image(bf16, between.qkv, boundaries[image] - top,
-                                          boundaries[image + 1] - boundaries[image], heads, head_dim, factor,
-                                          between.attended, between.lse);
-          for (int64_t i = 0; i < parts; ++i)
-            second_half(problem, top + rows * i / parts, rows * (i + 1) / parts - rows * i / parts, memory);
-        }
-      }
-    });
-  } else {
-    static thread_local revit::Arena kept;
-    revit::Arena once;
-    const int64_t bytes = Between::bytes(problems[0], tokens, heads);
-    const Between between(problems[0], tokens, room(bytes <= kMostKept ? kept : once, bytes));
-    for (Problem& problem : problems) {
-      problem.qkv = between.qkv, problem.attended = between.attended;
-      share_rows(begin, end, shape,
-                 [&](int64_t first, int64_t count, char* memory) { first_half(problem, first, count, memory); });
-      revit_attention::attend(bf16, between.qkv, boundaries, images, tokens, heads, head_dim, factor, between.attended,
-                              between.lse);
-      share_rows(begin, end, shape,
-                 [&](int64_t first, int64_t count, char* memory) { second_half(problem, first, count, memory); });
-    }
+  const double products = 4. * dim * width + 2. * dim * hidden;  // multiplications of a token, and of a pair of them
+  const std::vector<Group> groups = shares(boundaries, images, 2. * width / products, call.threads);
+  if (!groups.empty())
+    call.share_groups(groups);
+  else if (call.end() > call.begin())
+    call.share_steps();
+  if (head) {
+    const auto* of_head = static_cast<const HeadAddresses*>(head->data_ptr());
+    Tensor logits = torch::stable::new_empty(x, {images, of_head->classes});
+    classify(call, *of_head, static_cast<float>(head_eps), logits);
+    return logits;
   }
-  zero_rows(y, 0, begin);
-  zero_rows(y, end, tokens);
+  zero_rows(y, 0, call.begin());
+  zero_rows(y, call.end(), tokens);
   return y;
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
-  m.def("block_takes_cpu(int kind) -> bool");
-  m.def("block_pack_cpu(Tensor weight, Tensor? bias, Tensor? gamma, int kind) -> Tensor");
   m.def(
       "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor addresses, float eps1, float eps2, int heads,"
-      " int head_dim, int hidden, float scale, int activation, int kind) -> Tensor");
+      " int head_dim, int hidden, float scale, int activation, int kind, Tensor? head, float head_eps) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("block_pack_cpu", TORCH_BOX(&block_pack_cpu));
   m.impl("blocks_cpu", TORCH_BOX(&blocks_cpu));
-}
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) {
-  m.impl("block_takes_cpu", TORCH_BOX(&block_takes_cpu));
 }

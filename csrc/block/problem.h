@@ -1,39 +1,11 @@
-// What one call of a block computes: pointers into tensors, and where a weight's parts lie in its packed bytes.
+// What one call of a block computes.
 #pragma once
 
 #include <cstdint>
 
+#include "gemm/packed.h"
+
 enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu };
-enum class Kind : int64_t { kFloat, kBfloat16, kInt8 };
-
-constexpr int64_t kAlign = 64;
-inline int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
-
-// y = gamma * (x W^T + bias). The weight lies in panels of a few columns of W^T; see product.h.
-struct Linear {
-  char* panels;
-  float *bias, *gamma;
-  float* scale;   // int8: of each output's weights
-  int32_t* sums;  // int8: the sum of each output's weights
-  int64_t in, out;
-
-  // out is rounded up to whole vectors, `lanes` long; the parts are as long as that. `unit`: bytes of a weight.
-  Linear(char* bytes, int64_t in, int64_t out, int64_t lanes, int64_t unit) : in(in), out(out) {
-    const int64_t columns = (out + lanes - 1) / lanes * lanes, part = aligned(columns * 4);
-    panels = bytes;
-    bias = reinterpret_cast<float*>(bytes + aligned(columns * in * unit));
-    gamma = bias + part / 4, scale = gamma + part / 4;
-    sums = reinterpret_cast<int32_t*>(scale + part / 4);
-    end = reinterpret_cast<char*>(sums) + part;
-  }
-  char* end;
-};
-
-// How a kind of weights is laid out on this machine.
-struct Layout {
-  int64_t unit;   // bytes of a weight; 0: there are no instructions for this kind
-  int64_t lanes;  // columns are rounded up to these
-};
 
 struct Norm {
   const float *weight, *bias;  // (lengths, dim)
@@ -53,8 +25,37 @@ struct Problem {
   Activation activation;
   Kind kind;     // of the weights
   bool is_bf16;  // the activations
+  const Linear* next;  // what is multiplied with after these
 };
 
+// What a block does to some rows of tokens, in this order, with attention after kQueriesKeysValues. The products take
+// some of their columns, all else whole rows.
+enum class Step : int64_t {
+  kNorm1,
+  kQueriesKeysValues,
+  kStageAttended,  // for the product; nothing to do where attention gives what it takes
+  kProjection,
+  kNorm2,
+  kUp,
+  kStageHidden,
+  kDown,
+};
+constexpr int64_t kSteps = 8;
+constexpr Step kBeforeAttention = Step::kQueriesKeysValues;
+
+// How the kernels for a problem want it.
 struct Shape {
-  int64_t rows, bytes;  // how many rows a thread takes at a time, and the memory it needs for them
+  int64_t rows;         // how many a thread takes through all steps at a time
+  int64_t panel;        // columns: of a product
+  bool stages[2];       // kStageAttended, kStageHidden
+  int64_t per_row, line;  // memory: of each row; and a thread's own
+
+  int64_t bytes(int64_t rows) const { return aligned(per_row * rows) + 8 * kAlign; }
+};
+
+// Some rows of tokens on their way through a block.
+struct Block {
+  const Problem& problem;
+  int64_t first, count;
+  char* memory;
 };

@@ -2,22 +2,7 @@
 
 #include "block/activation.h"
 
-template <class To>
-inline To convert(float x) {
-  if constexpr (std::is_same_v<To, float>) return x;
-  To y;
-  store(&y, splat(x), Part{1});
-  return y;
-}
-template <class To>
-inline To convert(Bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float y;
-  std::memcpy(&y, &bits, 4);
-  return convert<To>(y);
-}
-
-#include "block/product.h"
+#include "gemm/product.h"
 
 constexpr int64_t kHiddenBytes = 512 * 1024;  // of the hidden layer of the rows that a thread takes: half of an L2
 constexpr int64_t kMostRows = 160;
@@ -34,32 +19,32 @@ struct Rows {
   int64_t first, count;
   Unit* left;      // (count, inputs of the next product)
   Hidden* hidden;  // (count, hidden)
-  float* line;     // one row
   float* scale;    // (count,), where quantised: a row of x is scale * (left - zero)
   int32_t* zero;
+  float* line;  // one row, of this thread
 
   static int64_t widest(const Problem& p) {
     const int64_t inputs = std::max(p.dim, p.attended_dim);
     return kQuantised ? std::max(inputs, p.hidden) : inputs;
   }
-  static int64_t bytes(const Problem& p, int64_t rows) {
-    return aligned(rows * widest(p) * sizeof(Unit)) + aligned(rows * p.hidden * sizeof(Hidden)) +
-           aligned(std::max(widest(p), p.hidden) * 4) + 2 * aligned(rows * 4);
-  }
-  static int64_t most_rows(const Problem& p) {
-    const int64_t rows = kHiddenBytes / (p.hidden * static_cast<int64_t>(sizeof(Hidden))) / kRows * kRows;
-    return std::clamp<int64_t>(rows, 2 * kRows, kMostRows / kRows * kRows);
+  static Shape shape(const Problem& p) {
+    const int64_t fitting = kHiddenBytes / (p.hidden * static_cast<int64_t>(sizeof(Hidden))) / kRows * kRows;
+    return {.rows = std::clamp<int64_t>(fitting, 2 * kRows, kMostRows / kRows * kRows),
+            .panel = kWidth,
+            .stages = {!std::is_same_v<T, Unit>, kQuantised},
+            .per_row = widest(p) * static_cast<int64_t>(sizeof(Unit)) + p.hidden * static_cast<int64_t>(sizeof(Hidden)) + 8,
+            .line = aligned(std::max(widest(p), p.hidden) * 4)};
   }
 
-  Rows(const Problem& p, int64_t first, int64_t count, char* arena) : p(p), first(first), count(count) {
+  Rows(const Block& block, float* line) : p(block.problem), first(block.first), count(block.count), line(line) {
+    char* memory = block.memory;
     auto take = [&](int64_t bytes) {
-      char* piece = arena;
-      arena += aligned(bytes);
+      char* piece = memory;
+      memory += aligned(bytes);
       return piece;
     };
     left = reinterpret_cast<Unit*>(take(count * widest(p) * sizeof(Unit)));
     hidden = reinterpret_cast<Hidden*>(take(count * p.hidden * sizeof(Hidden)));
-    line = reinterpret_cast<float*>(take(std::max(widest(p), p.hidden) * 4));
     scale = reinterpret_cast<float*>(take(count * 4));
     zero = reinterpret_cast<int32_t*>(take(count * 4));
   }
@@ -96,10 +81,9 @@ struct Rows {
   }
 #endif
 
-  // The rows of x as the product takes them; their stride is `inputs`.
-  const Unit* staged(const T* x, int64_t inputs) {
-    if constexpr (std::is_same_v<T, Unit>) return x;
-    for (int64_t r = 0; r < count; ++r) {
+  // The rows of x as a product takes them, where it does not take x itself.
+  void stage(const T* x, int64_t inputs, Span rows) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
 #ifdef BFLOAT16_INSTRUCTIONS
       if constexpr (kQuantised) {
         quantise(x + r * inputs, inputs, r);
@@ -111,12 +95,11 @@ struct Rows {
           store(left + r * inputs + i, load(x + r * inputs + i, n), n);
         });
     }
-    return left;
   }
 
-  void normalise(const T* x, const Norm& norm) {
+  void normalise(const T* x, const Norm& norm, Span rows) {
     const int64_t dim = p.dim;
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
       const T* in = x + r * dim;
       Floats sums[4] = {}, squares[4] = {};
       each_vector(dim, [&](int64_t i, auto n, int k) { sums[k] += store(line + i, load(in + i, n), n); });
@@ -169,8 +152,8 @@ struct Rows {
 
   // keep_value(row, column, Full or Part, value) for each vector of x W^T + bias.
   template <class G, class F>
-  void multiply(const Linear& weight, const Unit* x, G soon, F keep_value) {
-    product<Math>(weight, x, weight.in, count, soon,
+  void multiply(const Linear& weight, const Unit* x, Span rows, Span columns, const char* next, G soon, F keep_value) {
+    product<Math>(weight, x, rows, columns, next, soon,
                   [&](int64_t top, int64_t rows, int64_t left_column, int64_t vectors, const Number* sums) {
                     for (int64_t r = top; r < top + rows; ++r)
                       for (int64_t v = 0; v < vectors; ++v, sums += kLanes) {
@@ -184,113 +167,89 @@ struct Rows {
                   });
   }
 
-  void queries_keys_values() {
-    normalise(static_cast<const T*>(p.x) + first * p.dim, p.norm1);
-    T* out = static_cast<T*>(p.qkv) + (first - p.between_first) * p.to_qkv.out;
-    const int64_t stride = p.to_qkv.out;
-    multiply(p.to_qkv, left, near(out, stride),
-             [=](int64_t r, int64_t column, auto n, Floats y) { store(out + r * stride + column, y, n); });
-  }
-
   template <Activation kind>
-  void up() {
+  void up(Span rows, Span columns, const char* next) {
     Hidden* out = hidden;
     const int64_t stride = p.hidden;
-    multiply(p.fc1, left, near(out, stride), [=](int64_t r, int64_t column, auto n, Floats y) {
+    multiply(p.fc1, left, rows, columns, next, near(out, stride), [=](int64_t r, int64_t column, auto n, Floats y) {
       store(out + r * stride + column, activate<kind, !std::is_same_v<Hidden, float>>(y), n);
     });
   }
 
-  void projection_and_mlp() {
+  // before + gamma * (x W^T + bias)
+  void add_product(const Linear& weight, const Unit* x, const T* before, Span rows, Span columns, const char* next) {
     const int64_t dim = p.dim;
-    const T* x = static_cast<const T*>(p.x) + first * dim;
-    T* y = static_cast<T*>(p.y) + first * dim;
-    auto add_to = [=](const T* before, const float* gamma) {
-      return [=](int64_t r, int64_t column, auto n, Floats branch) {
-        const int64_t at = r * dim + column;
-        store(y + at, fma(branch, load(gamma + column, Full{}), load(before + at, n)), n);
-      };
-    };
-    const T* attended = static_cast<const T*>(p.attended) + (first - p.between_first) * p.attended_dim;
-    auto both = [to = near(y, dim), from = near(const_cast<T*>(x), dim)](int64_t first, int64_t rows, int64_t column) {
-      to(first, rows, column);
-      from(first, rows, column);
-    };
-    multiply(p.proj, staged(attended, p.attended_dim), both, add_to(x, p.proj.gamma));
-    normalise(y, p.norm2);
-    switch (p.activation) {
-      case Activation::kGelu:
-        up<Activation::kGelu>();
-        break;
-      case Activation::kGeluTanh:
-        up<Activation::kGeluTanh>();
-        break;
-      case Activation::kQuickGelu:
-        up<Activation::kQuickGelu>();
-        break;
+    T* y = output();
+    const float* gamma = weight.gamma;
+    multiply(
+        weight, x, rows, columns, next,
+        [=, to = near(y, dim), from = near(const_cast<T*>(before), dim)](int64_t first, int64_t rows, int64_t column) {
+          to(first, rows, column);
+          if (before != y) from(first, rows, column);
+        },
+        [=](int64_t r, int64_t column, auto n, Floats branch) {
+          const int64_t at = r * dim + column;
+          store(y + at, fma(branch, load(gamma + column, Full{}), load(before + at, n)), n);
+        });
+  }
+
+  const T* input() const { return static_cast<const T*>(p.x) + first * p.dim; }
+  T* output() const { return static_cast<T*>(p.y) + first * p.dim; }
+  const T* attended() const { return static_cast<const T*>(p.attended) + (first - p.between_first) * p.attended_dim; }
+
+  // Where a product takes what another step left as it is.
+  const Unit* taken(const void* x) const {
+    return std::is_same_v<T, Unit> ? static_cast<const Unit*>(x) : left;
+  }
+
+  void run(Step step, Span rows, Span columns, const char* next) {
+    switch (step) {
+      case Step::kNorm1:
+        return normalise(input(), p.norm1, rows);
+      case Step::kQueriesKeysValues: {
+        const int64_t stride = p.to_qkv.out;
+        T* out = static_cast<T*>(p.qkv) + (first - p.between_first) * stride;
+        return multiply(p.to_qkv, left, rows, columns, next, near(out, stride),
+                        [=](int64_t r, int64_t column, auto n, Floats y) { store(out + r * stride + column, y, n); });
+      }
+      case Step::kStageAttended:
+        return stage(attended(), p.attended_dim, rows);
+      case Step::kProjection:
+        return add_product(p.proj, taken(attended()), input(), rows, columns, next);
+      case Step::kNorm2:
+        return normalise(output(), p.norm2, rows);
+      case Step::kUp:
+        switch (p.activation) {
+          case Activation::kGelu:
+            return up<Activation::kGelu>(rows, columns, next);
+          case Activation::kGeluTanh:
+            return up<Activation::kGeluTanh>(rows, columns, next);
+          case Activation::kQuickGelu:
+            return up<Activation::kQuickGelu>(rows, columns, next);
+        }
+        return;
+      case Step::kStageHidden:
+        if constexpr (kQuantised) stage(hidden, p.hidden, rows);
+        return;
+      case Step::kDown:
+        if constexpr (kQuantised)
+          return add_product(p.fc2, left, output(), rows, columns, next);
+        else
+          return add_product(p.fc2, hidden, output(), rows, columns, next);
     }
-    if constexpr (kQuantised)
-      multiply(p.fc2, staged(hidden, p.hidden), near(y, dim), add_to(y, p.fc2.gamma));
-    else
-      multiply(p.fc2, hidden, near(y, dim), add_to(y, p.fc2.gamma));
   }
 };
 
-// f(Math, T) for the kind of weights and the type of activations, as null pointers.
-template <class F>
-inline auto with_types(Kind kind, bool is_bf16, F f) {
-#ifdef BFLOAT16_INSTRUCTIONS
-  if (kind == Kind::kInt8)
-    return is_bf16 ? f((Quads*)nullptr, (Bfloat16*)nullptr) : f((Quads*)nullptr, (float*)nullptr);
-  if (is_bf16) return f((Pairs*)nullptr, (Bfloat16*)nullptr);
-#endif
-  return is_bf16 ? f((Singles*)nullptr, (Bfloat16*)nullptr) : f((Singles*)nullptr, (float*)nullptr);
-}
-
 inline Shape shape_of(const Problem& p) {
   return with_types(p.kind, p.is_bf16, [&](auto math, auto type) {
-    using R = Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>;
-    return Shape{R::most_rows(p), R::bytes(p, R::most_rows(p))};
+    return Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>::shape(p);
   });
 }
 
-inline void first_half(const Problem& p, int64_t first, int64_t count, char* arena) {
-  with_types(p.kind, p.is_bf16, [&](auto math, auto type) {
-    using R = Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>;
-    R(p, first, count, arena).queries_keys_values();
+// One step of some of a block's rows, which are counted from its first. columns, next: see product.h.
+inline void run_step(const Block& block, Step step, Span rows, Span columns, const char* next, float* line) {
+  with_types(block.problem.kind, block.problem.is_bf16, [&](auto math, auto type) {
+    Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>(block, line)
+        .run(step, rows, columns, next);
   });
-}
-
-inline void second_half(const Problem& p, int64_t first, int64_t count, char* arena) {
-  with_types(p.kind, p.is_bf16, [&](auto math, auto type) {
-    using R = Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>;
-    R(p, first, count, arena).projection_and_mlp();
-  });
-}
-
-// Bytes of a weight in its panels, and the lanes that its columns are rounded up to; 0 for a kind there is not here.
-inline Layout layout_of(Kind kind) {
-#ifdef BFLOAT16_INSTRUCTIONS
-  if (kind == Kind::kInt8) return {1, kLanes};
-  if (kind == Kind::kBfloat16) return {2, kLanes};
-#endif
-  return {kind == Kind::kInt8 ? 0 : 4, kLanes};
-}
-
-template <class From>
-inline void pack_as(Kind kind, const From* weight, const Linear& to) {
-#ifdef BFLOAT16_INSTRUCTIONS
-  if (kind == Kind::kInt8) return pack_int8(weight, to);
-  if (kind == Kind::kBfloat16) return pack<Pairs>(to, [&](int64_t n, int64_t k) {
-    return convert<Bfloat16>(weight[n * to.in + k]);
-  });
-#endif
-  pack<Singles>(to, [&](int64_t n, int64_t k) { return convert<float>(weight[n * to.in + k]); });
-}
-
-inline void pack_weight(Kind kind, bool is_bf16, const void* weight, const Linear& to) {
-  if (is_bf16)
-    pack_as(kind, static_cast<const Bfloat16*>(weight), to);
-  else
-    pack_as(kind, static_cast<const float*>(weight), to);
 }

@@ -115,3 +115,23 @@ inline void each_vector(int64_t dim, F f) {
   for (; i + kLanes <= dim; i += kLanes) f(i, Full{}, 0);
   if (i < dim) f(i, Part{dim - i}, 0);
 }
+
+inline Floats splat(float x) {
+#if LANES == 16
+  return (Floats)_mm512_set1_ps(x);
+#elif LANES == 8
+  return (Floats)_mm256_set1_ps(x);
+#else
+  return Floats{x, x, x, x};
+#endif
+}
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if LANES == 16
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}

@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <optional>
@@ -12,6 +13,7 @@
 
 #include "common/bfloat16.h"
 #include "common/interpolation.h"
+#include "gemm/gemm.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -19,6 +21,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kRows = 16;  // rows of a resized image that are made at a time: the lanes of one vector
+constexpr int64_t kFewestPatches = 24, kMostPatches = 96;  // that are cut, and then multiplied, at a time
 typedef float Lanes __attribute__((vector_size(64)));
 
 // Where the pixels of one image lie. Either each channel is a plane of its own, or a row of pixels holds all channels.
@@ -101,6 +104,9 @@ REVIT_CLONES void resize_across(float* y, const float* x, int64_t length, int64_
   }
 }
 
+// What a patch's numbers are: bf16, or fp32, or fp32 that a bf16 would hold.
+enum class Number { kFloat, kBfloat16, kRounded };
+
 template <typename T, int64_t kWidth>
 __attribute__((always_inline)) inline void cut(T* y, const float* x, float scale, float shift, int64_t columns,
                                                int64_t width, int64_t stride) {
@@ -125,6 +131,13 @@ __attribute__((always_inline)) inline void cut_any(T* y, const float* x, float s
   if (width == 14) return cut<T, 14>(y, x, scale, shift, columns, width, stride);
   if (width == 32) return cut<T, 32>(y, x, scale, shift, columns, width, stride);
   return cut<T, 0>(y, x, scale, shift, columns, width, stride);
+}
+
+REVIT_CLONES void round_to_bfloat16(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(revit::to_bfloat16(x[i])) << 16;
+    std::memcpy(x + i, &bits, 4);
+  }
 }
 
 // One row of pixels of one channel, normalised and dealt out to the patches it crosses: `stride` apart in y.
@@ -201,6 +214,116 @@ std::vector<Entry> make_entries(const Tensor& cu_seqlens, const Tensor& placemen
   return entries;
 }
 
+// pos, prefix: as they go into y, or are beside a weight, of this dtype and width.
+void check_tables(const std::vector<Entry>& entries, const std::optional<Tensor>& pos,
+                  const std::optional<Tensor>& prefix, const Tensor& y, int64_t dim) {
+  for (const auto& rows : {pos, prefix})
+    STD_TORCH_CHECK(!rows || (rows->scalar_type() == y.scalar_type() && rows->size(1) == dim),
+                    "pos and prefix must be of the dtype and width of y");
+  for (const Entry& entry : entries)
+    STD_TORCH_CHECK(!pos || entry.cell + entry.rows * entry.columns <= pos->size(0), "pos has too few rows: ",
+                    pos->size(0));
+}
+
+// The images and where their patches are to lie: in the numbers of a patch, resized and normalised.
+class Patches {
+ public:
+  Patches(const std::vector<Tensor>& tensors, const Tensor& weight, std::vector<Entry> places,
+          const std::vector<double>& scale, const std::vector<double>& shift, bool cubic, bool channels_last)
+      : entries(std::move(places)),
+        ph(weight.size(2)),
+        pw(weight.size(3)),
+        width(weight.size(1) * ph * pw),
+        images_(make_images(tensors, channels_last)),
+        type_(tensors.empty() ? ScalarType::Float : tensors[0].scalar_type()),
+        scale_(scale.begin(), scale.end()),
+        shift_(shift.begin(), shift.end()) {
+    STD_TORCH_CHECK(images_.size() == entries.size(), "images must be as many as placement has rows");
+    for (size_t i = 0; i < entries.size(); ++i)
+      if (entries[i].rows && !fits(i)) axes_.insert({axis(i, 0), 0}), axes_.insert({axis(i, 1), 0});
+    std::vector<std::pair<int64_t, int64_t>> pairs;
+    for (auto& [pair, index] : axes_) index = pairs.size(), pairs.push_back(pair);
+    taps_.resize(pairs.size());
+    torch::stable::parallel_for(0, pairs.size(), 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        taps_[i] = revit::taps(
+            {static_cast<int32_t>(pairs[i].first), static_cast<int32_t>(pairs[i].second), cubic, true, false, 0});
+    });
+  }
+
+  // Working memory of a thread.
+  struct Buffers {
+    std::vector<float> source, middle, result;
+  };
+
+  // `rows` pixel rows of one resized image, kRows at most, from `row` on, into y: where the patch of its pixel (0, 0) lies.
+  // Every patch has `width` numbers.
+  void cut(size_t i, int64_t row, int64_t rows, char* y, Number number, Buffers& buffers) const {
+    auto& [source, middle, result] = buffers;
+    const Image& image = images_[i];
+    const Entry& entry = entries[i];
+    const int64_t columns = entry.columns * pw, pitch = image.pitch, item = number == Number::kBfloat16 ? 2 : 4;
+    const auto put = [&](const float* pixels, int64_t y_pixel, int64_t channel) {
+      const int64_t at = y_pixel / ph * entry.columns * width + (channel * ph + y_pixel % ph) * pw;
+      cut_row(y + at * item, number == Number::kBfloat16, pixels, scale_[channel], shift_[channel], entry.columns, pw,
+              width);
+    };
+    const int64_t length = (image.width * pitch + 15) / 16 * 16;
+    for (int64_t plane = 0; plane < image.planes; ++plane) {
+      if (fits(i)) {
+        source.resize(length), result.resize(columns);
+        for (int64_t r = 0; r < rows; ++r) {
+          load_row(source.data(), image, type_, plane, row + r);
+          for (int64_t c = 0; c < pitch; ++c) {
+            if (pitch > 1) take_every(result.data(), source.data() + c, pitch, columns);
+            put(pitch > 1 ? result.data() : source.data(), row + r, plane + c);
+          }
+        }
+        continue;
+      }
+      const revit::Taps& down = taps_[axes_.at(axis(i, 0))];
+      const revit::Taps& across = taps_[axes_.at(axis(i, 1))];
+      const int64_t lowest = down.first[row], line = (columns + 15) / 16 * 16;
+      const int64_t highest = down.first[row + rows - 1] + down.count[row + rows - 1];
+      source.resize((highest - lowest) * length), middle.resize(length * kRows), result.resize(line * kRows);
+      for (int64_t r = lowest; r < highest; ++r) load_row(&source[(r - lowest) * length], image, type_, plane, r);
+      resize_down(middle.data(), source.data(), length, down, row, rows, lowest);
+      for (int64_t c = 0; c < pitch; ++c) {
+        resize_across(result.data(), middle.data() + c * kRows, line, pitch, across, columns);
+        for (int64_t r = 0; r < rows; ++r) put(&result[r * line], row + r, plane + c);
+      }
+    }
+  }
+
+  int64_t height(size_t i) const { return entries[i].rows * ph; }
+
+  const std::vector<Entry> entries;
+  const int64_t ph, pw, width;
+
+ private:
+  bool fits(size_t i) const { return height(i) == images_[i].height && entries[i].columns * pw == images_[i].width; }
+  std::pair<int64_t, int64_t> axis(size_t i, int which) const {
+    if (which == 0) return {images_[i].height, height(i)};
+    return {images_[i].width, entries[i].columns * pw};
+  }
+
+  const std::vector<Image> images_;
+  const ScalarType type_;
+  const std::vector<float> scale_, shift_;
+  std::map<std::pair<int64_t, int64_t>, size_t> axes_;  // every distinct resize of an axis, and its taps
+  std::vector<revit::Taps> taps_;
+};
+
+// f(i) for i in [0, count), each thread taking the next that is left. own: a thread's memory
+template <class Own, class F>
+void each(int64_t count, F f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
+    Own own;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, own);
+  });
+}
+
 }  // namespace
 
 // images: (channels, height, width) each, or one batch of them -> (capacity, channels * patch_h * patch_w) in the dtype
@@ -208,84 +331,93 @@ std::vector<Entry> make_entries(const Tensor& cu_seqlens, const Tensor& placemen
 Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Tensor& cu_seqlens,
                     const Tensor& placement, std::vector<double> scale, std::vector<double> shift, bool cubic,
                     bool channels_last, int64_t prefix, int64_t capacity) {
-  const int64_t ph = weight.size(2), pw = weight.size(3), channels = weight.size(1), width = channels * ph * pw;
+  const Patches patches(tensors, weight, make_entries(cu_seqlens, placement, prefix, capacity), scale, shift, cubic,
+                        channels_last);
   const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t item = bf16 ? 2 : 4;
-  Tensor y = torch::stable::new_empty(weight, {capacity, width});
+  const int64_t row_bytes = patches.width * (bf16 ? 2 : 4);
+  Tensor y = torch::stable::new_empty(weight, {capacity, patches.width});
   char* out = static_cast<char*>(y.data_ptr());
-  const auto images = make_images(tensors, channels_last);
-  const auto entries = make_entries(cu_seqlens, placement, prefix, capacity);
-  STD_TORCH_CHECK(images.size() == entries.size(), "images must be as many as placement has rows");
-  const ScalarType type = tensors.empty() ? ScalarType::Float : tensors[0].scalar_type();
-
-  // Every distinct resize of an axis, and the work: kRows rows of one resized image.
-  std::map<std::pair<int64_t, int64_t>, size_t> axes;
-  std::vector<std::pair<size_t, int64_t>> work;
-  for (size_t i = 0; i < entries.size(); ++i) {
-    const int64_t height = entries[i].rows * ph, columns = entries[i].columns * pw;
-    if (height != images[i].height || columns != images[i].width) {
-      if (height) axes.insert({{images[i].height, height}, 0}), axes.insert({{images[i].width, columns}, 0});
-    }
-    for (int64_t row = 0; row < height; row += kRows) work.push_back({i, row});
-  }
-  std::vector<std::pair<int64_t, int64_t>> pairs;
-  for (auto& [pair, index] : axes) index = pairs.size(), pairs.push_back(pair);
-  std::vector<revit::Taps> taps(pairs.size());
-  torch::stable::parallel_for(0, pairs.size(), 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      taps[i] = revit::taps(
-          {static_cast<int32_t>(pairs[i].first), static_cast<int32_t>(pairs[i].second), cubic, true, false, 0});
-  });
+  const auto& entries = patches.entries;
+  std::vector<std::pair<size_t, int64_t>> work;  // kRows rows of one resized image
+  for (size_t i = 0; i < entries.size(); ++i)
+    for (int64_t row = 0; row < patches.height(i); row += kRows) work.push_back({i, row});
 
   torch::stable::parallel_for(0, entries.size() + 1, 1, [&](int64_t begin, int64_t end) {
     const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = cu[i], last = i == static_cast<int64_t>(entries.size()) ? capacity : entries[i].first;
-      if (last > first) std::memset(out + first * width * item, 0, (last - first) * width * item);
+      if (last > first) std::memset(out + first * row_bytes, 0, (last - first) * row_bytes);
     }
   });
+  each<Patches::Buffers>(work.size(), [&](int64_t task, Patches::Buffers& buffers) {
+    const auto [i, row] = work[task];
+    patches.cut(i, row, std::min(kRows, patches.height(i) - row), out + entries[i].first * row_bytes,
+                bf16 ? Number::kBfloat16 : Number::kFloat, buffers);
+  });
+  return y;
+}
 
-  torch::stable::parallel_for(0, work.size(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> source, middle, result;
-    for (int64_t task = begin; task < end; ++task) {
-      const auto [i, row] = work[task];
-      const Image& image = images[i];
-      const Entry& entry = entries[i];
-      const int64_t height = entry.rows * ph, columns = entry.columns * pw, rows = std::min(kRows, height - row);
-      const bool fits = height == image.height && columns == image.width;
-      const auto put = [&](const float* pixels, int64_t y_pixel, int64_t channel) {
-        const int64_t token = entry.first + y_pixel / ph * entry.columns;
-        const int64_t at = token * width + (channel * ph + y_pixel % ph) * pw;
-        cut_row(out + at * item, bf16, pixels, static_cast<float>(scale[channel]), static_cast<float>(shift[channel]),
-                entry.columns, pw, width);
-      };
-      const int64_t pitch = image.pitch, length = (image.width * pitch + 15) / 16 * 16;
-      for (int64_t plane = 0; plane < image.planes; ++plane) {
-        if (fits) {
-          source.resize(length), result.resize(columns);
-          for (int64_t r = 0; r < rows; ++r) {
-            load_row(source.data(), image, type, plane, row + r);
-            for (int64_t c = 0; c < pitch; ++c) {
-              if (pitch > 1) take_every(result.data(), source.data() + c, pitch, columns);
-              put(pitch > 1 ? result.data() : source.data(), row + r, plane + c);
-            }
-          }
-          continue;
-        }
-        const revit::Taps& down = taps[axes.at({image.height, height})];
-        const revit::Taps& across = taps[axes.at({image.width, columns})];
-        const int64_t lowest = down.first[row], line = (columns + 15) / 16 * 16;
-        const int64_t highest = down.first[row + rows - 1] + down.count[row + rows - 1];
-        source.resize((highest - lowest) * length), middle.resize(length * kRows), result.resize(line * kRows);
-        for (int64_t r = lowest; r < highest; ++r) load_row(&source[(r - lowest) * length], image, type, plane, r);
-        resize_down(middle.data(), source.data(), length, down, row, rows, lowest);
-        for (int64_t c = 0; c < pitch; ++c) {
-          resize_across(result.data(), middle.data() + c * kRows, line, pitch, across, columns);
-          for (int64_t r = 0; r < rows; ++r) put(&result[r * line], row + r, plane + c);
-        }
-      }
+// All in one sweep: a few patches at a time are cut, multiplied with the weight, added to their positions and placed.
+// packed: the weight and its bias, by pack_cpu; pos: (cells, dim), prefix: (prefix_tokens, dim). Returns (capacity, dim).
+Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Tensor& packed,
+                       const Tensor& cu_seqlens, const Tensor& placement, std::optional<Tensor> pos,
+                       std::optional<Tensor> prefix, std::vector<double> scale, std::vector<double> shift, bool cubic,
+                       bool channels_last, int64_t prefix_tokens, int64_t capacity) {
+  const Patches patches(tensors, weight, make_entries(cu_seqlens, placement, prefix_tokens, capacity), scale, shift,
+                        cubic, channels_last);
+  const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  const int64_t kind = bf16 ? 1 : 0, dim = weight.size(0), row_bytes = dim * (bf16 ? 2 : 4);
+  const auto& entries = patches.entries;
+  check_tables(entries, pos, prefix, weight, dim);
+  const Linear product = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, patches.width, dim);
+  const int64_t unit = revit_gemm::layout(kind).unit;
+  const Number number = !bf16 ? Number::kFloat : unit == 2 ? Number::kBfloat16 : Number::kRounded;
+  Tensor y = torch::stable::new_empty(weight, {capacity, dim});
+  char* out = static_cast<char*>(y.data_ptr());
+
+  // Some rows of patches of an image: many enough to be worth reading the weight, few enough to stay in cache.
+  struct Part {
+    size_t image;
+    Span rows;
+  };
+  std::vector<Part> parts;
+  int64_t total = 0;
+  for (const Entry& entry : entries) total += entry.rows * entry.columns;
+  const int64_t most = std::clamp<int64_t>(total / (2 * torch::stable::get_num_threads()), kFewestPatches, kMostPatches);
+  for (size_t i = 0; i < entries.size(); ++i) {
+    const Entry& entry = entries[i];
+    const int64_t count = std::clamp<int64_t>((entry.rows * entry.columns + most - 1) / most, entry.rows > 0, entry.rows);
+    for (int64_t k = 0; k < count; ++k) parts.push_back({i, Span{0, entry.rows}.part(k, count)});
+  }
+
+  struct Own {
+    Patches::Buffers buffers;
+    std::vector<char> patches;
+  };
+  each<Own>(parts.size(), [&](int64_t task, Own& own) {
+    const auto& [i, rows] = parts[task];
+    const Entry& entry = entries[i];
+    const int64_t count = rows.size() * entry.columns, skipped = rows.begin * entry.columns;
+    own.patches.resize(count * patches.width * unit);
+    // Where patch 0 of the image would lie.
+    char* cells = own.patches.data() - skipped * patches.width * unit;
+    for (int64_t row = rows.begin * patches.ph; row < rows.end * patches.ph; row += kRows)
+      patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, number, own.buffers);
+    if (number == Number::kRounded)
+      round_to_bfloat16(reinterpret_cast<float*>(own.patches.data()), count * patches.width);
+    const char* added = pos ? static_cast<const char*>(pos->data_ptr()) + (entry.cell + skipped) * row_bytes : nullptr;
+    revit_gemm::multiply(product, kind, bf16, own.patches.data(), count, {0, dim}, added,
+                         out + (entry.first + skipped) * row_bytes);
+    if (rows.begin == 0 && prefix_tokens) {
+      char* to = out + (entry.first - prefix_tokens) * row_bytes;
+      if (prefix)
+        std::memcpy(to, prefix->data_ptr(), prefix_tokens * row_bytes);
+      else
+        std::memset(to, 0, prefix_tokens * row_bytes);
     }
   });
+  const int64_t used = static_cast<const int32_t*>(cu_seqlens.data_ptr())[entries.size()];
+  std::memset(out + used * row_bytes, 0, (capacity - used) * row_bytes);
   return y;
 }
 
@@ -296,12 +428,7 @@ void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std:
   const bool bf16 = y.scalar_type() == ScalarType::BFloat16;
   const auto entries = make_entries(cu_seqlens, placement, prefix_tokens, capacity);
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  const int64_t cells = pos ? pos->size(0) : 0;
-  for (const auto& rows : {pos, prefix})
-    STD_TORCH_CHECK(!rows || (rows->scalar_type() == y.scalar_type() && rows->size(1) == dim),
-                    "pos and prefix must be of the dtype and width of y");
-  for (const Entry& entry : entries)
-    STD_TORCH_CHECK(!pos || entry.cell + entry.rows * entry.columns <= cells, "pos has too few rows: ", cells);
+  check_tables(entries, pos, prefix, y, dim);
   torch::stable::parallel_for(0, capacity, 32, [&](int64_t begin, int64_t end) {
     std::vector<float> a(dim), b(dim);
     int64_t i = std::upper_bound(cu, cu + images + 1, begin) - cu - 1;  // the image that has row `begin`
@@ -366,6 +493,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       "patchify_cpu(Tensor[] images, Tensor weight, Tensor cu_seqlens, Tensor placement, float[] scale, "
       "float[] shift, bool cubic, bool channels_last, int prefix, int capacity) -> Tensor");
   m.def(
+      "patch_embed_cpu(Tensor[] images, Tensor weight, Tensor packed, Tensor cu_seqlens, Tensor placement, Tensor? pos, "
+      "Tensor? prefix, float[] scale, float[] shift, bool cubic, bool channels_last, int prefix_tokens, int capacity) "
+      "-> Tensor");
+  m.def(
       "place_cpu(Tensor(a!) y, Tensor cu_seqlens, Tensor placement, Tensor? pos, Tensor? prefix, int prefix_tokens) "
       "-> ()");
   m.def("patch_embed_sums_cpu(Tensor grad, Tensor cu_seqlens, Tensor placement, int prefix, int cells) -> Tensor");
@@ -373,6 +504,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
   m.impl("patchify_cpu", TORCH_BOX(&patchify_cpu));
+  m.impl("patch_embed_cpu", TORCH_BOX(&patch_embed_cpu));
   m.impl("place_cpu", TORCH_BOX(&place_cpu));
   m.impl("patch_embed_sums_cpu", TORCH_BOX(&patch_embed_sums_cpu));
   m.impl("patch_embed_weight_cpu", TORCH_BOX(&patch_embed_weight_cpu));

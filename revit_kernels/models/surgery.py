@@ -124,4 +124,7 @@ class Surgery:
         whole = [block for block in self.blocks if type(block) is Block and whole_block.prepack(block)]
         inside = {id(m) for block in whole for m in block.modules()}
         linears = [m for m in self.modules() if type(m) is nn.Linear and id(m) not in inside]
+        self.patch_embed.prepack()
+        if isinstance(self.head, nn.Linear):
+            whole_block.Tail(self.norm, self.fc_norm, self.head_drop, self.head).prepack()
         return 4 * len(whole) + sum(gemm.prepack(m.weight) for m in linears)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_kernels import modules, ops
+from revit_kernels import dispatch, modules, ops
 from revit_kernels.grids import native_grid
+from revit_kernels.layouts import Layouts
 from revit_kernels.models import adopt
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
@@ -19,10 +20,15 @@ from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules import whole_block
 from revit_kernels.modules.attention import by_length, dense_packing
 from revit_kernels.modules.block import take
+from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
 from revit_kernels.packing import Packing
+
+
+# By menu, on CPUs: for one small image, to interpolate them takes a tenth of a forward.
+_positions = Layouts(None, most=16)
 
 
 class PackedTokens(NamedTuple):
@@ -270,18 +276,28 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     def _device(self) -> torch.device:
         return next(self.patch_embed.parameters()).device
 
-    def _positions(self, packing: Packing) -> tuple[Tensor | None, Tensor | None]:
-        """Position rows for every cell of the packing's menu, and the prefix tokens with theirs added."""
-        parts = [t[0] for t in (self.cls_token, getattr(self, "dist_token", None), self.reg_token) if t is not None]
-        prefix = torch.cat(parts) if parts else None
-        if self.pos_embed is None:
-            return None, prefix
-        _, own = self._table()
-        return self._position_rows(packing.menu), prefix if own is None else prefix + own
+    def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
+        """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
+        tokens = self.cls_token, self._parameters.get("dist_token"), self.reg_token
+
+        def make():
+            parts = [token[0] for token in tokens if token is not None]
+            prefix = torch.cat(parts) if parts else None
+            if self.pos_embed is None:
+                return None, prefix
+            _, own = self._table()
+            return self._position_rows(menu), prefix if own is None else prefix + own
+
+        if self.pos_embed is None or self.pos_embed.device.type != "cpu" or not dispatch.unwatched(self.pos_embed):
+            return make()
+        own = self._modules.get("pos_embed_shorter", ())
+        interpolation = self.pos_interpolation, self.pos_antialias, self.no_embed_class, self.patch_embed.grid_size
+        how = menu, self.menu, self.resizable and self.resizable["positions"], *interpolation
+        return _positions.get(self.pos_embed, *tokens, *own, how=how, make=make) or make()
 
     def _embed(self, images, packing: Packing, channels_last: bool) -> tuple[Tensor, Packing]:
         """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout."""
-        pos, prefix = self._positions(packing)
+        pos, prefix = self._positions(packing.menu)
         first = images if isinstance(images, Tensor) else images[0] if images else None
         statistics = {}
         if first is not None and first.dtype == torch.uint8:
@@ -305,7 +321,7 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     def _pos_embed(self, x: Tensor) -> Tensor:
         """timm's step of this name, on dense patches (images, patches, dim) or (images, rows, columns, dim)."""
         grid = tuple(x.shape[1:3]) if x.ndim == 4 else self.patch_embed.grid_size
-        pos, prefix = self._positions(Packing.uniform(0, grid, self.num_prefix_tokens, device=x.device))
+        pos, prefix = self._positions((grid,))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         x = x if pos is None else x + pos
         x = x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
@@ -313,8 +329,11 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
 
     # ------------------------------------------------------------------ tokens to features
 
-    def _features(self, images, packing, dense, channels_last, mask, visit=None, depth=None) -> tuple[Tensor, Packing]:
-        """Through the embedding, `depth` blocks and the final norm; `visit` sees the stream after each block."""
+    def _features(
+        self, images, packing, dense, channels_last, mask, visit=None, depth=None, answers=False
+    ) -> tuple[Tensor, Packing]:
+        """Through the embedding, `depth` blocks and the final norm, or on to the answers; `visit` sees the stream after
+        each block."""
         x, packing = self._embed(images, packing, channels_last)
         if dense:  # hooks then see what timm shows them
             x = x.view(packing.images, packing.max_seqlen, -1)
@@ -322,11 +341,18 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         if not is_plain(self.blocks, "Sequential", "ModuleList"):  # somebody's hooks want to see the stack as a whole
             if not dense or visit is not None or depth is not None or mask:
                 raise ValueError("hooks on `blocks` as a whole need a dense batch and no mask: hook its blocks instead")
-            return normalise(self.norm, self.blocks(x), packing)[0], packing
+            x = normalise(self.norm, self.blocks(x), packing)[0]
+            return (self.forward_head(x) if answers else x), packing
         stream = [x, None, None]
         del x
-        x, branch, gamma = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
-        return normalise(self.norm, x, packing, branch, gamma)[0], packing
+        if answers and not mask and (y := self._at_once(stream[0], packing)) is not None:
+            return y, packing
+        stream = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
+        return (self.finish(stream, packing) if answers else self._normalised(stream, packing)), packing
+
+    def _normalised(self, stream, packing: Packing) -> Tensor:
+        x, branch, gamma = stream
+        return normalise(self.norm, x, packing, branch, gamma)[0]
 
     def embed(self, images, packing: Packing, channels_last: bool = False) -> Tensor:
         """(capacity, dim): the tokens before the first block, of images as `forward` takes them beside a packing.
@@ -357,8 +383,27 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
 
     def finish(self, stream, packing: Packing) -> Tensor:
         """(images, classes): the final norm, pooling and head, of the stream after the last block."""
-        x, branch, gamma = stream
-        return self.forward_head(PackedTokens(normalise(self.norm, x, packing, branch, gamma)[0], packing))
+        if self._answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
+            x, branch, gamma = stream
+            x, branch = (t if t is None else self.pool(PackedTokens(t.flatten(0, -2), packing)) for t in (x, branch))
+            return self._head(normalise(self.norm, x, packing, branch, gamma)[0], packing, packing)
+        x = self._normalised(stream, packing)
+        return self.forward_head(x if x.ndim == 3 else PackedTokens(x, packing))
+
+    def _answers_first_token(self) -> bool:
+        """Whether of each image's tokens the first is all that the head sees."""
+        own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in ("pool", "forward_head"))
+        return own and self.attn_pool is None and self.global_pool == "token"
+
+    def _at_once(self, x: Tensor, packing: Packing) -> Tensor | None:
+        """The answers, where blocks and head are one call: on a CPU, prepacked."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if isinstance(self.head, nn.Identity) or not self._answers_first_token():
+            return None
+        tail = whole_block.Tail(self.norm, self.fc_norm, self.head_drop, self.head)
+        y = whole_block.answers(list(self.blocks), tail, x, packing)
+        return None if y is None else self._answered(y, packing)
 
     def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
         if not isinstance(block, tuple(BLOCKS.values())):
@@ -384,7 +429,7 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     ):
         """Tokens after the last block and norm: (images, length, dim) for a dense batch, else PackedTokens."""
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        mask = _mask(attn_mask, is_causal)
         x, packing = self._features(images, packing, dense, channels_last, mask)
         return x if dense else PackedTokens(x, packing)
 
@@ -427,7 +472,11 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         if isinstance(x, PackedTokens):  # no pooling: an answer per token
             head = self.head_drop(apply_norm(self.fc_norm, x.tokens, x.packing))
             return PackedTokens(head if pre_logits else linear(self.head, head), x.packing)
-        x = self.head_drop(apply_norm(self.fc_norm, x, lengths))
+        return self._head(x, lengths, packing, pre_logits)
+
+    def _head(self, x: Tensor, lengths: Packing | None, packing: Packing | None, pre_logits: bool = False) -> Tensor:
+        """x: (images, dim), pooled; lengths: for a norm with an affine per length; packing: of PackedTokens"""
+        x = self.head_drop(x if is_plain(self.fc_norm, "Identity") else apply_norm(self.fc_norm, x, lengths))
         x = x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
         return x if packing is None else self._answered(x, packing)
 
@@ -449,16 +498,16 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         channels_last: bool = False,
     ):
         """(images, classes), one row per image in the order given."""
-        features = self.forward_features(
-            x,
-            attn_mask,
-            is_causal,
-            grids=grids,
-            packing=packing,
-            max_tokens=max_tokens,
-            channels_last=channels_last,
-        )
-        return self.forward_head(features)
+        options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
+        if type(self).forward_features is not VarLenViT.forward_features:
+            return self.forward_head(self.forward_features(x, attn_mask, is_causal, **options))
+        images, packing, dense = self._inputs(x, **options)
+        mask = _mask(attn_mask, is_causal)
+        return self._features(images, packing, dense, channels_last, mask, answers=True)[0]
+
+
+def _mask(attn_mask, is_causal) -> dict:
+    return {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
 
 
 def _start_lengths(model, state, prefix, *_) -> None:

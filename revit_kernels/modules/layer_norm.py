@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revit_kernels import ops
 from revit_kernels.modules.fp8 import product_dtype
-from revit_kernels.modules.lengths import Grid, join, select
+from revit_kernels.modules.lengths import Grid, join, select, whole_table
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.ops.linear.fp8 import Quantised
 from revit_kernels.packing import Packing
@@ -92,6 +92,13 @@ class _PerLength(nn.Module):
             for name in ("weight", "bias")
         )
 
+    def table(self) -> tuple[Tensor | None, Tensor | None]:
+        """(lengths of the norm's own menu, dim) weight and bias, a row each."""
+        return tuple(
+            None if getattr(self, name, None) is None else whole_table(getattr(self, name), getattr(self, f"shorter_{name}"))
+            for name in ("weight", "bias")
+        )
+
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """x: (capacity, ..., dim), (images, ..., dim), or dense. Without a packing the longest length's affine runs."""
         if packing is None:
@@ -135,7 +142,7 @@ def normalise(
     """
     if not is_plain(norm, *PLAIN):
         x = add(x, branch, gamma)
-        return apply_norm(norm, x, packing), x
+        return x if is_plain(norm, "Identity") else apply_norm(norm, x, packing), x
     return normalise_plain(norm, x, packing, branch, gamma)
 
 
@@ -148,7 +155,8 @@ def normalise_plain(
     if isinstance(norm, _PerLength):
         (weight, bias), row = norm.affine(packing), _rows(x, packing)
     else:
-        weight, bias, row = norm.weight, None if rms else norm.bias, packing.first_row
+        weight, bias = norm.weight, None if rms else norm.bias
+        row = packing.first_row if x.shape[0] == packing.capacity else None
     args = (x.reshape(-1, dim), weight, bias, row)
     branch = None if branch is None else branch.reshape(-1, dim)
     options = {"branch": branch, "gamma": gamma, "eps": norm.eps, "rms": rms}

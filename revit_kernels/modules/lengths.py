@@ -64,6 +64,11 @@ def _rows(menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> tuple[tuple[int, 
 _kept_rows = lru_cache(maxsize=1024)(_rows)
 
 
+def exact_rows(menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> tuple[int, ...] | None:
+    """The menu row of each wanted grid; None where some lie between two."""
+    return _kept_rows(menu, wanted)[0]
+
+
 def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tuple[Grid, ...]) -> Tensor:
     """The rows for the wanted grids.
 
@@ -77,8 +82,7 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
         return longest if exact[0] == 0 else shorter[exact[0] - 1]
     if not wanted:
         return longest
-    table = _joined(longest, shorter)
-    table = torch.cat([longest[None], shorter]) if table is None else table
+    table = whole_table(longest, shorter)
     if exact == tuple(range(len(menu))):
         return table
     if exact is not None:
@@ -86,6 +90,12 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
     share = _table(tuple(map(tuple, mix)), table.device).to(table.dtype)
     mixed = (share[:, :, None] * table).sum(1)  # no matrix product: autocast would round it
     return mixed[0] if len(wanted) == 1 else mixed
+
+
+def whole_table(longest: Tensor, shorter: Tensor) -> Tensor:
+    """(lengths, dim): a row for each length of the menu."""
+    table = _joined(longest, shorter)
+    return torch.cat([longest[None], shorter]) if table is None else table
 
 
 def join(longest: nn.Parameter, shorter: nn.Parameter) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_kernels import ops
+from revit_kernels import dispatch, ops
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.packing import Packing
 
@@ -130,6 +130,12 @@ class PatchEmbed(nn.Module):
         if method != "resize":
             raise ValueError(f"method {method!r} needs a patch projection that is neither wrapped nor hooked")
         return self._pack_stepwise(images, packing, pos, prefix, **options)
+
+    def prepack(self) -> None:
+        """Pack the weight now, on trust, where a CPU's kernel will read it: as `revit_kernels.gemm.prepack`."""
+        backend, conv = dispatch.load("patch_embed", "cpu"), self.proj
+        if not isinstance(backend, str) and is_plain(conv, "Conv2d") and backend.refusal(None, conv.weight) is None:
+            backend.prepack(conv.weight, conv.bias)
 
     def _pack_stepwise(self, images, packing, pos, prefix, mean, std, channels_last) -> Tensor:
         """`pack` through the submodules' own forward, for a wrapped projection, a norm, or image gradients."""

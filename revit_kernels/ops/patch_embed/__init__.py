@@ -168,25 +168,14 @@ def _embed(images, sizes, weight, bias, packing, pos, prefix, mean, std, interpo
     else:  # one tensor for all images, however many: their number may be symbolic
         pairs = ((grid, size) for grid in packing.menu for size in sizes)
     resize = any((h * ph, w * pw) != tuple(size) for (h, w), size in pairs)
-    return _PatchEmbed.apply(
-        weight,
-        bias,
-        pos,
-        prefix,
-        packing.cu_seqlens,
-        packing.placement,
-        packing.image,
-        None if mean is None else [float(x) for x in mean],
-        None if std is None else [float(x) for x in std],
-        interpolation,
-        channels_last,
-        resize,
-        packing.prefix,
-        sum(h * w for h, w in packing.menu),
-        torch.is_grad_enabled() and weight.requires_grad,
-        backend,
-        *images,
-    )
+    places = (packing.cu_seqlens, packing.placement, packing.image)
+    statistics = (None if x is None else [float(number) for number in x] for x in (mean, std))
+    how = (interpolation, channels_last, resize, packing.prefix)
+    if not torch.is_grad_enabled():
+        return _forward(images, weight, bias, *places, pos, prefix, *statistics, *how, False, backend)[0]
+    cells = sum(h * w for h, w in packing.menu)
+    rest = (*statistics, *how, cells, weight.requires_grad, backend, *images)
+    return _PatchEmbed.apply(weight, bias, pos, prefix, *places, *rest)
 
 
 def _resized_patches(images, sizes, weight, bias, packing, options):

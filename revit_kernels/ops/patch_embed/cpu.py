@@ -1,18 +1,21 @@
-"""The op on a CPU: pixels to patches in C++, the vendor's matrix product, then the positions and the prefix in C++."""
+"""The op on a CPU: in one sweep at inference; for a backward, patches, the vendor's product, and positions apart."""
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from revit_kernels import native
 from revit_kernels.gemm import linear
+from revit_kernels.layouts import Layouts, panels
 
 native.load("cpu")
+_embed = torch.ops.revit_kernels.patch_embed_cpu.default
 _patchify = torch.ops.revit_kernels.patchify_cpu.default
 _place = torch.ops.revit_kernels.place_cpu.default
 _sums = torch.ops.revit_kernels.patch_embed_sums_cpu.default
 _weight_gradient = torch.ops.revit_kernels.patch_embed_weight_cpu.default
 
 _flat = WeakIdKeyDictionary()  # parameter: the same memory as (dim, width), whose packed layout `linear` keeps
+_packed = Layouts(lambda weight, bias: panels(weight.flatten(1), bias, None, weight.dtype))
 
 
 def refusal(x, y, *_):
@@ -22,6 +25,11 @@ def refusal(x, y, *_):
     if y.dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {y.dtype}"
     return None
+
+
+def _fits(weight):
+    """Whether the product takes the weight packed."""
+    return weight.shape[1:].numel() % 4 == 0
 
 
 def _flatten(weight):
@@ -58,23 +66,23 @@ def forward(
     prefix_tokens,
     keep,
 ):
-    scale, shift = _affine(images, weight.shape[1], mean, std)
-    patches = _patchify(
-        images,
-        weight,
-        cu_seqlens,
-        placement,
-        scale,
-        shift,
-        how == "bicubic",
-        channels_last,
-        prefix_tokens,
-        image.shape[0],
-    )
-    y = linear(patches, _flatten(weight), bias)
+    places, affine = (cu_seqlens, placement), _affine(images, weight.shape[1], mean, std)
+    how = (how == "bicubic", channels_last, prefix_tokens, image.shape[0])
     pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
-    _place(y, cu_seqlens, placement, pos, prefix, prefix_tokens)
+    packed = _packed.get(weight, bias) if not keep and _fits(weight) else None
+    if packed is not None:
+        y = _embed(images, weight, packed, *places, pos, prefix, *affine, *how)
+        return y, weight.new_empty(0, weight[0].numel())
+    patches = _patchify(images, weight, *places, *affine, *how)
+    y = linear(patches, _flatten(weight), bias)
+    _place(y, *places, pos, prefix, prefix_tokens)
     return y, patches if keep else patches.new_empty(0, patches.shape[1])
+
+
+def prepack(weight, bias) -> None:
+    """Pack the weight now, and see no more whether it changed but by its version."""
+    if _fits(weight):
+        _packed.trust(weight, bias)
 
 
 def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):

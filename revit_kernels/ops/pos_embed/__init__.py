@@ -82,6 +82,8 @@ def pos_embed(
         if offset and not 0 < min(grid) + offset < math.inf:
             raise ValueError(f"offset must be finite and leave every grid above 0, got {offset} for {tuple(grid)}")
         sizes += grid
+    if not torch.is_grad_enabled():
+        return _forward(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
     return _PosEmbed.apply(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
 
 

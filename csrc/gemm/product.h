@@ -4,6 +4,21 @@
 // its columns side by side, so that a tile of kRows rows and one panel is kept in registers over all inputs: each
 // output is added up in one order, whatever rows stand beside it.
 
+template <class To>
+inline To convert(float x) {
+  if constexpr (std::is_same_v<To, float>) return x;
+  To y;
+  store(&y, splat(x), Part{1});
+  return y;
+}
+template <class To>
+inline To convert(Bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return convert<To>(y);
+}
+
 #if LANES == 16
 constexpr int kRows = 8, kVectors = 3;  // 24 sums, 3 weights, and a number of x that is a memory operand
 #else
@@ -116,23 +131,26 @@ Tile<Math> tile_of(int64_t rows, int64_t vectors) {
 }
 
 // soon(first, rows, column), then done(first, rows, column, vectors, sums) for each tile of x W^T, of kWidth columns or
-// the rest. sums: (rows, vectors * kLanes). What `soon` prefetches has a tile's time to come.
+// the rest. x: from row 0 on; sums: (rows, vectors * kLanes). What `soon` prefetches has a tile's time to come.
+// columns: from a panel's first to a panel's last; next: the panel that will be read after these.
 constexpr int64_t kWidth = kVectors * kLanes;
 
 template <class Math, class G, class F>
-inline void product(const Linear& weight, const typename Math::Unit* x, int64_t stride, int64_t rows, G soon, F done) {
+inline void product(const Linear& weight, const typename Math::Unit* x, Span rows, Span columns, const char* next,
+                    G soon, F done) {
   alignas(64) typename Math::Number sums[kRows * kWidth];
-  const int64_t tiles = (rows + kRows - 1) / kRows, steps = weight.in / Math::kDepth;
+  const int64_t tiles = (rows.size() + kRows - 1) / kRows, steps = weight.in / Math::kDepth;
   const auto* panels = reinterpret_cast<const typename Math::Unit*>(weight.panels);
-  for (int64_t column = 0; column < weight.out; column += kWidth) {
-    const int64_t vectors = std::min<int64_t>(kVectors, (weight.out - column + kLanes - 1) / kLanes);
-    const char* next = reinterpret_cast<const char*>(panels + (column + kWidth) * weight.in);
+  for (int64_t column = columns.begin; column < columns.end; column += kWidth) {
+    const int64_t vectors = std::min<int64_t>(kVectors, (columns.end - column + kLanes - 1) / kLanes);
+    const auto* panel = panels + column * weight.in;
+    const char* then = column + kWidth < columns.end ? reinterpret_cast<const char*>(panel + kWidth * weight.in) : next;
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = rows * t / tiles, count = rows * (t + 1) / tiles - first;
-      const char* ahead = next + std::min<int64_t>(t, kVectors) * steps * 64;
-      soon(first, count, column);
-      tile_of<Math>(count, vectors)(x + first * stride, stride, panels + column * weight.in, steps, ahead, sums);
-      done(first, count, column, vectors, sums);
+      const Span part = rows.part(t, tiles);
+      const char* ahead = then + std::min<int64_t>(t, kVectors) * steps * 64;
+      soon(part.begin, part.size(), column);
+      tile_of<Math>(part.size(), vectors)(x + part.begin * weight.in, weight.in, panel, steps, ahead, sums);
+      done(part.begin, part.size(), column, vectors, sums);
     }
   }
 }
@@ -170,3 +188,15 @@ inline void pack_int8(const From* weight, const Linear& to) {
   });
 }
 #endif
+
+// f(Math, T) for the kind of weights and the type of activations, as null pointers.
+template <class F>
+inline auto with_types(Kind kind, bool is_bf16, F f) {
+#ifdef BFLOAT16_INSTRUCTIONS
+  if (kind == Kind::kInt8)
+    return is_bf16 ? f((Quads*)nullptr, (Bfloat16*)nullptr) : f((Quads*)nullptr, (float*)nullptr);
+  if (is_bf16) return f((Pairs*)nullptr, (Bfloat16*)nullptr);
+#endif
+  return is_bf16 ? f((Singles*)nullptr, (Bfloat16*)nullptr) : f((Singles*)nullptr, (float*)nullptr);
+}
+
