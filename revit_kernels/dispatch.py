@@ -84,7 +84,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def unwatched(*args) -> bool:
-    """Whether nobody would see an op: no autograd, compiler, tracer, mode or transform, nor tensors of other classes."""
+    """Whether nobody would see an op: no autograd, compiler, tracer, mode, transform, nor tensor of another class."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:

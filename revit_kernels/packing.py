@@ -35,6 +35,7 @@ def _distinct(grids: Sequence[Grid]) -> tuple[Grid, ...]:
     return tuple(sorted(set(grids), key=lambda grid: (-grid[0] * grid[1], grid)))
 
 
+_CPU = torch.device("cpu")
 _tables = DeviceCache(1024)  # menus of native aspects are many
 
 
@@ -138,10 +139,9 @@ class Packing:
         """One grid for every image: a dense batch seen as a packing. `images` may be symbolic, as in torch.export."""
         grid = _check_grid("grid", grid)
         length = prefix + grid[0] * grid[1]
-        watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-        if type(images) is int and images * length <= MOST_KEPT and str(device) in ("None", "cpu") and not watched:
-            if torch.get_default_device().type == "cpu":
-                return _kept_uniform(images, grid, prefix)
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if device == _CPU and not watched and type(images) is int and images * length <= MOST_KEPT:
+            return _kept_uniform(images, grid, prefix)
         return cls._uniform(images, grid, prefix, device)
 
     @classmethod

@@ -1,8 +1,13 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import DEVICE, assert_close, check, every_backend, every_dtype, run
 
+from revit_kernels import dispatch
 from revit_kernels.ops import patch_embed, pos_embed, resize_patch_weight
 from revit_kernels.packing import Packing
 
@@ -330,3 +335,85 @@ def test_resized_patches_need_grids():
         patch_embed(**inputs | dict(packing=packing, method="patch"))
     with pytest.raises(ValueError, match=r"size must be \(patch_h, patch_w\), each at least 1"):
         resize_patch_weight(inputs["weight"], (0, 3))
+
+
+# ---------------------------------------------------------------------- on a CPU, at inference: in one sweep
+
+
+cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="packed weights are for CPUs")
+
+
+def lasting(inputs):
+    """The same with weights that outlive the call, as a model's do: what is made of them is kept."""
+    made = {name: inputs[name] for name in ("weight", "bias")}
+    return inputs | {k: v if v is None else torch.nn.Parameter(v, requires_grad=False) for k, v in made.items()}
+
+
+@pytest.fixture
+def sweeps(monkeypatch):
+    """How often the op ran in one sweep."""
+    backend = dispatch.load("patch_embed", "cpu")
+    if isinstance(backend, str):
+        pytest.skip(backend)
+    count, embed = [], backend._embed
+    monkeypatch.setattr(backend, "_embed", lambda *args: count.append(1) or embed(*args))
+    return count
+
+
+@cpu_only
+@every_dtype
+@every_case
+def test_one_sweep(sweeps, case, dtype):
+    inputs = make_inputs(**case, dtype=dtype)
+    with torch.no_grad():
+        actual = patch_embed(**lasting(inputs), backend="cpu")
+        exact = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+        if images := inputs["images"]:
+            exact["images"] = [image if image.dtype == U8 else image.double() for image in images]
+        assert_close(
+            "output", actual, patch_embed(**exact, backend="reference"), patch_embed(**inputs, backend="reference")
+        )
+    assert len(sweeps) == (inputs["weight"][0].numel() % 4 == 0)
+
+
+@cpu_only
+@every_dtype
+def test_one_sweep_does_not_depend_on_company_nor_threads(sweeps, dtype):
+    sizes, grids = [(12, 8), (100, 90), (5, 6), (33, 44)], [(3, 2), (14, 11), (3, 2), (5, 9)]
+    inputs = lasting(make_inputs(sizes, grids, dtype, dim=50, tail=5))
+    together = call(inputs, "cpu")
+    assert (together[-5:] == 0).all()
+    for i, (image, rows) in enumerate(zip(inputs["images"], inputs["packing"].split(together))):
+        some = Packing.from_grids([grids[i]], 1, menu=inputs["packing"].menu)
+        assert torch.equal(call(inputs, "cpu", images=[image], packing=some), rows)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(call(inputs, "cpu"), together)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(sweeps) == 8
+
+
+@cpu_only
+@pytest.mark.parametrize("trusted", [False, True])
+def test_one_sweep_sees_a_changed_weight(sweeps, trusted):
+    inputs = lasting(make_inputs([(12, 8)], [(3, 2)]))
+    if trusted:
+        dispatch.load("patch_embed", "cpu").prepack(inputs["weight"], inputs["bias"])
+    for name in ("weight", "bias", "pos", "prefix"):
+        before = call(inputs, "cpu")
+        inputs[name].add_(1)
+        fresh = lasting({k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()})
+        after = call(inputs, "cpu")
+        assert not torch.equal(after, before) and torch.equal(after, call(fresh, "cpu")), name
+
+
+@cpu_only
+@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512"])
+def test_one_sweep_on_every_instruction_set(capability):
+    env = os.environ | {"REVIT_CPU_CAPABILITY": capability, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
+    done = subprocess.run([*command, "one_sweep and not instruction"], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

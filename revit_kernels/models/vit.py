@@ -26,7 +26,6 @@ from revit_kernels.modules.linear import is_plain, linear
 from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
 from revit_kernels.packing import Packing
 
-
 # By menu, on CPUs: for one small image, to interpolate them takes a tenth of a forward.
 _positions = Layouts(None, most=16)
 
@@ -274,7 +273,8 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         return (list(x) if not isinstance(x, Tensor) else x), packing, False
 
     def _device(self) -> torch.device:
-        return next(self.patch_embed.parameters()).device
+        plain = self.cls_token  # at hand, where there is one
+        return (next(self.patch_embed.parameters()) if plain is None else plain).device
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
         """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
@@ -386,7 +386,8 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
         if self._answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
             x, branch, gamma = stream
             x, branch = (t if t is None else self.pool(PackedTokens(t.flatten(0, -2), packing)) for t in (x, branch))
-            return self._head(normalise(self.norm, x, packing, branch, gamma)[0], packing, packing)
+            x = normalise(self.norm, x, packing, branch, gamma, pooled=True)[0]
+            return self._head(x, packing, packing)
         x = self._normalised(stream, packing)
         return self.forward_head(x if x.ndim == 3 else PackedTokens(x, packing))
 

@@ -95,7 +95,9 @@ class _PerLength(nn.Module):
     def table(self) -> tuple[Tensor | None, Tensor | None]:
         """(lengths of the norm's own menu, dim) weight and bias, a row each."""
         return tuple(
-            None if getattr(self, name, None) is None else whole_table(getattr(self, name), getattr(self, f"shorter_{name}"))
+            None
+            if getattr(self, name, None) is None
+            else whole_table(getattr(self, name), getattr(self, f"shorter_{name}"))
             for name in ("weight", "bias")
         )
 
@@ -133,30 +135,43 @@ def _rows(x: Tensor, packing: Packing) -> Tensor | None:
 
 
 def normalise(
-    norm: nn.Module, x: Tensor, packing: Packing, branch: Tensor | None = None, gamma: Tensor | None = None
+    norm: nn.Module,
+    x: Tensor,
+    packing: Packing,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
+    pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """norm(x + gamma * branch), and x + gamma * branch, in one pass where `norm` is a plain LayerNorm or RmsNorm.
 
-    x, branch: (capacity, dim), or (images, length, dim) where all images are of one length
+    x, branch: (capacity, dim), or (images, length, dim) where all images are of one length; pooled: (images, dim)
     gamma:     (dim,) or None
     """
     if not is_plain(norm, *PLAIN):
         x = add(x, branch, gamma)
         return x if is_plain(norm, "Identity") else apply_norm(norm, x, packing), x
-    return normalise_plain(norm, x, packing, branch, gamma)
+    return normalise_plain(norm, x, packing, branch, gamma, pooled=pooled)
 
 
 def normalise_plain(
-    norm: nn.Module, x: Tensor, packing: Packing, branch: Tensor | None = None, gamma: Tensor | None = None
+    norm: nn.Module,
+    x: Tensor,
+    packing: Packing,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
+    pooled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`normalise` for a norm that is known to be plain."""
     dim = x.shape[-1]
     rms = isinstance(norm, RmsNorm) or type(norm).__name__ == "RmsNorm"
     if isinstance(norm, _PerLength):
-        (weight, bias), row = norm.affine(packing), _rows(x, packing)
+        weight, bias = norm.affine(packing)
+        row = _rows(x, packing) if not pooled else packing.length_index if len(packing.menu) > 1 else None
     else:
         weight, bias = norm.weight, None if rms else norm.bias
-        row = packing.first_row if x.shape[0] == packing.capacity else None
+        row = None if pooled else packing.first_row
     args = (x.reshape(-1, dim), weight, bias, row)
     branch = None if branch is None else branch.reshape(-1, dim)
     options = {"branch": branch, "gamma": gamma, "eps": norm.eps, "rms": rms}

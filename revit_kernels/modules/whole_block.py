@@ -232,10 +232,10 @@ class Together(list):
         )
 
     def trusted(self, rows: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
-        """Addresses, of the tail too, and `row`, of weights that were all prepacked and not written to since; or None."""
+        """Addresses, the tail's too, and `row`; None where a weight was not prepacked, or was written to since."""
         which = (0,)
-        if self._menus:
-            which = exact_rows(next(iter(self._menus)), packing.menu) or which if len(self._menus) == 1 else None
+        if self._menus and packing.menu:
+            which = exact_rows(next(iter(self._menus)), packing.menu) if len(self._menus) == 1 else None
         if which is None:  # of an affine that lies between two, or of several menus
             return None
         try:

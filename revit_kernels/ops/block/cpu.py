@@ -115,7 +115,7 @@ def forward_trusted(
 
     head: what `head_addresses` gave: then (images, classes) come back, of each image's first token
     """
-    dim, width, hidden = widths
+    _, width, hidden = widths
     return _forward(
         x.contiguous(),
         cu_seqlens.contiguous(),
