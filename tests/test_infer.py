@@ -274,7 +274,8 @@ def test_an_interrupt_from_outside(photos, tmp_path):
     """A real process, a real signal, while images are being answered."""
     script = """if True:
         import signal, sys, time
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, or in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         from test_infer import StandIn
         from revit_kernels import cli
         from revit_kernels.serving import command, loading

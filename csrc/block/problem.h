@@ -41,7 +41,6 @@ enum class Step : int64_t {
   kDown,
 };
 constexpr int64_t kSteps = 8;
-constexpr Step kBeforeAttention = Step::kQueriesKeysValues;
 
 // How the kernels for a problem want it.
 struct Shape {

@@ -393,7 +393,8 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
 
     def _answers_first_token(self) -> bool:
         """Whether of each image's tokens the first is all that the head sees."""
-        own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in ("pool", "forward_head"))
+        methods = ("run_blocks", "pool", "forward_head")
+        own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
         return own and self.attn_pool is None and self.global_pool == "token"
 
     def _at_once(self, x: Tensor, packing: Packing) -> Tensor | None:

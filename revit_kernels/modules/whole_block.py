@@ -213,8 +213,7 @@ class Together(list):
         self._norms = [module._modules[name] for module in taken for name in ("norm1", "norm2")]
         self._norms += [self._tail.norm] if self._tail else []
         self._menus = {norm.menu for norm in self._norms if isinstance(norm, _PerLength)}
-        self._state = self._trusted = None
-        self._at = {}  # row of the menu: addresses
+        self._kept = None  # state of the weights, what was read of them, addresses by row of the menu
         self.options, self.widths = _alike(taken[0]), _widths(taken[0])
 
     def still(self, asked: list[nn.Module], x: Tensor, tail: Tail | None) -> bool:
@@ -243,23 +242,24 @@ class Together(list):
             state = layouts.changes(), [*map(_memory, parameters)], [*map(_version, parameters)]
         except RuntimeError:  # inference tensors have no version
             return None
-        if state != self._state:
-            self._at.clear()
-            self._trusted, self._state = self._read(), state
-        if self._trusted is None:
+        kept = self._kept
+        if kept is None or kept[0] != state:
+            kept = self._kept = state, self._read(), {}
+        _, read, at = kept
+        if read is None:
             return None
         first = which[0] if len(which) == 1 else 0
-        if first not in self._at:
-            self._at[first] = self._addresses(first)
+        if first not in at:
+            at[first] = self._addresses(*read, first)
         if len(which) == 1:
-            return *self._at[first], None
+            return *at[first], None
         row = _rows(rows, packing)
         if which != tuple(range(len(which))):
             row = torch.tensor(which, dtype=torch.int32)[row.long()]
-        return *self._at[first], row
+        return *at[first], row
 
-    def _addresses(self, first: int) -> tuple[Tensor, Tensor | None]:
-        backend, (blocks, tail) = load("block", "cpu"), self._trusted
+    def _addresses(self, blocks: list, tail: tuple | None, first: int) -> tuple[Tensor, Tensor | None]:
+        backend = load("block", "cpu")
         head = backend.head_addresses(*tail, self._tail.head.out_features, first) if tail else None
         return backend.addresses(blocks, first), head
 
