@@ -54,7 +54,7 @@ _changes = 0
 
 
 def changes() -> int:
-    """How often a layout was made or forgotten so far: who keeps what `trusted` gave keeps it while this stays."""
+    """How often layouts were trusted or forgotten so far: who keeps what `trusted` gave keeps it while this stays."""
     return _changes
 
 
@@ -72,8 +72,6 @@ class Layouts:
         _all.add(self)
 
     def _keep(self, tensors, how, state, fingerprint, make=None) -> object:
-        global _changes
-        _changes += 1
         kept = _Kept(state, fingerprint, make() if make else self._pack(*tensors, *how))
         of_weight = self._kept.setdefault(tensors[0], {})
         of_weight[how] = kept
@@ -105,6 +103,8 @@ class Layouts:
 
     def trust(self, *tensors: Tensor | None, how: tuple = ()) -> None:
         """Make the layout now, and read the tensors no more."""
+        global _changes
+        _changes += 1
         # Writes to an inference tensor raise no version.
         trusted = not any(t is not None and t.is_inference() for t in tensors)
         self._keep(tensors, how, _state(tensors), None if trusted else _fingerprint(tensors))

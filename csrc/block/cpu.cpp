@@ -299,8 +299,8 @@ void classify(const Call& call, const HeadAddresses& head, float eps, Tensor& lo
 // x: (tokens, dim) fp32 or bf16; row: (tokens,) int32
 // addresses: (blocks, 10) int64: of the norms' weights and biases, (lengths, dim) fp32; of the weights to queries, keys
 // and values, of proj, fc1 and fc2, made by pack_cpu; and the lengths of both norms. The caller keeps them alive.
-// head: (5,) int64, or none: the final norm's weight and bias, (lengths, dim) fp32, and those lengths; the weight to the
-// classes, made by pack_cpu of the dtype of x; and how many they are
+// head: (5,) int64, or none: the final norm's weight and bias, (lengths, dim) fp32, and those lengths; the weight to
+// the classes, made by pack_cpu of the dtype of x; and how many they are
 // Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
 Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, const Tensor& addresses,
                   double eps1, double eps2, int64_t heads, int64_t head_dim, int64_t hidden, double scale,

@@ -29,10 +29,11 @@ struct Rows {
   }
   static Shape shape(const Problem& p) {
     const int64_t fitting = kHiddenBytes / (p.hidden * static_cast<int64_t>(sizeof(Hidden))) / kRows * kRows;
+    const int64_t inputs = widest(p) * static_cast<int64_t>(sizeof(Unit));
     return {.rows = std::clamp<int64_t>(fitting, 2 * kRows, kMostRows / kRows * kRows),
             .panel = kWidth,
             .stages = {!std::is_same_v<T, Unit>, kQuantised},
-            .per_row = widest(p) * static_cast<int64_t>(sizeof(Unit)) + p.hidden * static_cast<int64_t>(sizeof(Hidden)) + 8,
+            .per_row = inputs + p.hidden * static_cast<int64_t>(sizeof(Hidden)) + 8,  // scale and zero
             .line = aligned(std::max(widest(p), p.hidden) * 4)};
   }
 

@@ -256,7 +256,7 @@ class Patches {
     std::vector<float> source, middle, result;
   };
 
-  // `rows` pixel rows of one resized image, kRows at most, from `row` on, into y: where the patch of its pixel (0, 0) lies.
+  // `rows` pixel rows of one resized image, kRows at most, from `row` on, into y: where the patch of pixel (0, 0) lies.
   // Every patch has `width` numbers.
   void cut(size_t i, int64_t row, int64_t rows, char* y, Number number, Buffers& buffers) const {
     auto& [source, middle, result] = buffers;
@@ -358,7 +358,8 @@ Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Ten
 }
 
 // All in one sweep: a few patches at a time are cut, multiplied with the weight, added to their positions and placed.
-// packed: the weight and its bias, by pack_cpu; pos: (cells, dim), prefix: (prefix_tokens, dim). Returns (capacity, dim).
+// packed: the weight and its bias, by pack_cpu; pos: (cells, dim), prefix: (prefix_tokens, dim)
+// Returns (capacity, dim).
 Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Tensor& packed,
                        const Tensor& cu_seqlens, const Tensor& placement, std::optional<Tensor> pos,
                        std::optional<Tensor> prefix, std::vector<double> scale, std::vector<double> shift, bool cubic,
@@ -383,10 +384,11 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
   std::vector<Part> parts;
   int64_t total = 0;
   for (const Entry& entry : entries) total += entry.rows * entry.columns;
-  const int64_t most = std::clamp<int64_t>(total / (2 * torch::stable::get_num_threads()), kFewestPatches, kMostPatches);
+  const int64_t fair = total / (2 * torch::stable::get_num_threads());
+  const int64_t most = std::clamp(fair, kFewestPatches, kMostPatches);
   for (size_t i = 0; i < entries.size(); ++i) {
     const Entry& entry = entries[i];
-    const int64_t count = std::clamp<int64_t>((entry.rows * entry.columns + most - 1) / most, entry.rows > 0, entry.rows);
+    const int64_t wanted = (entry.rows * entry.columns + most - 1) / most, count = std::min(wanted, entry.rows);
     for (int64_t k = 0; k < count; ++k) parts.push_back({i, Span{0, entry.rows}.part(k, count)});
   }
 

@@ -1,8 +1,7 @@
 """A whole block on CPUs: csrc/block.
 
 Measured by benchmarks/bench_block.py (2 cores of AMD Zen 4, AVX512-BF16) against the same ops one by one with oneDNN's
-products: dim 384 1.2x to 1.5x, dim 768 1.1x to 1.2x in bf16; 1.16x to 1.35x, and 1.0x to 1.05x in fp32; with 32 images
-at 94 to 96 % of the largest matrix product.
+products: dim 384 1.2x to 1.7x, dim 768 1.1x to 1.2x in bf16; 1.1x to 1.25x, and 1.0x to 1.15x in fp32.
 """
 
 import torch
