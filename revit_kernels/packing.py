@@ -17,7 +17,7 @@ from revit_kernels.device_cache import DeviceCache
 
 Grid = tuple[int, int]
 
-MOST_KEPT = 2048  # tokens of a dense batch on a CPU whose packing is kept: of one image or a few, it takes time
+_MOST_KEPT = 2048  # tokens of a dense batch on a CPU whose packing is kept: of one image or a few, it takes time
 
 
 def _check_grid(name: str, grid) -> Grid:
@@ -140,7 +140,7 @@ class Packing:
         grid = _check_grid("grid", grid)
         length = prefix + grid[0] * grid[1]
         watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if device == _CPU and not watched and type(images) is int and images * length <= MOST_KEPT:
+        if device == _CPU and not watched and type(images) is int and images * length <= _MOST_KEPT:
             return _kept_uniform(images, grid, prefix)
         return cls._uniform(images, grid, prefix, device)
 

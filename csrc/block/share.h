@@ -26,7 +26,7 @@ struct Group {
 };
 
 // Neighbouring images together, up to `most` tokens; those that cost most first.
-std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t most) {
+inline std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t most) {
   std::vector<Group> groups;
   for (int64_t i = 0; i < images;) {
     Group group{i, i, 0};
@@ -43,7 +43,7 @@ std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, double c
 }
 
 // The longest share of a thread to the mean, where each takes the next group that is left.
-double imbalance(const std::vector<Group>& groups, int64_t threads) {
+inline double imbalance(const std::vector<Group>& groups, int64_t threads) {
   std::vector<double> load(threads, 0.);
   double total = 0;
   for (const Group& group : groups) *std::min_element(load.begin(), load.end()) += group.cost, total += group.cost;
@@ -51,7 +51,7 @@ double imbalance(const std::vector<Group>& groups, int64_t threads) {
 }
 
 // The groups that threads take through all blocks by themselves; none where they would wait for one another too long.
-std::vector<Group> shares(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t threads) {
+inline std::vector<Group> shares(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t threads) {
   std::vector<Group> best;
   double least = kMostImbalance;
   for (const int64_t rows : kGroupRows) {

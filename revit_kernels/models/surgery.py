@@ -116,7 +116,7 @@ class Surgery:
         return super()._apply(*args, **kwargs)
 
     def prepack(self) -> int:
-        """Keep the weight of every Linear in the CPU library's layout, on trust; returns how many. For serving.
+        """Keep every weight packed as the CPU's products read it, on trust; returns of how many Linears. For serving.
 
         Saves reading the weights once a forward to see whether they changed. Weights may still change in every way but
         through `.data`; see `revit_kernels.gemm.prepack`.

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from revit_kernels import dispatch, modules, ops
-from revit_kernels.grids import native_grid
-from revit_kernels.layouts import Layouts
+from revit_kernels import modules, ops
 from revit_kernels.models import adopt
+from revit_kernels.models.embedding import Embedding
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
 from revit_kernels.models.quantise import quantise
@@ -23,11 +22,8 @@ from revit_kernels.modules.block import take
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
-from revit_kernels.modules.patch_dropout import PatchDropout, drop_patches
+from revit_kernels.modules.patch_dropout import PatchDropout
 from revit_kernels.packing import Packing
-
-# By menu, on CPUs: for one small image, to interpolate them takes a tenth of a forward.
-_positions = Layouts(None, most=16)
 
 
 class PackedTokens(NamedTuple):
@@ -45,7 +41,7 @@ class PackedTokens(NamedTuple):
         return self.packing.split(self.tokens)
 
 
-class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
+class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     """A Vision Transformer (Dosovitskiy et al., arXiv:2010.11929) that takes images at different token lengths.
 
     Constructor, module tree, state_dict keys, methods and attributes are those of timm 1.0.31's `VisionTransformer`;
@@ -235,97 +231,6 @@ class VarLenViT(Intermediates, Resizable, Surgery, nn.Module):
     def quantise(self, kind: str) -> VarLenViT:
         """Give the blocks fewer bits, in place and for inference only: see `revit_kernels.models.quantise`."""
         return quantise(self, kind)
-
-    # ------------------------------------------------------------------ images to tokens
-
-    def _inputs(self, x, grids, packing, max_tokens, channels_last) -> tuple[Tensor | list[Tensor], Packing, bool]:
-        """The images, their packing, and whether the result is a dense batch, as timm gives it."""
-        prefix, device = self.num_prefix_tokens, self._device()
-        if isinstance(x, Tensor):
-            if x.ndim != 4:
-                raise ValueError(f"images must be a tensor (images, channels, height, width), got {tuple(x.shape)}")
-            if grids is None and packing is None and max_tokens is None:
-                channels = x.shape[3 if channels_last else 1]
-                if channels != self.in_chans:
-                    raise ValueError(f"expected images of {self.in_chans} channels, got {channels}")
-                x = self.patch_embed.padded(x.permute(0, 3, 1, 2) if channels_last else x)
-                size = x.shape[2:]
-                x = x.permute(0, 2, 3, 1) if channels_last else x
-                grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
-                return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
-        elif not isinstance(x, list | tuple) or not all(isinstance(image, Tensor) and image.ndim == 3 for image in x):
-            raise ValueError("images must be a tensor, or a list of tensors (channels, height, width)")
-        images = len(x)
-        if packing is not None:
-            if grids is not None:
-                raise ValueError("give grids or packing, not both")
-            if packing.prefix != prefix:
-                raise ValueError(f"the packing has {packing.prefix} prefix tokens an image, the model {prefix}")
-        elif grids is None:
-            limit = self.patch_embed.num_patches if max_tokens is None else max_tokens
-            at = slice(0, 2) if channels_last else slice(1, 3)
-            grids = [native_grid(tuple(image.shape[at]), self.patch_embed.patch_size, limit) for image in x]
-        elif len(grids) != images:
-            raise ValueError(f"grids must name one grid per image: {images} images, {len(grids)} grids")
-        packing = packing or Packing.from_grids(grids, prefix, device=device)
-        if packing.images != images:
-            raise ValueError(f"the packing is of {packing.images} images, got {images}")
-        return (list(x) if not isinstance(x, Tensor) else x), packing, False
-
-    def _device(self) -> torch.device:
-        plain = self.cls_token  # at hand, where there is one
-        return (next(self.patch_embed.parameters()) if plain is None else plain).device
-
-    def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
-        """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
-        tokens = self.cls_token, self._parameters.get("dist_token"), self.reg_token
-
-        def make():
-            parts = [token[0] for token in tokens if token is not None]
-            prefix = torch.cat(parts) if parts else None
-            if self.pos_embed is None:
-                return None, prefix
-            _, own = self._table()
-            return self._position_rows(menu), prefix if own is None else prefix + own
-
-        if self.pos_embed is None or self.pos_embed.device.type != "cpu" or not dispatch.unwatched(self.pos_embed):
-            return make()
-        own = self._modules.get("pos_embed_shorter", ())
-        interpolation = self.pos_interpolation, self.pos_antialias, self.no_embed_class, self.patch_embed.grid_size
-        how = menu, self.menu, self.resizable and self.resizable["positions"], *interpolation
-        return _positions.get(self.pos_embed, *tokens, *own, how=how, make=make) or make()
-
-    def _embed(self, images, packing: Packing, channels_last: bool) -> tuple[Tensor, Packing]:
-        """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout."""
-        pos, prefix = self._positions(packing.menu)
-        first = images if isinstance(images, Tensor) else images[0] if images else None
-        statistics = {}
-        if first is not None and first.dtype == torch.uint8:
-            statistics = {name: self.pretrained_cfg[name] for name in ("mean", "std")}
-            if any(len(values) != self.in_chans for values in statistics.values()):
-                raise ValueError(
-                    f"uint8 images need the {self.in_chans} channels' mean and std in pretrained_cfg, got {statistics}"
-                )
-        if self.menu is not None and self.resizable["embedding"] != "resize":
-            x = self._embed_by_length(images, packing, pos, prefix, channels_last=channels_last, **statistics)
-        else:
-            x = self.patch_embed.pack(
-                images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
-            )
-        if self.pos_embed is not None:
-            x = self.pos_drop(x)
-        if self.training and not isinstance(self.patch_drop, nn.Identity):
-            x, packing = drop_patches(x, packing, self.patch_drop.prob)
-        return x, packing
-
-    def _pos_embed(self, x: Tensor) -> Tensor:
-        """timm's step of this name, on dense patches (images, patches, dim) or (images, rows, columns, dim)."""
-        grid = tuple(x.shape[1:3]) if x.ndim == 4 else self.patch_embed.grid_size
-        pos, prefix = self._positions((grid,))
-        x = x.reshape(x.shape[0], -1, x.shape[-1])
-        x = x if pos is None else x + pos
-        x = x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
-        return x if pos is None else self.pos_drop(x)
 
     # ------------------------------------------------------------------ tokens to features
 

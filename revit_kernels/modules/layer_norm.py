@@ -151,18 +151,10 @@ def normalise(
     if not is_plain(norm, *PLAIN):
         x = add(x, branch, gamma)
         return x if is_plain(norm, "Identity") else apply_norm(norm, x, packing), x
-    return normalise_plain(norm, x, packing, branch, gamma, pooled=pooled)
+    return normalise_plain(norm, x, packing, branch, gamma, pooled)
 
 
-def normalise_plain(
-    norm: nn.Module,
-    x: Tensor,
-    packing: Packing,
-    branch: Tensor | None = None,
-    gamma: Tensor | None = None,
-    *,
-    pooled: bool = False,
-) -> tuple[Tensor, Tensor]:
+def normalise_plain(norm, x: Tensor, packing: Packing, branch=None, gamma=None, pooled=False) -> tuple[Tensor, Tensor]:
     """`normalise` for a norm that is known to be plain."""
     dim = x.shape[-1]
     rms = isinstance(norm, RmsNorm) or type(norm).__name__ == "RmsNorm"
