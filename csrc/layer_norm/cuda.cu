@@ -17,11 +17,20 @@ constexpr int kForwardTokens = 4;  // of a run at most
 template <class X>
 constexpr int kBackwardTokens = sizeof(X) == 4 ? 1 : 2;  // what the registers hold
 
-// Data of x's dtype and of branch's is `void`; parameters are fp32, null where the user gave none. whole: rows can be
-// read a vector at a time.
+enum class Kind : int { kFloat32, kBFloat16, kFloat16 };
+
+// A parameter in its own dtype; `data` is null where the user gave none. It is read once for many tokens, so the
+// kernels branch on its dtype instead of being compiled for each.
+template <class Data>
+struct Parameter {
+  Data* data;
+  Kind kind;
+};
+
+// Data of x's dtype and of branch's is `void`. whole: rows can be read a vector at a time.
 struct ForwardArguments {
   const void *x, *branch;
-  const float *weight, *bias, *gamma;
+  Parameter<const void> weight, bias, gamma;
   const int32_t* row;
   void *y, *sum;
   float *mean, *rstd;
@@ -35,7 +44,8 @@ struct ForwardArguments {
 // the parameters; touched: (blocks, lengths), whether the rows of an affine were written.
 struct BackwardArguments {
   const void *dy, *dsum, *sum, *branch;
-  const float *weight, *gamma, *mean, *rstd;
+  Parameter<const void> weight, gamma;
+  const float *mean, *rstd;
   const int32_t* row;
   void *dx, *dbranch;
   float* partial;
@@ -48,7 +58,7 @@ struct BackwardArguments {
 struct ReduceArguments {
   const float* partial;
   const int32_t* touched;
-  float *dweight, *dbias, *dgamma;
+  Parameter<void> dweight, dbias, dgamma;
   int64_t blocks;
   int dim, width, lengths, weight_rows, bias_rows, gamma_rows;
 };
@@ -92,16 +102,27 @@ struct Own {
   }
 };
 
+template <class T, int kUnit>
+__device__ __forceinline__ void load_widened(float (&y)[kColumns], const void* base, int64_t row,
+                                             const Columns<kUnit>& columns) {
+  Own<T, kUnit> own;
+  own.load(base, row, columns);
+  own.widen(y);
+}
+
 // The thread's numbers of a row of a parameter, `otherwise` where the user gave none.
 template <int kUnit>
-__device__ __forceinline__ void load_parameter(float (&y)[kColumns], const float* parameter, int64_t row,
-                                               float otherwise, const Columns<kUnit>& columns) {
+__device__ __forceinline__ void load_parameter(float (&y)[kColumns], const Parameter<const void>& parameter,
+                                               int64_t row, float otherwise, const Columns<kUnit>& columns) {
 #pragma unroll
   for (float& v : y) v = otherwise;
-  if (!parameter) return;
-  Own<float, kUnit> own;
-  own.load(parameter, row, columns);
-  own.widen(y);
+  if (!parameter.data) return;
+  if (parameter.kind == Kind::kFloat32)
+    load_widened<float>(y, parameter.data, row, columns);
+  else if (parameter.kind == Kind::kBFloat16)
+    load_widened<revit::bfloat16>(y, parameter.data, row, columns);
+  else
+    load_widened<revit::float16>(y, parameter.data, row, columns);
 }
 
 template <class T, int kUnit>
@@ -267,7 +288,7 @@ __global__ void __launch_bounds__(kMostThreads) backward_kernel(const BackwardAr
     const Columns<kUnit> padded = {width, true};
     if (seen) {
       float before[kColumns];
-      load_parameter(before, partial, row, 0, padded);
+      load_widened<float>(before, partial, row, padded);
 #pragma unroll
       for (int i = 0; i < kColumns; ++i) v[i] += before[i];
     }
@@ -375,10 +396,15 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceGroups) reduce_kernel(c
   __syncthreads();
   if (group || column >= a.dim) return;
   for (int i = 1; i < kReduceGroups; ++i) sum += sums[i * kReduceColumns + threadIdx.x];
-  float* out = row < a.weight_rows ? a.dweight + static_cast<int64_t>(row) * a.dim
-               : row < affine_rows ? a.dbias + static_cast<int64_t>(row - a.weight_rows) * a.dim
-                                   : a.dgamma;
-  out[column] = sum;
+  const Parameter<void>& out = row < a.weight_rows ? a.dweight : row < affine_rows ? a.dbias : a.dgamma;
+  const int first = row < a.weight_rows ? 0 : row < affine_rows ? a.weight_rows : affine_rows;
+  const int64_t at = static_cast<int64_t>(row - first) * a.dim + column;
+  if (out.kind == Kind::kFloat32)
+    revit::store_one(static_cast<float*>(out.data) + at, sum);
+  else if (out.kind == Kind::kBFloat16)
+    revit::store_one(static_cast<revit::bfloat16*>(out.data) + at, sum);
+  else
+    revit::store_one(static_cast<revit::float16*>(out.data) + at, sum);
 }
 
 int threads_for(int64_t dim) {
@@ -389,6 +415,19 @@ int threads_for(int64_t dim) {
 template <class T = const float>
 T* pointer(const std::optional<Tensor>& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+}
+
+Kind kind_of(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "a parameter must be float32, bfloat16 or float16");
+  return dtype == ScalarType::Float ? Kind::kFloat32 : dtype == ScalarType::BFloat16 ? Kind::kBFloat16 : Kind::kFloat16;
+}
+
+Parameter<const void> parameter(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  return {tensor->data_ptr(), kind_of(*tensor)};
 }
 
 bool whole_vectors(int64_t dim, std::initializer_list<const void*> addresses) {
@@ -408,7 +447,7 @@ void with_types(const Tensor& x, const std::optional<Tensor>& branch, F f) {
   });
 }
 
-// x, branch: (tokens, dim); weight, bias: (lengths, dim) fp32; row: (tokens,) int32; gamma: (dim,) fp32
+// x, branch: (tokens, dim); weight, bias: (lengths, dim); row: (tokens,) int32; gamma: (dim,)
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, const std::optional<Tensor>& weight,
                                                            const std::optional<Tensor>& bias,
                                                            const std::optional<Tensor>& row,
@@ -424,9 +463,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
   ForwardArguments a = {};
   a.x = x.data_ptr();
   a.branch = pointer<void>(branch);
-  a.weight = pointer(weight);
-  a.bias = pointer(bias);
-  a.gamma = pointer(gamma);
+  a.weight = parameter(weight);
+  a.bias = parameter(bias);
+  a.gamma = parameter(gamma);
   a.row = pointer<const int32_t>(row);
   a.y = y.data_ptr();
   a.sum = sum.data_ptr();
@@ -438,7 +477,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
   a.lengths = static_cast<int>(lengths_of(weight, bias));
   a.eps = static_cast<float>(eps);
   a.rms = rms;
-  a.whole = whole_vectors(dim, {a.x, a.branch, a.weight, a.bias, a.gamma});
+  a.whole = whole_vectors(dim, {a.x, a.branch, a.weight.data, a.bias.data, a.gamma.data});
   const revit::Stream stream(x);
   with_types(x, branch, [&](auto of_x, auto of_branch) {
     const dim3 grid((tokens + a.tokens_per_block - 1) / a.tokens_per_block);
@@ -447,8 +486,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, cons
   return {y, sum, mean, rstd};
 }
 
-// dy, dsum, sum: (tokens, dim), of one dtype. Returns the gradients of x, branch, weight, bias and gamma; those of
-// the parameters in fp32, and with no elements where there is no parameter.
+// dy, dsum, sum: (tokens, dim), of one dtype. Returns the gradients of x, branch, weight, bias and gamma, each in the
+// dtype of what it is of, and with no elements where there is no such tensor.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cuda(
     const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& sum, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& row, const std::optional<Tensor>& branch,
@@ -459,8 +498,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   const int threads = threads_for(dim);
   STD_TORCH_CHECK(!branch || gamma, "the gradient needs the branch only where it was scaled by gamma");
   auto like = [&](const std::optional<Tensor>& parameter, std::initializer_list<int64_t> sizes) {
-    return parameter ? torch::stable::new_empty(mean, sizes) : torch::stable::new_empty(mean, {0});
+    return parameter ? torch::stable::new_empty(*parameter, sizes) : torch::stable::new_empty(mean, {0});
   };
+  auto gradient = [](const Tensor& tensor) { return Parameter<void>{tensor.data_ptr(), kind_of(tensor)}; };
   Tensor dx = torch::stable::empty_like(sum);
   Tensor dbranch = branch ? torch::stable::empty_like(*branch) : torch::stable::new_empty(sum, {0});
   Tensor dweight = like(weight, {lengths, dim}), dbias = like(bias, {lengths, dim}), dgamma = like(gamma, {dim});
@@ -478,8 +518,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   a.dsum = pointer<void>(dsum);
   a.sum = sum.data_ptr();
   a.branch = pointer<void>(branch);
-  a.weight = pointer(weight);
-  a.gamma = pointer(gamma);
+  a.weight = parameter(weight);
+  a.gamma = parameter(gamma);
   a.mean = static_cast<const float*>(mean.data_ptr());
   a.rstd = static_cast<const float*>(rstd.data_ptr());
   a.row = pointer<const int32_t>(row);
@@ -490,7 +530,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   a.dim = static_cast<int>(dim);
   a.lengths = static_cast<int>(lengths);
   a.rms = rms;
-  a.whole = whole_vectors(dim, {a.dy, a.dsum, a.sum, a.branch, a.weight, a.gamma});
+  a.whole = whole_vectors(dim, {a.dy, a.dsum, a.sum, a.branch, a.weight.data, a.gamma.data});
   const revit::Stream stream(sum);
   with_types(sum, branch, [&](auto of_x, auto of_branch) {
     stream.launch(backward_kernel<decltype(of_x), decltype(of_branch)>, dim3(blocks), threads, BlockSum::kShared, a);
@@ -498,9 +538,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   ReduceArguments r = {};
   r.partial = a.partial;
   r.touched = a.touched;
-  r.dweight = static_cast<float*>(dweight.data_ptr());
-  r.dbias = static_cast<float*>(dbias.data_ptr());
-  r.dgamma = static_cast<float*>(dgamma.data_ptr());
+  r.dweight = gradient(dweight);
+  r.dbias = gradient(dbias);
+  r.dgamma = gradient(dgamma);
   r.blocks = blocks;
   r.dim = a.dim;
   r.width = threads * kColumns;

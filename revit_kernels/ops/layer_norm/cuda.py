@@ -22,17 +22,14 @@ def refusal(x, *args):
     return None
 
 
-def _fp32(parameter):
-    return None if parameter is None else parameter.float().contiguous()
+def _contiguous(parameter):
+    return None if parameter is None else parameter.contiguous()
 
 
 def forward(x, weight, bias, row, branch, gamma, eps, rms):
-    return _forward(x, _fp32(weight), _fp32(bias), row, branch, _fp32(gamma), eps, rms)
+    return _forward(x, _contiguous(weight), _contiguous(bias), row, branch, _contiguous(gamma), eps, rms)
 
 
 def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
-    dx, dbranch, *grads = _backward(
-        dy, dsum, sum, _fp32(weight), _fp32(bias), row, branch, _fp32(gamma), mean, rstd, rms
-    )
-    parameters = (weight, bias, gamma)
-    return dx, dbranch, *(grad if p is None else grad.to(p.dtype) for p, grad in zip(parameters, grads))
+    parameters = (_contiguous(weight), _contiguous(bias), row, branch, _contiguous(gamma))
+    return _backward(dy, dsum, sum, *parameters, mean, rstd, rms)
