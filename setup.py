@@ -9,6 +9,7 @@ Without a C++ compiler the package still installs: its Triton and reference back
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
 from setuptools import Extension, setup
@@ -27,14 +28,21 @@ CXX = os.environ.get("CXX", "g++")
 
 
 class Build(build_ext):
-    """Compiles and links each library in one call of its own compiler."""
+    """Compiles the files of each library side by side, on all cores, and links them."""
 
     def build_extension(self, ext):
         compiler = ["nvcc", *CUDA_FLAGS] if ext.name.endswith("cuda") else [CXX, *CPU_FLAGS]
         output = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(output), exist_ok=True)
-        torch = [f"-I{p}" for p in include_paths()] + [f"-L{p}" for p in library_paths()] + ["-ltorch_cpu"]
-        self.spawn([*compiler, "-shared", *ext.sources, *torch, "-o", output])
+        folder = os.path.join(self.build_temp, ext.name)
+        for path in (os.path.dirname(output), folder):
+            os.makedirs(path, exist_ok=True)
+        objects = [os.path.join(folder, source.replace("/", "_") + ".o") for source in ext.sources]
+        include = [f"-I{path}" for path in include_paths()]
+        commands = [[*compiler, *include, "-c", source, "-o", to] for source, to in zip(ext.sources, objects)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.spawn, commands))
+        torch = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
+        self.spawn([*compiler, "-shared", *objects, *torch, "-o", output])
 
     def get_ext_filename(self, name):
         return f"{name.replace('.', '/')}.so"

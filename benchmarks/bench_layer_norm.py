@@ -12,7 +12,10 @@ torch._functorch.config.donated_buffer = False  # a compiled backward is timed m
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-shapes = pytest.mark.parametrize("tokens, dim", [(t, d) for t in (2920, 8192) for d in (384, 768, 1280)])
+# On a GPU the larger is 256 images of 197 tokens: more than its cache holds.
+TOKENS = (2920, 50432) if DEVICE == "cuda" else (2920, 8192)
+
+shapes = pytest.mark.parametrize("tokens, dim", [(t, d) for t in TOKENS for d in (384, 768, 1280)])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""One JSON and one Markdown table of what benchmarks/gpu_suite.sh found: gpu.json and gpu.md in its folder.
+"""One JSON and one Markdown table of what a call of benchmarks/gpu_suite.sh found.
 
-    python benchmarks/gpu_report.py FOLDER               merge what the stages left there
-    python benchmarks/gpu_report.py FOLDER --ceilings    measure this GPU's copy and matrix product first
-    python benchmarks/gpu_report.py FOLDER --hand-over   also write into revit_kernels from which length on a rival's
-                                                         attention was faster
+    python benchmarks/gpu_report.py FOLDER --output NAME   merge what the stages left there into NAME.json and NAME.md
+    python benchmarks/gpu_report.py FOLDER --ceilings      measure this GPU's copy and matrix product first
+    python benchmarks/gpu_report.py NAME.json --hand-over  write into revit_kernels from which length on a rival's
+                                                           attention was faster
+
+Exit status 1 if a stage failed, ran out of time or was not run.
 
 Beside every time stand two others: what it would be if only the bytes and operations counted and this machine's own
 ceilings, measured in the same run, were reached; and the prediction of benchmarks/roofline.py, made before any run.
@@ -20,9 +22,11 @@ from pathlib import Path
 
 import roofline
 
+from revit_kernels.dispatch import BACKENDS, OPS
+
 HERE = Path(__file__).parent
 HANDOVER = HERE.parent / "revit_kernels" / "ops" / "attention" / "handover.py"
-BACKENDS = ("flash_attn", "cudnn")
+RIVALS = ("flash_attn", "cudnn")
 HALF = ("bfloat16", "float16")
 
 
@@ -52,6 +56,17 @@ def _json(path: Path):
         return None
 
 
+def _json_lines(path: Path) -> list:
+    """The lines that hold JSON: a process that was killed may have cut one short."""
+    rows = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def stages(folder: Path) -> list[dict]:
     try:
         lines = (folder / "stages.tsv").read_text().splitlines()
@@ -70,6 +85,23 @@ def skipped(folder: Path) -> list[str]:
         ):
             reasons[log.stem, why] = reasons.get((log.stem, why), 0) + int(count)
     return [f"{bench}: {why} ({count})" for (bench, why), count in reasons.items()]
+
+
+def kernel_of(test: str) -> str:
+    """`op.backend` of a test's name, as REVIT_DISABLE takes it; its file where it is of no single kernel."""
+    file, _, rest = test.partition("::")
+    op = Path(file).stem.removeprefix("test_")
+    backends = [part for part in re.split(r"[\[\]-]", rest) if part in BACKENDS]
+    return f"{op}.{backends[-1]}" if op in OPS and backends else file
+
+
+def failures(folder: Path) -> list[dict]:
+    """Which kernels failed which of their tests, and why, the most tests first."""
+    found = {}
+    for row in _json_lines(folder / "failures.jsonl"):
+        found.setdefault(kernel_of(row["test"]), []).append(row)
+    rows = [{"kernel": kernel, "count": len(tests), "tests": tests} for kernel, tests in found.items()]
+    return sorted(rows, key=lambda row: -row["count"])
 
 
 def duel(bench: dict, name: str, ceilings: dict) -> dict:
@@ -96,14 +128,7 @@ def duel(bench: dict, name: str, ceilings: dict) -> dict:
 
 def measured(folder: Path) -> list[tuple[str, dict]]:
     """The rows that each benchmark wrote as it went, and the benchmark's name; a last line cut off is left out."""
-    rows = []
-    for path in sorted(folder.glob("bench_*.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                rows.append((path.stem, json.loads(line)))
-            except ValueError:
-                continue
-    return rows
+    return [(path.stem, row) for path in sorted(folder.glob("bench_*.jsonl")) for row in _json_lines(path)]
 
 
 def kernels(folder: Path) -> list[dict]:
@@ -156,7 +181,7 @@ def hand_over(rows: list[dict]) -> dict:
     found = {}
     for step in ("forward", "backward"):
         found[step] = {}
-        for backend in BACKENDS:
+        for backend in RIVALS:
             ratios, faster = backend_ratios(rows, step, backend), None
             for tokens in sorted(ratios, reverse=True):
                 if ratios[tokens] >= 1:
@@ -193,7 +218,9 @@ def merge(folder: Path) -> dict:
         "versions": about.get("versions", {}),
         "ceilings": {key: ceilings[key] for key in ("copy_gb_per_s", "matmul_tflop_per_s") if key in ceilings},
         "stages": stages(folder),
+        "failures": failures(folder),
         "duels": found,
+        "forwards": _json(folder / "forward.json") or [],
         "skipped": skipped(folder),
         "kernels": kernels(folder),
         "hand_over": hand_over(found),
@@ -232,6 +259,31 @@ def markdown(found: dict) -> str:
         ]
     rows = [[s["stage"], s["result"], s["seconds"], s["limit"], s["last"]] for s in found["stages"]]
     lines += ["## Stages", "", *_table(["stage", "result", "s", "limit", "last line"], rows), ""]
+    if found["failures"]:
+        lines += ["## Failures", "", "A kernel is switched off by its name: `REVIT_DISABLE=attention.cuda,...`.", ""]
+        rows = [
+            [
+                failed["kernel"],
+                failed["count"],
+                failed["tests"][0]["test"].partition("::")[2],
+                failed["tests"][0]["why"],
+            ]
+            for failed in found["failures"]
+        ]
+        lines += [*_table(["kernel", "tests", "the first", "why"], rows), ""]
+    for forward in found["forwards"]:
+        lines += [f"## A forward: {forward['model']}, {forward['images']} images, bfloat16", ""]
+        rows = [
+            [whose, *(_ms(forward[whose].get(key)) for key in ("host_ms", "eager_ms", "graph_ms"))]
+            + [_ms(forward[whose]["kernels"][-1]["us"] / 1e3), forward[whose]["kernels"][-1]["launches"]]
+            for whose in ("ours", "timm")
+        ]
+        head = ["", "host, ms", "eager, ms", "graph, ms", "kernels, ms", "launches"]
+        lines += [*_table(head, rows), ""]
+        rows = [[k["kernel"], f"{k['us']:.1f}", k["launches"]] for k in forward["ours"]["kernels"][:-1]]
+        lines += [*_table(["our kernels", "us", "launches"], rows), ""]
+    if not found["duels"]:
+        return "\n".join(lines)
     head = [
         "bench",
         "case",
@@ -277,23 +329,25 @@ def markdown(found: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("source", type=Path, help="a folder, or a report's JSON")
+    parser.add_argument("--output", type=Path, metavar="NAME")
     parser.add_argument("--ceilings", action="store_true", help="measure this machine's copy and matrix product")
     parser.add_argument("--hand-over", action="store_true", help="write the lengths into revit_kernels")
     args = parser.parse_args()
     if args.ceilings:
-        measure_ceilings(args.folder)
+        measure_ceilings(args.source)
         return 0
-    found = merge(args.folder)
-    rounded = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
-    for name, text in (("gpu.json", json.dumps(rounded, indent=1) + "\n"), ("gpu.md", markdown(found))):
-        unfinished = args.folder / f"{name}.part"
-        unfinished.write_text(text)
-        unfinished.rename(args.folder / name)
     if args.hand_over:
+        found = json.loads(args.source.read_text())
         write_hand_over(found["hand_over"], f"{found['device']}, {found['date']}")
-    print(f"{len(found['duels'])} duels, {len(found['kernels'])} kernels: {args.folder / 'gpu.md'}")
-    return 0
+        return 0
+    found = merge(args.source)
+    rounded = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))
+    for kind, text in (("json", json.dumps(rounded, indent=1) + "\n"), ("md", markdown(found))):
+        unfinished = args.output.with_name(f"{args.output.name}.part")
+        unfinished.write_text(text)
+        unfinished.rename(args.output.with_name(f"{args.output.name}.{kind}"))
+    return int(any(stage["result"] != "ok" for stage in found["stages"]))
 
 
 if __name__ == "__main__":

@@ -61,6 +61,9 @@ RIVALS = {
         Wheel("py-cpuinfo==9.0.0"),
         Wheel("pluggy==1.7.0"),
         Wheel("iniconfig==2.3.1"),
+        Wheel("pytest-xdist==3.8.0"),
+        Wheel("execnet==2.1.2"),
+        Wheel("expecttest==0.3.0"),
     ],
 }
 IMPORTS = {  # what shows, on the other machine, that a rival is there
@@ -71,7 +74,7 @@ IMPORTS = {  # what shows, on the other machine, that a rival is there
     "cudnn-frontend": "import cudnn",
     "liger": "import liger_kernel",
     "timm": "import timm",
-    "pytest": "import pytest, pytest_benchmark",
+    "pytest": "import pytest, pytest_benchmark, xdist, expecttest",
 }
 
 

@@ -12,9 +12,24 @@ BACKENDS = ("cuda", "flash_attn", "cudnn", "cpu", "vendor", "triton", "reference
 FORCED = os.environ.get("REVIT_BACKEND")
 
 
+def _disabled(names: str) -> frozenset[str]:
+    """What REVIT_DISABLE switches off: "attention.cuda,pool.triton". Raises ValueError for what is not op.backend."""
+    disabled = frozenset(name.strip() for name in names.split(",") if name.strip())
+    for name in disabled:
+        op, _, backend = name.partition(".")
+        if op not in OPS or backend not in BACKENDS:
+            raise ValueError(f"REVIT_DISABLE must name op.backend, of {OPS} and {BACKENDS}, got {name!r}")
+    return disabled
+
+
+DISABLED = _disabled(os.environ.get("REVIT_DISABLE", ""))
+
+
 @cache
 def load(op: str, backend: str) -> ModuleType | str:
     """The module `ops/<op>/<backend>.py`, or the reason it cannot be had here."""
+    if f"{op}.{backend}" in DISABLED:
+        return "switched off by REVIT_DISABLE"
     name = f"revit_kernels.ops.{op}.{backend}"
     try:
         return importlib.import_module(name)

@@ -17,7 +17,10 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def assert_close(name, actual, exact, rough):
-    """The error against fp64 is at most twice that of the reference run in the same dtype, plus rounding."""
+    """The error against fp64 is at most twice that of the reference run in the same dtype, plus rounding.
+
+    Both are maxima: a case needs some hundred numbers, or the reference's is small by luck.
+    """
     assert actual.shape == rough.shape and actual.dtype == rough.dtype, name
     assert torch.isfinite(actual).all(), f"{name} is not finite"
     if actual.numel():
@@ -25,6 +28,14 @@ def assert_close(name, actual, exact, rough):
         allowed = 2 * ((rough - exact).abs().max() + rounding)
         error = (actual - exact).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e} exceeds {allowed:.2e}"
+
+
+def same(actual, expected):
+    """Bit for bit on a CPU; on a GPU its library of matrix products decides by the batch how it adds."""
+    if DEVICE == "cpu":
+        assert torch.equal(actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected)
 
 
 def _cast(value, dtype, gradients):

@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from contract import DEVICE
+from contract import DEVICE, same
 from test_adaptive import NoHost, synthetic
 from tiny_revit import MENU, make_images, make_model
 from torch.utils import _pytree as pytree
@@ -117,6 +117,8 @@ def capture_adaptive(adaptive, **options):
 
 
 def eager(*args, **kwargs):
+    if DEVICE == "cuda":  # where there can be graphs, nobody is warned
+        return eager_quietly(*args, **kwargs)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
         return CapturedViT(*args, **{"channels_last": True} | kwargs)
 
@@ -161,13 +163,6 @@ def expected(model, x, rows):
     return model(x, grids=[MENU[row] for row in rows], channels_last=True)
 
 
-def same(actual, wanted):
-    if DEVICE == "cpu":  # where an answer does not depend on the batch
-        assert torch.equal(actual, wanted)
-    else:
-        torch.testing.assert_close(actual, wanted)
-
-
 # ---------------------------------------------------------------------- budgets
 
 
@@ -199,7 +194,7 @@ def test_realised_waste_is_bounded_and_told(waste):
         rows, tokens = rows + answers.rows, tokens + answers.tokens.sum().item()
     assert made.waste == pytest.approx(1 - tokens / rows) and made.waste <= waste
     made.model = model
-    with pytest.warns(RuntimeWarning):
+    with pytest.warns(RuntimeWarning) if DEVICE == "cpu" else nullcontext():
         made.recapture()
     assert made.waste == 0
 

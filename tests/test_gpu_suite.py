@@ -4,9 +4,11 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -63,18 +65,27 @@ def folder(tmp_path):
         "build\tok\t3\t90\tdone\nncu\tnot run\t0\t0\tthere is no ncu\nbuild\tok\t4\t90\ta|b\n"
     )
     (tmp_path / "ncu.csv").write_text(NCU)
+    failures = [
+        {"test": "tests/test_attention.py::test_contract[menu-torch.bfloat16-cuda]", "why": "misaligned | address"},
+        {"test": "tests/test_attention.py::test_contract[long-torch.float16-cuda]", "why": "worker crashed"},
+        {"test": "tests/test_vit.py::test_it", "why": "AssertionError"},
+    ]
+    (tmp_path / "failures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in failures))
     ceilings = {"device": "a GPU", "copy_gb_per_s": 4000.0, "matmul_tflop_per_s": {"bfloat16": 600.0}}
     (tmp_path / "ceilings.json").write_text(json.dumps(ceilings))
     return tmp_path
 
 
-def test_report(folder, monkeypatch, capsys):
+def test_report(folder, monkeypatch):
     import gpu_report
 
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(folder)])
-    assert gpu_report.main() == 0
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(folder), "--output", str(folder / "gpu")])
+    assert gpu_report.main() == 1  # ncu was not run
     found, text = json.loads((folder / "gpu.json").read_text()), (folder / "gpu.md").read_text()
-    assert "6 duels, 1 kernels" in capsys.readouterr().out
+    assert len(found["duels"]) == 6 and [row["kernel"] for row in found["failures"]] == [
+        "attention.cuda",
+        "tests/test_vit.py",
+    ]
     assert found["hand_over"] == {
         "forward": {"flash_attn": 577, "cudnn": None},
         "backward": {"flash_attn": None, "cudnn": None},
@@ -91,6 +102,7 @@ def test_report(folder, monkeypatch, capsys):
     assert found["skipped"] == ["bench_attention: fa4: not installed (5)"]
     for line in (
         "| ncu | not run | 0 | 0 | there is no ncu |",
+        "| attention.cuda | 2 | test_contract[menu-torch.bfloat16-cuda] | misaligned / address |",
         "| build | ok | 4 | 90 | a/b |",
         "| attention | forward-mix-torch.bfloat16-fa3 | fa3 | 0.1 | 0.12 | **1.20** (1.10 to 1.30) | 0.05 | 0.07 "
         "| 2000 (50 %) | 300 (50 %) |",
@@ -105,7 +117,7 @@ def test_report(folder, monkeypatch, capsys):
 def test_a_report_of_nothing(tmp_path, monkeypatch):
     import gpu_report
 
-    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", str(tmp_path), "--output", str(tmp_path / "gpu")])
     assert gpu_report.main() == 0
     assert json.loads((tmp_path / "gpu.json").read_text())["duels"] == []
 
@@ -128,14 +140,17 @@ def test_hand_over_is_written_where_dispatch_reads_it(folder, tmp_path):
 
 @pytest.fixture
 def suite(tmp_path):
-    """Runs the suite with a stand-in for Python, in which each stage does what its name says."""
+    """Runs a call of the suite with a stand-in for Python, in which each stage does what its name says."""
     python = tmp_path / "python"
     python.write_text(
         f"""#!/bin/sh
 case "$*" in
   *gpu_report.py*--ceilings*) echo measured ;;
   *gpu_report.py*) exec {sys.executable} "$@" ;;
+  *native.load*) exit 1 ;;
   *setup.py*) echo "no compiler"; exit 3 ;;
+  *gpu_smoke.py*--switch-off*) printf attention.cuda,pool.triton >"$4"; exit 1 ;;
+  *bench_attention*) echo "without $REVIT_DISABLE" ;;
   *" tests/test_attention.py "*) echo "5 passed" ;;
   *bench_pool*) echo "started"; exec sleep 30 ;;
   *) echo "done, with a tab:	here" ;;
@@ -144,7 +159,8 @@ esac
     )
     python.chmod(0o755)
     (tmp_path / "bin").mkdir()  # so that no profiler of this machine is found
-    for tool in ("bash", "sh", "timeout", "grep", "tail", "tr", "cut", "mkdir", "rm", "sleep", "dirname"):
+    tools = "bash sh sed setsid timeout grep tail tr cut mkdir rm sleep dirname realpath tar gzip cat"
+    for tool in tools.split():
         (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
 
     def run(*arguments, **environment):
@@ -152,35 +168,159 @@ esac
         done = subprocess.run(
             [shutil.which("bash"), SUITE, *arguments], capture_output=True, text=True, env=env | environment
         )
-        return done, tmp_path / "out"
+        report = tmp_path / "out" / f"{arguments[0]}.json" if arguments else tmp_path
+        rows = json.loads(report.read_text())["stages"] if report.is_file() else []
+        return done, {row["stage"]: row for row in rows}
 
     return run
 
 
-def test_a_stage_that_fails_stops_no_other(suite):
-    done, out = suite(TOTAL="5000")
-    found = {stage["stage"]: stage for stage in json.loads((out / "gpu.json").read_text())["stages"]}
-    assert done.returncode == 1 and len(found) == 17
+CHECK = ["build", "table", "contracts_cuda", "memcheck", "racecheck", "synccheck", "initcheck", "racecheck_ampere"]
+CHECK += ["contracts_others", "models"]
+MEASURE = [
+    "build",
+    "smoke",
+    "ceilings",
+    "forward",
+    "bench_attention",
+    "bench_vit",
+    "bench_captured",
+    "bench_layer_norm",
+]
+MEASURE += ["bench_linear", "bench_patch_embed", "bench_pool", "bench_pos_embed", "ncu", "bench_vit_compiled"]
+
+
+def test_a_stage_that_fails_stops_no_other(suite, tmp_path):
+    done, found = suite("check")
+    assert done.returncode == 1 and set(found) == set(CHECK)
     assert found["build"]["result"] == "exit 3" and found["build"]["last"] == "no compiler"
-    assert found["tests"]["result"] == "ok" and found["tests"]["last"] == "5 passed"
-    assert found["bench_pool"]["result"] == "out of time"
-    assert found["more_tests"]["result"] == "ok" and found["more_tests"]["last"] == "done, with a tab: here"
-    for stage in ("memcheck", "racecheck", "ncu"):
-        assert found[stage]["result"] == "not run" and found[stage]["last"].startswith("there is no ")
+    assert found["contracts_cuda"]["result"] == "ok" and found["contracts_cuda"]["last"] == "5 passed"
+    assert found["models"]["result"] == "ok" and found["models"]["last"] == "done, with a tab: here"
+    for stage in ("memcheck", "racecheck", "synccheck", "initcheck", "racecheck_ampere"):
+        assert found[stage]["result"] == "not run" and found[stage]["last"] == "there is no compute-sanitizer"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"check.md", "check.json", "check_logs.tar.gz"}
+    assert done.stdout.endswith((tmp_path / "out" / "check.md").read_text())
 
 
-def test_the_suite_ends_in_time(suite):
-    done, out = suite("build", "tests", "bench_pool", TOTAL="6")
-    found = {stage["stage"]: stage for stage in json.loads((out / "gpu.json").read_text())["stages"]}
-    assert set(found) == {"build", "tests", "bench_pool"} and done.returncode == 1
-    assert int(found["bench_pool"]["limit"]) <= 6 and found["bench_pool"]["result"] in ("out of time", "not run")
+def test_a_kernel_that_is_wrong_is_switched_off_and_the_rest_is_measured(suite):
+    done, found = suite("measure", STAGES="smoke bench_attention bench_pool", TOTAL="8")
+    assert done.returncode == 1 and found["smoke"]["result"] == "exit 1"
+    assert found["bench_attention"] | {"seconds": 0} == {
+        "stage": "bench_attention", "result": "ok", "seconds": 0, "limit": found["bench_attention"]["limit"],
+        "last": "without attention.cuda,pool.triton",
+    }  # fmt: skip
+    assert found["bench_pool"]["result"] == "out of time" and int(found["bench_pool"]["limit"]) <= 8
 
 
-def test_the_limits_leave_room_for_a_gpu_machines_ten_minutes(suite):
-    done, out = suite("--list")
-    assert done.returncode == 0 and not out.exists()
-    assert len(done.stdout.splitlines()) >= 14
-    assert 'TOTAL="${TOTAL:-570}"' in SUITE.read_text()
+@pytest.mark.parametrize("call, stages, most", [("check", CHECK, 150), ("measure", MEASURE, 400)])
+def test_the_limits_of_a_call(suite, call, stages, most):
+    done, _ = suite(call, "--list")
+    limits = dict(re.findall(r"^(\w+) \((\d+) s\):", done.stdout, re.MULTILINE))
+    assert done.returncode == 0 and f"{call}) total={most} ;;" in SUITE.read_text()
+    assert set(limits) == set(stages)
+    # Sanitizers run beside the others; libraries that were carried need no time to be built.
+    alone = {stage: int(limit) for stage, limit in limits.items() if "check" not in stage and stage != "build"}
+    assert sum(alone.values()) <= most, "the last stages would not be reached"
+
+
+def test_another_call_is_refused(suite):
+    done, _ = suite("all")
+    assert done.returncode == 2 and "gpu_suite.sh check" in done.stderr
+
+
+@pytest.mark.parametrize("call, stages", [("check", CHECK), ("measure", MEASURE)])
+def test_tiny_without_an_install(call, stages, tmp_path):
+    """From the files alone: no package is installed, nothing is built."""
+    root = tmp_path / "clone"
+    for name in ("revit_kernels", "benchmarks", "tests", "csrc"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    python = tmp_path / "python"  # -S: what is installed in place, by a .pth file, is not found
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    env = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "TOTAL": "900"}
+    env |= {"PYTHONPATH": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", root / SUITE.relative_to(ROOT), call, "--tiny"], capture_output=True, env=env)
+    found = json.loads((tmp_path / "out" / f"{call}.json").read_text())
+    results = {row["stage"]: (row["result"], row["last"]) for row in found["stages"]}
+    assert set(results) == set(stages)
+    lacking = {name: row for name, row in results.items() if row[0] != "ok" and not row[1].startswith("there is no ")}
+    assert not lacking, (lacking, done.stderr)
+    assert len(list((tmp_path / "out").iterdir())) <= 6
+    if call == "measure":
+        assert {duel["bench"] for duel in found["duels"]} >= {"bench_attention", "bench_vit", "bench_pool"}
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """Runs a file of tests under the plugin, in two processes; gives its output and the failures it wrote."""
+
+    def run(text):
+        (tmp_path / "test_it.py").write_text(text)
+        env = os.environ | {"REVIT_FAILURES": str(tmp_path / "failures.jsonl"), "REVIT_TEST_SECONDS": "3"}
+        env |= {"PYTHONPATH": str(ROOT / "benchmarks")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_guard", "-p", "no:cacheprovider", "-n", "2"]
+        done = subprocess.run(
+            [*command, "test_it.py"], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120
+        )
+        rows = (tmp_path / "failures.jsonl").read_text().splitlines()
+        return done.stdout, {row["test"].partition("::")[2]: row["why"] for row in map(json.loads, rows)}
+
+    return run
+
+
+def test_a_hanging_and_a_crashing_kernel_take_no_other_test_with_them(guarded):
+    said, failures = guarded(
+        """
+import os, time, pytest
+@pytest.mark.parametrize("i", range(20))
+def test_right(i):
+    pass
+def test_hangs():
+    time.sleep(60)
+def test_crashes():
+    os.abort()
+def test_wrong():
+    assert 1 == 2, "the kernel is wrong"
+"""
+    )
+    assert "20 passed" in said, said
+    assert set(failures) == {"test_hangs", "test_crashes", "test_wrong"}
+    assert "crashed" in failures["test_hangs"] and "the kernel is wrong" in failures["test_wrong"]
+
+
+def test_smoke_finds_a_wrong_kernel(tmp_path):
+    """A stand-in for a kernel of pool, whose first answer is wrong in one number."""
+    (tmp_path / "sitecustomize.py").write_text(
+        """
+import importlib, sys
+if "pool.reference" in sys.orig_argv and "--each" not in sys.orig_argv:
+    reference = importlib.import_module("revit_kernels.ops.pool.reference")
+    right, calls = reference.forward, []
+    def forward(*args):
+        y = right(*args).clone()
+        y[0, 0] += 0.1 * (not calls)
+        calls.append(1)
+        return y
+    reference.forward = forward
+"""
+    )
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    smoke = [sys.executable, str(ROOT / "benchmarks/gpu_smoke.py"), "--each", "--switch-off", str(tmp_path / "off")]
+    done = subprocess.run([*smoke, "pool.reference", "pos_embed.reference"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1 and (tmp_path / "off").read_text() == "pool.reference", done.stdout + done.stderr
+    assert "pool.reference is switched off: " in done.stdout and "exceeds" in done.stdout
+
+
+def test_a_kernel_is_switched_off_by_name():
+    code = "from revit_kernels.dispatch import refusal; print(refusal('pool', 'reference'))"
+    env = os.environ | {"REVIT_DISABLE": "pool.reference, attention.cuda"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.stdout.strip() == "switched off by REVIT_DISABLE"
+    env["REVIT_DISABLE"] = "attn.cuda"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert "ValueError: REVIT_DISABLE must name op.backend" in done.stderr and "got 'attn.cuda'" in done.stderr
 
 
 def make_wheel(path, files):

@@ -28,7 +28,7 @@ CASES = {
     "fp32 images": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], images=F32),
     "patch 14": dict(sizes=[(14, 28), (31, 20)], grids=[(1, 2), (1, 1)], patch=(14, 14), dim=24),
     "patch 16 x 8": dict(sizes=[(16, 16), (31, 20)], grids=[(1, 2), (1, 1)], patch=(16, 8), dim=24),
-    "patch 32": dict(sizes=[(32, 32), (40, 31)], grids=[(1, 1), (1, 1)], patch=(32, 32), channels=1),
+    "patch 32": dict(sizes=[(32, 32), (40, 31)], grids=[(1, 1), (1, 1)], patch=(32, 32), channels=1, dim=128),
     "patch 28, dim above a tile": dict(sizes=[(28, 56), (40, 31)], grids=[(1, 2), (1, 1)], patch=(28, 28), dim=200),
     "nothing but pixels": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], plain=True),
 }

@@ -18,7 +18,7 @@ every_how = pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(map(str
 CASES = {
     "menu": dict(table=(7, 7), grids=[(7, 7), (5, 5), (3, 3)], dim=40),
     "odd dim, not square": dict(table=(7, 5), grids=[(3, 6), (7, 5), (1, 1), (9, 5)], dim=131),
-    "one cell": dict(table=(1, 1), grids=[(1, 1), (3, 2)], dim=16),
+    "one cell": dict(table=(1, 1), grids=[(1, 1), (3, 2)], dim=256),
     "no grid": dict(table=(3, 4), grids=[], dim=8),
     "the same grid twice": dict(table=(4, 4), grids=[(2, 3), (2, 3)], dim=1),
     "long rows": dict(table=(1, 36), grids=[(1, 40), (1, 3)], dim=4),

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from contract import DEVICE
+from contract import DEVICE, same
 
 from revit_kernels import Packing, VarLenViT, create_model
 from revit_kernels.models.checkpoints import fingerprint, load_checkpoint, save_checkpoint
@@ -45,7 +45,7 @@ def test_mixed_batch_equals_one_length_at_a_time(embedding, positions, norms):
     with torch.inference_mode():
         together = model(x, grids=MIXED)
         for i, grid in enumerate(MIXED):
-            assert torch.equal(model(x[i : i + 1], grids=[grid])[0], together[i])
+            same(model(x[i : i + 1], grids=[grid])[0], together[i])
 
 
 @pytest.mark.parametrize("embedding", ["resize", "per_length"])
