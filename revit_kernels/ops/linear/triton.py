@@ -53,9 +53,32 @@ def refusal(*args):
 
 
 @triton.jit
-def _activate(h, ACTIVATION: tl.constexpr):
+def _short_gelu(h):
+    """h Phi(h) for a result that is rounded to bf16 or coarser, without branches: off by at most 7e-5.
+
+    Phi - 1/2 is h times a polynomial in h^2, fitted on [-4.2, 4.2], 1/2 at its end. erf takes longer than the product
+    of 384 inputs: on an H200 half of fc1's time.
+    """
+    inside = tl.minimum(tl.maximum(h, -4.2), 4.2)
+    z = inside * inside
+    p = tl.fma(z, 8.60899962429329e-11, -7.735308393819196e-09)
+    p = tl.fma(p, z, 3.049644021757558e-07)
+    p = tl.fma(p, z, -7.0407750172307715e-06)
+    p = tl.fma(p, z, 0.00010810770618263632)
+    p = tl.fma(p, z, -0.001198110170662403)
+    p = tl.fma(p, z, 0.01012105867266655)
+    p = tl.fma(p, z, -0.06685450673103333)
+    p = tl.fma(p, z, 0.3992001712322235)
+    return h * tl.fma(inside, p, 0.5)
+
+
+@triton.jit
+def _activate(h, ACTIVATION: tl.constexpr, SHORT: tl.constexpr = False):
     if ACTIVATION == "gelu":
-        h = h * 0.5 * (1 + tl.erf(h * 0.7071067811865476))
+        if SHORT:
+            h = _short_gelu(h)
+        else:
+            h = h * 0.5 * (1 + tl.erf(h * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
         h = h * tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
     elif ACTIVATION == "silu":
@@ -148,6 +171,7 @@ def _forward_kernel(
 
     # 64-bit numbers say where a tile is, 32-bit ones where in it: otherwise addresses fill the registers.
     inside = exists[:, None] & wanted[None, :]
+    SHORT: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16 or y_scale_ptr is not None
     if x_scale_ptr is not None:
         if not GROUPED:
             of_row = tl.load(x_scale_ptr + row + down_tile, mask=exists, other=0.0)[:, None]
@@ -168,11 +192,11 @@ def _forward_kernel(
         if kept_ptr is not None:
             tl.store(kept + columns + kept_at, second.to(kept_ptr.dtype.element_ty), mask=inside)
         if GATE == "first":
-            total = _activate(total, ACTIVATION) * second
+            total = _activate(total, ACTIVATION, SHORT) * second
         else:
-            total = total * _activate(second, ACTIVATION)
+            total = total * _activate(second, ACTIVATION, SHORT)
     else:
-        total = _activate(total, ACTIVATION)
+        total = _activate(total, ACTIVATION, SHORT)
     if gamma_ptr is not None:
         total *= _columns(gamma_ptr + column, across_tile, wanted)
     if residual_ptr is not None:
