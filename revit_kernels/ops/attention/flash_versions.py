@@ -234,15 +234,16 @@ class FA2:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool):
-    """torch's own takes its word from the whole process: only there can it be asked for."""
+    """torch's own takes its word from the whole process: only there can it be asked for. Of "warn only" it warns, and
+    stays as it is."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if was == wanted:
+    if (was and not warned) == wanted:
         yield
         return
     try:
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.use_deterministic_algorithms(wanted)
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
