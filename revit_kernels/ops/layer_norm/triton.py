@@ -20,7 +20,7 @@ def refusal(*args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"needs CUDA tensors, got one on {tensor.device}"
+            return f"needs a CUDA tensor, got one on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
     return None

@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it multiplies the bit
 def refusal(x, y, *_):
     """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
     if not (y.is_cuda or INTERPRETED):
-        return f"needs CUDA tensors, got one on {y.device}"
+        return f"needs a CUDA tensor, got one on {y.device}"
     if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {y.dtype}"
     if isinstance(x, list) and any(max(image.shape[-3:]) >= 2**15 for image in x):
