@@ -1,5 +1,12 @@
 """Attention by FlashAttention: the newest installed that takes the tensors, or the one that REVIT_FLASH_ATTN names.
 
+How to have each beside torch's own 2, which needs nothing; `python -m revit_kernels` says which one runs:
+
+    4, CuTe    pip install "revit_kernels[flash]": wheels; it compiles its kernels at first use
+    3, Hopper  pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12: wheels; xformers asks for torch 2.10, but
+               its FlashAttention keeps to torch's stable ABI: in 2.11 it loads
+    2          pip install --no-build-isolation flash-attn: source only, to be compiled with nvcc
+
 What it keeps of this op's promises, by what its sources do:
 
     two runs alike, bitwise       all: the backward is asked to be deterministic
