@@ -4,17 +4,19 @@ import importlib
 import platform
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 
 from revit_kernels import __version__
 from revit_kernels.configurations import architecture
 from revit_kernels.configurations.tables import shipped
-from revit_kernels.dispatch import BACKENDS, OPS, refusal
+from revit_kernels.dispatch import BACKENDS, FORCED, OPS, refusal
+from revit_kernels.ops.attention import flash_attn
 
 
 def versions() -> list[str]:
-    names = ("torch", "triton", "timm", "flash-attn", "numpy", "pillow")
+    names = ("torch", "triton", "timm", "numpy", "pillow")
     found = []
     for name in names:
         try:
@@ -36,27 +38,62 @@ def tiles(gpu: int) -> str:
     return f"tiles of sm_{table.architecture} ({table.source})" if table else "tiles by rule"
 
 
-def table(device: str, dtype: torch.dtype = torch.float32) -> list[str]:
-    """One line per op and backend: `runs` for the one that dispatch takes, `can`, or the reason why not."""
-    lines = []
-    for op in OPS:
-        sample = importlib.import_module(f"revit_kernels.ops.{op}").sample(device, dtype)
-        taken = False
-        for backend in BACKENDS:
-            why = refusal(op, backend, *sample)
-            verdict = why if why else "can" if taken else "runs"
-            taken = taken or not why
-            lines.append(f"  {op:12} {backend:11} {verdict}")
+def has(op: str, backend: str) -> bool:
+    """Whether there is such a kernel, built or not."""
+    return find_spec(f"revit_kernels.ops.{op}.{backend}") is not None
+
+
+def verdicts(device: str, dtype: torch.dtype) -> dict[str, dict[str, str | None]]:
+    """Why a backend does not take small tensors of this dtype, None if it does, by op and by each backend it has."""
+    samples = {op: importlib.import_module(f"revit_kernels.ops.{op}").sample(device, dtype) for op in OPS}
+    return {op: {b: refusal(op, b, *sample) for b in BACKENDS if has(op, b)} for op, sample in samples.items()}
+
+
+def table(found: dict[str, dict[str, str | None]]) -> list[str]:
+    """The verdicts, a line per op: `runs` for the backend that dispatch takes, `can`, `no`, or `-` for no such kernel.
+    Then a line for each reason for a `no`."""
+    lines = ["  " + "".join(f"{name:12}" for name in ("", *BACKENDS)).rstrip()]
+    reasons = {}  # the ops, by reason and backend
+    for op, verdict in found.items():
+        first = next((backend for backend, why in verdict.items() if why is None), None)
+        cells = ("-" if b not in verdict else "no" if verdict[b] else "runs" if b == first else "can" for b in BACKENDS)
+        lines.append("  " + "".join(f"{cell:12}" for cell in (op, *cells)).rstrip())
+        for backend, why in verdict.items():
+            if why:
+                reasons.setdefault(why, {}).setdefault(backend, []).append(op)
+    for why, backends in reasons.items():
+        names = []
+        for backend, ops in backends.items():
+            every = len(ops) == sum(bool(verdict.get(backend)) for verdict in found.values())
+            names.append(backend if every else f"{backend} ({', '.join(ops)})")
+        lines.append(f"  {', '.join(names)}: {why}")
     return lines
+
+
+def flash_attention(x: torch.Tensor) -> list[str]:
+    """Which FlashAttention the backend flash_attn runs on tensors like x; for each other a line: why it does not."""
+    steps = {}  # by what is said of them
+    for step in ("forward", "backward"):
+        found = {version.title(): why for version, why in flash_attn.verdicts(x, step == "backward").items()}
+        runs = next((name for name, why in found.items() if why is None), "none")
+        steps.setdefault((runs, *(f"  {name}: {why}" for name, why in found.items() if why)), []).append(step)
+    return [line for (runs, *rest), of in steps.items() for line in (f"flash_attn, {' and '.join(of)}: {runs}", *rest)]
 
 
 def main() -> None:
     print(", ".join(versions()))
     print("\n".join(devices()))
+    if FORCED:
+        print(f"REVIT_BACKEND={FORCED}: that backend alone, whatever runs below")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+        tables = {}  # the dtypes, by what is said of them
         for dtype in (torch.float32, torch.bfloat16):
-            print(f"\nop x backend on {device}, {str(dtype).removeprefix('torch.')}:")
-            print("\n".join(table(device, dtype)))
+            lines = "\n".join(table(verdicts(device, dtype)))
+            tables.setdefault(lines, []).append(str(dtype).removeprefix("torch."))
+        for lines, dtypes in tables.items():
+            print(f"\n{device}, {' and '.join(dtypes)}:\n{lines}")
+        if device == "cuda":
+            print("\n" + "\n".join(flash_attention(torch.zeros(4, 2, 64, device=device, dtype=torch.bfloat16))))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+from revit_kernels.__main__ import table
 from revit_kernels.dispatch import BACKENDS, OPS
 
 
@@ -33,7 +34,29 @@ def test_table():
     done = run("-m", "revit_kernels")
     assert done.returncode == 0, done.stderr
     assert "torch" in done.stdout and "threads" in done.stdout
+    lines = done.stdout.splitlines()
+    assert any(line.split() == list(BACKENDS) for line in lines)
     for op in OPS:
-        for backend in BACKENDS:
-            assert any(line.split()[:2] == [op, backend] for line in done.stdout.splitlines()), (op, backend)
-        assert any(line.split()[0] == op and line.split()[2] == "runs" for line in done.stdout.splitlines() if line)
+        rows = [line.split()[1:] for line in lines if line.split()[:1] == [op]]
+        assert rows and all(len(row) == len(BACKENDS) and row.count("runs") == 1 for row in rows), (op, rows)
+    assert "there is no" not in done.stdout
+
+
+def test_a_table_says_each_reason_once():
+    everywhere = "needs a CUDA tensor, got one on cpu"
+    found = {
+        "attention": {"cuda": "not built", "cudnn": everywhere, "triton": everywhere, "reference": None},
+        "linear": {"vendor": None, "triton": everywhere, "reference": None},
+        "pool": {"cuda": "not built", "triton": "no kernel for torch.float64", "reference": None},
+    }
+    assert [line.split() for line in table(found)[:4]] == [
+        list(BACKENDS),
+        ["attention", "no", "-", "no", "-", "-", "no", "runs"],
+        ["linear", "-", "-", "-", "-", "runs", "no", "can"],
+        ["pool", "no", "-", "-", "-", "-", "no", "runs"],
+    ]
+    assert table(found)[4:] == [
+        "  cuda: not built",
+        f"  cudnn, triton (attention, linear): {everywhere}",
+        "  triton (pool): no kernel for torch.float64",
+    ]

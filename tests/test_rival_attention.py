@@ -14,6 +14,7 @@ from fake_rivals import installed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revit_kernels import dispatch, native
+from revit_kernels.__main__ import flash_attention
 from revit_kernels.ops.attention import attention, cudnn, flash_attn, flash_versions, handover, order, sample, tail
 
 FLASH = ["fa4", "fa3", "fa2", "torch"]
@@ -184,6 +185,55 @@ def test_an_old_or_broken_install_says_so(hopper, monkeypatch):
         assert flash_versions.FA2.refusal(x, False) == "needs flash_attn 2.7, got 2.6.3"
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: "FA4")
     assert "was replaced by FA4" in flash_versions.Torch.refusal(x, False)
+
+
+def test_the_command_says_which_version_runs_and_why_no_other(hopper, monkeypatch):
+    x = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+    versions = {"flash-attn-3": "3.0.0", "flash-attn": "2.8.3"}
+
+    def version(name):
+        if name in versions:
+            return versions[name]
+        raise flash_versions.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(flash_versions.metadata, "version", version)
+    with installed("fa2", "fa3", "torch"):
+        newer = "could, but FA3 (flash-attn-3 3.0.0) is newer: REVIT_FLASH_ATTN="
+        assert flash_attention(x) == [
+            "flash_attn, forward and backward: FA3 (flash-attn-3 3.0.0)",
+            "  FA4: not installed",
+            f"  FA2 (flash-attn 2.8.3): {newer}fa2",
+            f"  torch's own FA2: {newer}torch",
+        ]
+        flash_attn.use("torch")
+        try:
+            assert flash_attention(x) == [
+                "flash_attn, forward and backward: torch's own FA2",
+                "  FA4: not installed",
+                "  FA3 (flash-attn-3 3.0.0): REVIT_FLASH_ATTN=torch",
+                "  FA2 (flash-attn 2.8.3): REVIT_FLASH_ATTN=torch",
+            ]
+        finally:
+            flash_attn.use(None)
+
+
+def test_the_command_tells_forward_from_backward_where_they_differ(hopper, monkeypatch):
+    monkeypatch.setattr(native, "_capability", lambda device: (8, 0))
+    x = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
+    with installed("fa4", "torch"):
+        assert flash_attention(x) == [
+            "flash_attn, forward: FA4",
+            "  FA3: not installed",
+            "  FA2: not installed",
+            "  torch's own FA2: could, but FA4 is newer: REVIT_FLASH_ATTN=torch",
+            "flash_attn, backward: torch's own FA2",
+            "  FA4: has kernels for compute capability 9.x, 10.x, 11.x, got 8.0",
+            "  FA3: not installed",
+            "  FA2: not installed",
+        ]
+    monkeypatch.setattr(flash_versions.Torch, "refusal", lambda *_: "left out")
+    with installed():
+        assert flash_attention(x)[0] == "flash_attn, forward and backward: none"
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "cudnn"])

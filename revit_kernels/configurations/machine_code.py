@@ -3,7 +3,8 @@
 `ops/<op>/triton.py` says what to compile: `specification(kernel, tiles, **shape)` as a model launches it, a dict of
 kernel, signature, constexprs, num_warps and, where they are not Triton's defaults, num_stages. A launch tells the
 compiler which arguments are multiples of 16, and so does a specification: every pointer is, unless its `aligned` is
-False, and the integers that its `multiples` names.
+False, and the integers that its `multiples` names. Of a kernel's `do_not_specialize`, the counts that differ from batch
+to batch, a launch tells it nothing, nor may a specification.
 """
 
 import importlib
@@ -66,7 +67,11 @@ def compiled(spec: dict, arch: int) -> Code:
 
     signature, names = spec["signature"], spec["kernel"].arg_names
     pointers = [name for name, kind in signature.items() if kind.startswith("*") and spec.get("aligned", True)]
+    pointers = [name for name in pointers if name not in spec["kernel"].do_not_specialize]
     multiples = [name for name in spec.get("multiples", ()) if name in signature]
+    told = {*multiples, *(name for name, value in spec["constexprs"].items() if value is not None)}
+    if told := told.intersection(spec["kernel"].do_not_specialize):
+        raise ValueError(f"{spec['kernel'].__name__}: no launch knows {', '.join(sorted(told))}")
     alignment = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *multiples)}
     options = {k: spec[k] for k in ("num_warps", "num_stages") if k in spec}
     constants = {name: "constexpr" for name in spec["constexprs"]}

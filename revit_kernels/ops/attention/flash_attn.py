@@ -1,5 +1,12 @@
 """Attention by FlashAttention: the newest installed that takes the tensors, or the one that REVIT_FLASH_ATTN names.
 
+How to have each beside torch's own 2, which needs nothing; `python -m revit_kernels` says which one runs:
+
+    4, CuTe    pip install "revit_kernels[flash]": wheels; it compiles its kernels at first use
+    3, Hopper  pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12: wheels; xformers asks for torch 2.10, but
+               its FlashAttention keeps to torch's stable ABI: in 2.11 it loads
+    2          pip install --no-build-isolation flash-attn: source only, to be compiled with nvcc
+
 What it keeps of this op's promises, by what its sources do:
 
     two runs alike, bitwise       all: the backward is asked to be deterministic
@@ -52,10 +59,27 @@ def refusal(*args):
     x, backward = args[0], len(args) > 8
     if why := _place(x) or native.gpu_refusal(DTYPES, x):
         return why
-    reasons = {version.name: version.refusal(x, backward) for version in _wanted()}
-    if None in reasons.values():
-        return None
+    reasons = {}
+    for candidate in _wanted():
+        if (why := candidate.refusal(x, backward)) is None:
+            return None
+        reasons[candidate.name] = why
     return "; ".join(f"{name}: {why}" for name, why in reasons.items())
+
+
+def verdicts(x: Tensor, backward: bool = False) -> dict:
+    """Why a version does not run on tensors like x, None for the one that does, by version, the newest first."""
+    reasons, taken = {}, None
+    for candidate in VERSIONS.values():
+        why = candidate.refusal(x, backward)
+        if _named not in (None, candidate.name):
+            why = why or f"REVIT_FLASH_ATTN={_named}"
+        elif why is None and taken:
+            why = f"could, but {taken.title()} is newer: REVIT_FLASH_ATTN={candidate.name}"
+        elif why is None:
+            taken = candidate
+        reasons[candidate] = why
+    return reasons
 
 
 def version(x: Tensor, backward: bool = False):

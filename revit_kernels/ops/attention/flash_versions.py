@@ -7,7 +7,9 @@ fp32. None writes rows beyond cu_seqlens[-1]. What each needs of those rows is i
 import contextlib
 import importlib
 import importlib.util
+import sys
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -40,6 +42,13 @@ def _arch(x: Tensor, majors: tuple[int, ...]) -> str | None:
     return None
 
 
+def _titled(name: str, package: str) -> str:
+    try:
+        return f"{name} ({package} {metadata.version(package)})"
+    except metadata.PackageNotFoundError:
+        return name
+
+
 def _like(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
 
@@ -49,6 +58,10 @@ class FA4:
 
     name = "fa4"
     ignores_tail = False  # its tiles read on into the next rows, where the weight 0 times NaN is NaN
+
+    @staticmethod
+    def title() -> str:
+        return _titled("FA4", "flash-attn-4")
 
     @staticmethod
     @cache
@@ -109,12 +122,20 @@ class FA3:
 
     name = "fa3"
     ignores_tail = False  # as of FA4; reported as Dao-AILab/flash-attention#1745
+    modules = ("flash_attn_3._C", "flash_attn_interface")
+
+    @classmethod
+    def title(cls) -> str:
+        if isinstance(cls.load(), str):
+            return "FA3"
+        own = any(sys.modules.get(name) for name in cls.modules)
+        return _titled("FA3", "flash-attn-3" if own else "xformers")
 
     @staticmethod
     @cache
     def load():
         reasons = []
-        for name in ("flash_attn_3._C", "flash_attn_interface"):
+        for name in FA3.modules:
             module = _importable(name)
             if not isinstance(module, str) and hasattr(torch.ops.flash_attn_3, "fwd"):
                 return torch.ops.flash_attn_3
@@ -183,6 +204,10 @@ class FA2:
     ignores_tail = True
 
     @staticmethod
+    def title() -> str:
+        return _titled("FA2", "flash-attn")
+
+    @staticmethod
     @cache
     def load():
         module = _importable("flash_attn.flash_attn_interface")
@@ -234,15 +259,16 @@ class FA2:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool):
-    """torch's own takes its word from the whole process: only there can it be asked for."""
+    """torch's own takes its word from the whole process: only there can it be asked for. Of "warn only" it warns, and
+    stays as it is."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     was, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if was == wanted:
+    if (was and not warned) == wanted:
         yield
         return
     try:
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.use_deterministic_algorithms(wanted)
         yield
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
@@ -254,6 +280,10 @@ class Torch:
 
     name = "torch"
     ignores_tail = True
+
+    @staticmethod
+    def title() -> str:
+        return "torch's own FA2"
 
     @staticmethod
     @cache

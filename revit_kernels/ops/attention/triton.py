@@ -13,6 +13,7 @@ from revit_kernels.configurations import configuration
 from revit_kernels.ops.attention.tiles import aligned, pieces
 
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
+COUNTS = ("tokens", "tokens_k", "images", "cu_seqlens_ptr", "cu_seqlens_k_ptr")  # what differs from batch to batch
 
 
 def refusal(*args):
@@ -89,13 +90,13 @@ def _bounds(cu_seqlens_ptr, image, tokens):
 def _zero_tail(y_ptr, tokens, first, program, width, PROGRAMS: tl.constexpr, BLOCK: tl.constexpr):
     """Zeros in the rows from `first` on of a contiguous (tokens, width) buffer."""
     start = tl.maximum(first, 0).to(tl.int64) * width + program * BLOCK
-    end = (tl.full([], 0, tl.int64) + tokens) * width  # tokens has no .to(): Triton makes a constant of a 1
+    end = tokens.to(tl.int64) * width
     cols = tl.arange(0, BLOCK)
     for at in range(start, end, PROGRAMS * BLOCK):
         tl.store(y_ptr + at + cols, tl.zeros([BLOCK], y_ptr.dtype.element_ty), mask=at + cols < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
@@ -148,7 +149,7 @@ def _forward_kernel(
     tl.store(lse_ptr + rows.to(tl.int64) * heads + head, lse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_q_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
@@ -199,7 +200,7 @@ def _backward_q_kernel(
     _store(dq_ptr + head * DIM, rows, inside, y_row, dq * scale, dq_rest * scale, DIM, MAIN, REST, ALIGNED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _backward_kv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
@@ -316,7 +317,7 @@ def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
     dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim)
     constexprs = {"DIM": head_dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(head_dim, bits)} | tiles
     options = {key: constexprs.pop(key) for key in ("num_warps", "num_stages")}
-    constexprs |= {"TAIL": TAIL_PROGRAMS} | {name: 1 for name in ones if name in kernel.arg_names}
+    constexprs |= {"TAIL": TAIL_PROGRAMS} | dict.fromkeys(ones, 1)
     types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
     signature = {}
     for name in kernel.arg_names:
@@ -332,8 +333,7 @@ def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
 
 def offline():
     """(step, shape, what else a specification is told) beside the tables' rows: of other dtypes, and odd."""
-    ones = ("tokens", "tokens_k", "images", "heads")  # one query of one image; Triton makes a constant of a 1
     for step in ("forward", "backward_q", "backward_kv"):
         yield from ((step, {"bits": 16, "head_dim": dim}, {"dtype": "fp16"}) for dim in (64, 128))
         yield from ((step, {"bits": 16, "head_dim": dim}, {}) for dim in (27, 100))
-        yield step, {"bits": 16, "head_dim": 64}, {"ones": ones}
+        yield step, {"bits": 16, "head_dim": 64}, {"ones": ("heads",)}  # Triton makes a constant of a 1

@@ -20,13 +20,13 @@ def refusal(*args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"needs CUDA tensors, got one on {tensor.device}"
+            return f"needs a CUDA tensor, got one on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "row_ptr"))
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, row_ptr, branch_ptr, gamma_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, scale_ptr,
     tokens, lengths, dim, eps, RMS: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -78,7 +78,7 @@ def _add_to(ptr, value, inside, seen):
     tl.store(ptr, value + tl.load(ptr, mask=inside & seen, other=0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tokens", "tokens_per_program", "row_ptr"))
 def _backward_kernel(
     dy_ptr, dsum_ptr, sum_ptr, weight_ptr, row_ptr, branch_ptr, gamma_ptr, mean_ptr, rstd_ptr, dx_ptr, dbranch_ptr,
     partial_ptr, touched_ptr, tokens, lengths, dim, tokens_per_program, slots,
@@ -153,7 +153,7 @@ def _backward_kernel(
     tl.store(touched_ptr + program * lengths + length, touched, mask=length < lengths)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("programs",))
 def _reduce_kernel(
     partial_ptr, touched_ptr, out_ptr, programs, lengths, dim, slots,
     HAS_GAMMA: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -275,7 +275,7 @@ def specification(
         "reduce": {"HAS_GAMMA": "gamma" not in missing},
     }[kernel] | {name: value for name, value in tiles.items() if name != "num_warps"}  # fmt: skip
     signature = {name: types[name] for name in function.arg_names if name not in constexprs}
-    multiples = ("dim", "tokens_per_program") if is_aligned and dim % 16 == 0 else ()
+    multiples = ("dim",) if is_aligned and dim % 16 == 0 else ()
     options = {"num_warps": tiles["num_warps"], "aligned": is_aligned, "multiples": multiples}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
 
@@ -283,7 +283,6 @@ def specification(
 def offline():
     """(kernel, shape, what else a specification is told) beside the tables' rows."""
     branchless = ("row", "branch", "gamma", "dsum")
-    ints = ("tokens", "lengths", "dim", "slots", "programs")
     cases = [
         (768, 32, {"missing": (), "ones": ()}),
         (768, 32, {"missing": (), "ones": (), "branch": "bf16"}),
@@ -291,7 +290,7 @@ def offline():
         (768, 16, {"missing": ("bias",), "ones": (), "affine": "fp32", "rms": True}),
         (768, 16, {"missing": ("weight", *branchless)}),
         (768, 16, {"missing": branchless, "ones": (), "is_aligned": False}),
-        (1, 16, {"missing": ("weight", "bias"), "ones": ints}),
+        (1, 16, {"missing": ("weight", "bias"), "ones": ("lengths", "dim", "slots")}),
     ]
     for dim, missing in ((768, ()), (1280, ("row", "branch", "gamma"))):  # e4m3 came with sm_89
         yield "forward", {"bits": 16, "dim": dim}, {"quantised": True, "missing": missing, "ones": (), "since": 90}

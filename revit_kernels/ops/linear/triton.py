@@ -37,7 +37,7 @@ def refusal(*args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and not INTERPRETED:
-            return f"needs CUDA tensors, got one on {tensor.device}"
+            return f"needs a CUDA tensor, got one on {tensor.device}"
         if tensor.dtype == E4M3:
             if (found := _capability(tensor.device)) < E4M3_SINCE:
                 return "e4m3 needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, tensor.device, *found)
@@ -125,7 +125,7 @@ def _multiply(x, weight, total, WIDEN: tl.constexpr):
     return tl.dot(x, tl.trans(weight), total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _forward_kernel(
     x, weight, bias_ptr, residual_ptr, gamma_ptr, x_scale_ptr, weight_scale_ptr, y_ptr, y_scale_ptr, kept_ptr,
     rows, columns, inputs, x_row, weight_row, residual_row,
@@ -218,7 +218,7 @@ def _columns(ptr, cols, wanted):
     return tl.load(ptr + cols, mask=wanted, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows",))
 def _quantise_kernel(
     x_ptr, y_ptr, scale_ptr, rows, columns, group, x_row, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
@@ -232,7 +232,7 @@ def _quantise_kernel(
     tl.store(scale_ptr + at * tl.num_programs(1) + tl.program_id(1), scale, mask=at < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rows", "rows_per_program"))
 def _backward_kernel(
     dy_ptr, kept_ptr, gamma_ptr, dh_ptr, partial_ptr, rows, columns, rows_per_program,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -414,7 +414,7 @@ def specification(
         constexprs, missing = {"BLOCK_COLUMNS": power_of_two(columns)}, ()
     constexprs |= tiles | {f"{name}_ptr": None for name in missing if f"{name}_ptr" in function.arg_names}
     signature = {name: types[name] for name in function.arg_names if name not in constexprs}
-    multiples = tuple(name for name in ints.split() if name != "rows") if loads > NUMBERS else ()
+    multiples = tuple(name for name in ints.split() if not name.startswith("rows")) if loads > NUMBERS else ()
     rest = {"aligned": loads > NUMBERS, "multiples": multiples}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options | rest
 

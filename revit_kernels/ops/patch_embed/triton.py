@@ -17,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it multiplies the bit
 def refusal(x, y, *_):
     """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
     if not (y.is_cuda or INTERPRETED):
-        return f"needs CUDA tensors, got one on {y.device}"
+        return f"needs a CUDA tensor, got one on {y.device}"
     if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"no kernel for {y.dtype}"
     if isinstance(x, list) and any(max(image.shape[-3:]) >= 2**15 for image in x):
@@ -38,10 +38,10 @@ def _filter(numerator, denominator, CUBIC: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("origin", "cu_seqlens_ptr", "placement_ptr", "image_ptr"))
 def _patchify_kernel(
     table_ptr,  # (images, 6) int64: address less `origin`, height, width, and strides of channel, row and pixel
-    origin,
+    origin: tl.int64,
     cu_seqlens_ptr,
     placement_ptr,  # (images, 3): grid, first row of `pos`
     image_ptr,  # (capacity,)
@@ -115,11 +115,11 @@ def _patchify_kernel(
     tl.store(out, value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("origin", "placement_ptr", "cu_seqlens_ptr", "image_ptr", "capacity"))
 def _forward_kernel(
     patches_ptr,  # (capacity, WIDTH), unless FUSED
     table_ptr,  # these four as in _patchify_kernel, if FUSED
-    origin,
+    origin: tl.int64,
     placement_ptr,
     affine_ptr,
     weight_ptr,  # (dim, WIDTH)
@@ -194,7 +194,7 @@ def _forward_kernel(
     tl.store(y_ptr + row.to(tl.int64)[:, None] * dim + col[None, :], total, mask=(row < capacity)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("cu_seqlens_ptr", "placement_ptr", "images"))
 def _sums_kernel(
     grad_ptr,  # (capacity, dim)
     cu_seqlens_ptr,
@@ -378,11 +378,11 @@ def offline():
         (16, {"ones": ()} | nothing),
         (16, {"patch": 14, "fused": False}),
         (16, {"fused": False, "has": (True, True, False), "ones": ()}),
-        (16, {"fused": False, "has": (True, False, True), "ones": ("capacity", "dim", "prefix")}),
+        (16, {"fused": False, "has": (True, False, True), "ones": ("dim", "prefix")}),
         (16, {"ones": (), "is_aligned": False}),
         (16, {"patch": 14, "dtype": "fp16", "pixel": tl.float16}),
         (32, {"pixel": tl.float32, "ones": ()} | nothing),
         (32, {"patch": 14, "fused": False, "pixel": tl.float32}),
     ):
         yield "forward", {"bits": bits, "dim": 768}, options
-    yield "sums", {"bits": 16, "dim": 768}, {"ones": ("images", "prefix", "dim")}
+    yield "sums", {"bits": 16, "dim": 768}, {"ones": ("prefix", "dim")}

@@ -16,7 +16,7 @@ def refusal(*args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"needs CUDA tensors, got one on {tensor.device}"
+            return f"needs a CUDA tensor, got one on {tensor.device}"
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
     return None
@@ -50,7 +50,7 @@ def _largest(x_ptr, stride, begin, end, cols, inside, BLOCK_TOKENS: tl.constexpr
     return tl.where(tl.max(spoiled, 0) > 0, float("nan"), tl.max(most, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("cu_seqlens_ptr", "tokens"))
 def _forward_kernel(
     x_ptr, cu_seqlens_ptr, y_ptr, tokens, dim, stride, prefix,
     FIRST_ONLY: tl.constexpr, AVERAGE: tl.constexpr, MAXIMUM: tl.constexpr,
@@ -77,7 +77,7 @@ def _forward_kernel(
     tl.store(y_ptr + image * dim + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("cu_seqlens_ptr", "images", "tokens"))
 def _backward_kernel(
     grad_ptr, x_ptr, cu_seqlens_ptr, dx_ptr, images, tokens, dim, stride, prefix,
     FIRST_ONLY: tl.constexpr, AVERAGE: tl.constexpr, MAXIMUM: tl.constexpr,
@@ -88,7 +88,7 @@ def _backward_kernel(
     cols = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = cols < dim
     start = tl.load(cu_seqlens_ptr + image).to(tl.int64)
-    last = tl.full([], 0, tl.int64) + tokens
+    last = tokens.to(tl.int64)
     begin = last
     end = last
     even = tl.zeros([BLOCK_DIM], tl.float32)
@@ -175,8 +175,7 @@ def specification(kernel, tiles, bits=16, dim=768, dtype=None, kind="avgmax", on
 
 def offline():
     """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    ints = ("images", "tokens", "dim", "stride", "prefix")
     cases = [(bits, {"kind": kind, "ones": ("prefix",)}) for bits in (16, 32) for kind in ("token", "avg", "max")]
-    cases += [(16, {"dtype": "fp16"}), (16, {"is_aligned": False}), (16, {"ones": ints})]
+    cases += [(16, {"dtype": "fp16"}), (16, {"is_aligned": False}), (16, {"ones": ("dim", "stride", "prefix")})]
     for bits, options in cases:
         yield from ((kernel, {"bits": bits, "dim": 768}, options) for kernel in ("forward", "backward"))

@@ -22,7 +22,7 @@ def refusal(x, *_):
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts", "width"))
 def _resample_kernel(
     x_ptr,  # (source cells, dim)
     y_ptr,  # (target cells, dim)
@@ -108,7 +108,7 @@ def backward(grad, rows, columns, sizes, *how):
     return _resample(grad.contiguous(), rows * columns, arrays).view(rows, columns, dim)
 
 
-def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=("parts",), is_aligned=True):
+def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=(), is_aligned=True):
     """The kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
     dtype = dtype or ("fp32" if bits == 32 else "bf16")
     types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
@@ -121,12 +121,10 @@ def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=("parts",), 
 
 
 def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows; parts is 1 in every forward."""
+    """(kernel, shape, what else a specification is told) beside the tables' rows."""
     for bits, dim, options in (
-        (32, 768, {"ones": ()}),
         (32, 768, {"is_aligned": False}),
-        (16, 768, {"ones": ()}),
         (16, 768, {"dtype": "fp16"}),
-        (32, 1, {"ones": ("parts", "dim", "width")}),
+        (32, 1, {"ones": ("dim",)}),  # Triton makes a constant of a 1
     ):
         yield "resample", {"bits": bits, "dim": dim}, options
