@@ -118,7 +118,7 @@ class PatchEmbed(nn.Module):
             and isinstance(self.norm, nn.Identity)
             and is_plain(self, "PatchEmbed")
             and conv.stride == conv.kernel_size == self.patch_size
-            and not any(image.requires_grad for image in listed)
+            and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
         )
         options = {"mean": mean, "std": std, "channels_last": channels_last}
         if fused:
