@@ -8,6 +8,7 @@ from threading import Lock
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 _CAPTURED = []  # what a captured graph reads whenever it is replayed: a graph may live as long as the process
 _LINE = 16  # int32 numbers in 64 bytes, on which every view of a shared buffer starts: kernels load rows as vectors
@@ -15,6 +16,11 @@ _LINE = 16  # int32 numbers in 64 bytes, on which every view of a shared buffer 
 
 def _capturing(device):
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def watched() -> bool:
+    """Whether tensors may have no values, or somebody follows what becomes of them: then nothing is kept."""
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def to_device(arrays: list[Tensor], device: torch.device) -> list[Tensor]:
@@ -28,6 +34,13 @@ def to_device(arrays: list[Tensor], device: torch.device) -> list[Tensor]:
     if _capturing(device):  # a replay reads the host's memory again, and writes the device's
         _CAPTURED.append((arrays, copies))
     return copies
+
+
+def numbers(values, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.tensor(values, dtype=dtype, device=device), for which the host does not wait."""
+    if device.type == "cpu" or watched():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return to_device([torch.tensor(values, dtype=dtype, device="cpu")], device)[0]
 
 
 def host_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -86,3 +99,14 @@ class DeviceCache:
             for tensor in tensors:
                 tensor.record_stream(current)
         return tensors
+
+
+_constants = DeviceCache(256)
+
+
+def constant(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
+    """What `make()` returns (on the CPU), on `device`: made and copied once for a key, which must say all of it."""
+    if watched():
+        return make().to(device)
+    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+        return _constants.get(key, device, lambda: [make()])[0]

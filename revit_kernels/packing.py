@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from revit_kernels.device_cache import DeviceCache, together
+from revit_kernels.device_cache import DeviceCache, together, watched
 
 Grid = tuple[int, int]
 
@@ -70,15 +69,10 @@ def _table(menu: tuple[Grid, ...], device: torch.device) -> Tensor:
     def make() -> list[Tensor]:
         return [torch.tensor(_cells(menu), dtype=torch.int32)]
 
-    if _watched():
+    if watched():
         return make()[0].to(device)
     with torch.inference_mode(False):  # else what is kept could not be saved for a backward
         return _tables.get(menu, device, make)[0]
-
-
-def _watched() -> bool:
-    """Whether tensors may have no values, or somebody follows what becomes of them."""
-    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
 
 
 def _on_host(index: np.ndarray, lengths: np.ndarray, capacity: int, menu: tuple[Grid, ...]) -> list[np.ndarray]:
@@ -175,7 +169,7 @@ class Packing:
         if capacity < total:
             raise ValueError(f"capacity must hold all {total} tokens, got {capacity}")
         known = (menu, prefix, capacity, grids, capacity == total)
-        if _watched():
+        if watched():
             return cls(*_traced(rows, [lengths[i] for i in rows], capacity, total, device), *known)
         device = torch.get_default_device() if device is None else torch.device(device)
         index = np.array(rows, np.int32)
@@ -195,7 +189,7 @@ class Packing:
         """One grid for every image: a dense batch seen as a packing. `images` may be symbolic, as in torch.export."""
         grid = _check_grid("grid", grid)
         length = prefix + grid[0] * grid[1]
-        if _watched() or type(images) is not int or device is None:
+        if watched() or type(images) is not int or device is None:
             return cls._uniform(images, grid, prefix, device)
         device = torch.device(device)
         if device == _CPU and images * length <= _MOST_KEPT:
