@@ -95,7 +95,7 @@ def register(op: str, step: str, schema: str, fake, order=None):
     return call
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unwatched(*args) -> bool:
@@ -105,15 +105,24 @@ def unwatched(*args) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     for arg in args:
-        for x in arg if type(arg) is list else (arg,):
-            if isinstance(x, torch.Tensor) and type(x) not in _PLAIN:
+        for kind in set(map(type, arg)) if type(arg) is list else (type(arg),):
+            if kind not in PLAIN and issubclass(kind, torch.Tensor):
                 return False
     return True
 
 
 def one_device(**tensors) -> None:
     """Raise ValueError unless all tensors (None is passed over) are on one device."""
+    first = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.device
+        elif tensor.device != first:
+            break
+    else:
+        return
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"all tensors must be on one device, got {places}")
+    places = ", ".join(f"{name} on {device}" for name, device in devices.items())
+    raise ValueError(f"all tensors must be on one device, got {places}")

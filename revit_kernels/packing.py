@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from revit_kernels.device_cache import DeviceCache
+from revit_kernels.device_cache import DeviceCache, together, watched
 
 Grid = tuple[int, int]
 
@@ -30,27 +30,76 @@ def _check_grid(name: str, grid) -> Grid:
     return h, w
 
 
-def _distinct(grids: Sequence[Grid]) -> tuple[Grid, ...]:
+def _is_grid(grid) -> bool:
+    """Whether `_check_grid` would return this very object."""
+    return type(grid) is tuple and len(grid) == 2 and type(grid[0]) is type(grid[1]) is int and min(grid) > 0
+
+
+def _check_grids(grids: Sequence[Grid]) -> tuple[tuple[Grid, ...], Sequence, dict]:
+    """The grids, a key for each, and each key's grid. Of hundreds of images few have a grid object of their own."""
+    grids = tuple(grids)
+    if not torch.compiler.is_compiling():
+        keys = list(map(id, grids))
+        by_key = dict(zip(keys, grids))
+        if all(map(_is_grid, by_key.values())):
+            return grids, keys, by_key
+    grids = tuple(_check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids))
+    return grids, grids, {grid: grid for grid in grids}
+
+
+def _distinct(grids: Iterable[Grid]) -> tuple[Grid, ...]:
     """The menu of these grids: each once, longest first."""
     return tuple(sorted(set(grids), key=lambda grid: (-grid[0] * grid[1], grid)))
 
 
 _CPU = torch.device("cpu")
 _tables = DeviceCache(1024)  # menus of native aspects are many
+_uniforms = DeviceCache(16)
+
+
+def _cells(menu: tuple[Grid, ...]) -> list[tuple[int, int, int]]:
+    """Rows, columns, and where the grid's cells start in a list of the cells of the whole menu."""
+    starts = accumulate((h * w for h, w in menu), initial=0)
+    return [(h, w, start) for (h, w), start in zip(menu, starts)] or [(0, 0, 0)]
 
 
 def _table(menu: tuple[Grid, ...], device: torch.device) -> Tensor:
-    """(menu, 3) int32: rows, columns, and where the grid's cells start in a list of the cells of the whole menu."""
+    """(menu, 3) int32: `_cells`"""
 
     def make() -> list[Tensor]:
-        starts = accumulate((h * w for h, w in menu), initial=0)
-        rows = [[h, w, start] for (h, w), start in zip(menu, starts)] or [[0, 0, 0]]
-        return [torch.tensor(rows, dtype=torch.int32)]
+        return [torch.tensor(_cells(menu), dtype=torch.int32)]
 
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # tensors without values
+    if watched():
         return make()[0].to(device)
     with torch.inference_mode(False):  # else what is kept could not be saved for a backward
         return _tables.get(menu, device, make)[0]
+
+
+def _on_host(index: np.ndarray, lengths: np.ndarray, capacity: int, menu: tuple[Grid, ...]) -> list[np.ndarray]:
+    """What the device is told of a packing, all int32. index, lengths: each image's row of the menu and its tokens.
+
+    Returns cu_seqlens, length_index, image, row, placement and, where rows are left over, first_row.
+    """
+    cu_seqlens = np.zeros(len(index) + 1, np.int32)
+    np.add.accumulate(lengths, out=cu_seqlens[1:])
+    placement, number = np.array(_cells(menu), np.int32)[index], np.arange(len(index), dtype=np.int32)
+    image, row = number.repeat(lengths), index.repeat(lengths)
+    if len(image) == capacity:
+        return [cu_seqlens, index, image, row, placement]
+    unused = np.full(capacity - len(image), -1, np.int32)
+    image, row = (np.concatenate([numbers, unused]) for numbers in (image, row))
+    return [cu_seqlens, index, image, row, placement, np.minimum(row, 0)]
+
+
+def _traced(rows: list[int], lengths: list[int], capacity: int, total: int, device) -> list[Tensor | None]:
+    """The tensors of a packing, by torch's ops alone."""
+    index = torch.tensor(rows, dtype=torch.int32)
+    image = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths, dtype=torch.long))
+    unused = image.new_full((capacity - total,), -1)
+    row = torch.cat([index[image], unused.int()]).to(device)
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
+    image = torch.cat([image, unused]).int().to(device)
+    return [cu_seqlens, index.to(device), image, row, None if capacity == total else row.clamp(max=0)]
 
 
 @dataclass(eq=False)
@@ -104,45 +153,57 @@ class Packing:
 
         Raises ValueError for a grid below (1, 1) or not on the menu, and a capacity that is too small.
         """
-        grids = tuple(_check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids))
-        menu = _distinct(grids) if menu is None else tuple(_check_grid("menu", grid) for grid in menu)
+        grids, keys, by_key = _check_grids(grids)
+        menu = _distinct(by_key.values()) if menu is None else tuple(_check_grid("menu", grid) for grid in menu)
         if prefix < 0:
             raise ValueError(f"prefix must be at least 0, got {prefix}")
         row = {grid: i for i, grid in enumerate(menu)}
-        for i, grid in enumerate(grids):
+        for grid in by_key.values():
             if grid not in row:
-                raise ValueError(f"grids[{i}] is {grid}, which is not on the menu {menu}")
-        lengths = [prefix + h * w for h, w in grids]
-        total = sum(lengths)
+                raise ValueError(f"grids[{grids.index(grid)}] is {grid}, which is not on the menu {menu}")
+        row_of = {key: row[grid] for key, grid in by_key.items()}
+        rows = [row_of[key] for key in keys]
+        lengths = [prefix + h * w for h, w in menu]
+        total = sum([lengths[i] for i in rows])
         capacity = total if capacity is None else capacity
         if capacity < total:
             raise ValueError(f"capacity must hold all {total} tokens, got {capacity}")
-        index = torch.tensor([row[grid] for grid in grids], dtype=torch.int32)
-        image = torch.repeat_interleave(torch.arange(len(grids)), torch.tensor(lengths, dtype=torch.long))
-        unused = image.new_full((capacity - total,), -1)
-        token_row = torch.cat([index[image], unused.int()]).to(device)
-        return cls(
-            torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device),
-            index.to(device),
-            torch.cat([image, unused]).int().to(device),
-            token_row,
-            None if capacity == total else token_row.clamp(max=0),
-            menu,
-            prefix,
-            capacity,
-            grids,
-            capacity == total,
-        )
+        known = (menu, prefix, capacity, grids, capacity == total)
+        if watched():
+            return cls(*_traced(rows, [lengths[i] for i in rows], capacity, total, device), *known)
+        device = torch.get_default_device() if device is None else torch.device(device)
+        index = np.array(rows, np.int32)
+        arrays = _on_host(index, np.array(lengths, np.int32)[index], capacity, menu)
+        return cls._of(together(arrays, device), *known)
+
+    @classmethod
+    def _of(cls, tensors: list[Tensor], *known) -> Packing:
+        """tensors: those of `_on_host`, on the device; known: what the host knows"""
+        *four, placement, first_row = tensors if len(tensors) == 6 else (*tensors, None)
+        packing = cls(*four, first_row, *known)
+        packing._placement = placement
+        return packing
 
     @classmethod
     def uniform(cls, images: int, grid: Grid, prefix: int = 1, *, device: torch.device | str | None = None) -> Packing:
         """One grid for every image: a dense batch seen as a packing. `images` may be symbolic, as in torch.export."""
         grid = _check_grid("grid", grid)
         length = prefix + grid[0] * grid[1]
-        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-        if device == _CPU and not watched and type(images) is int and images * length <= _MOST_KEPT:
+        if watched() or type(images) is not int or device is None:
+            return cls._uniform(images, grid, prefix, device)
+        device = torch.device(device)
+        if device == _CPU and images * length <= _MOST_KEPT:
             return _kept_uniform(images, grid, prefix)
-        return cls._uniform(images, grid, prefix, device)
+        if device.type != "cuda" or device.index is None:
+            return cls._uniform(images, grid, prefix, device)
+
+        def make() -> list[Tensor]:
+            lengths = np.full(images, length, np.int32)
+            return list(map(torch.from_numpy, _on_host(np.zeros_like(lengths), lengths, images * length, (grid,))))
+
+        with torch.inference_mode(False):  # else what is kept could not be saved for a backward
+            tensors = _uniforms.get((images, grid, prefix), device, make)
+        return cls._of(tensors, (grid,), prefix, images * length, None, True)
 
     @classmethod
     def _uniform(cls, images: int, grid: Grid, prefix: int, device) -> Packing:

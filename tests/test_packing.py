@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 import torch
 from contract import DEVICE
+from host_traffic import HostTraffic
 
 from revit_kernels.packing import Packing
 
@@ -48,6 +50,48 @@ def test_slots_without_an_image_get_no_tokens():
     assert packing.length_index.tolist() == [0, 1, 0, 2, 0]  # of the menu, so that no kernel reads beyond it
     empty = Packing.from_choice(torch.full((3,), -1, device=DEVICE), MENU, capacity=2)
     assert empty.cu_seqlens.tolist() == [0] * 4 and empty.image.tolist() == [-1] * 2
+
+
+def test_one_copy_brings_all_there_is():
+    """`meta` stands for a device apart; what comes of the copy begins where vectors of a kernel may."""
+    with HostTraffic() as traffic:
+        packing = Packing.from_grids([(5, 1), (3, 2), (5, 1)], capacity=20, device="meta")
+        assert packing.placement.device.type == packing.first_row.device.type == "meta"
+    assert [kind for kind, _ in traffic.seen] == ["up"], traffic.seen
+    with HostTraffic() as traffic:
+        Packing.uniform(3, (5, 1), device="meta")
+    assert not traffic.seen
+    for device in {"cpu", DEVICE}:
+        packing = Packing.from_grids([(5, 1), (3, 2), (5, 1)], capacity=20, device=device)
+        views = (packing.cu_seqlens, packing.length_index, packing.image, packing.row, packing.first_row)
+        assert not any(view.data_ptr() % 64 for view in (*views, packing.placement))
+        assert all(view.is_contiguous() and view.dtype == torch.int32 for view in (*views, packing.placement))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU runs beside its host")
+def test_the_host_does_not_wait_for_the_copy():
+    Packing.from_grids(MENU, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packings = [Packing.from_grids([grid] * 200, device=DEVICE) for grid in MENU * 20]
+        uniform = [Packing.uniform(200, grid, device=f"{DEVICE}:0") for grid in MENU * 2]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for packing, grid in zip(packings + uniform, MENU * 22):  # none was written over while its copy was on its way
+        lengths = packing.cu_seqlens.diff()
+        assert lengths.unique().tolist() == [1 + grid[0] * grid[1]] and packing.image[-1] == 199
+
+
+def test_grids_may_be_any_pairs():
+    """Objects of their own, the same object often, lists, and numbers of NumPy."""
+    one = (3, 2)
+    expected = Packing.from_grids([(3, 2), (3, 2), (1, 1)])
+    for grids in ([one, one, (1, 1)], [[3, 2], (3, 2), [1, 1]], np.array([[3, 2], [3, 2], [1, 1]])):
+        packing = Packing.from_grids(grids)
+        assert packing.grids == expected.grids and all(type(grid) is tuple for grid in packing.grids)
+        assert torch.equal(packing.row, expected.row) and packing.menu == expected.menu
+    with pytest.raises(ValueError, match=r"grids\[1\] must be a pair"):
+        Packing.from_grids([(7, 7), (7.0, 7)])
 
 
 def test_uniform_is_a_dense_batch():

@@ -417,3 +417,24 @@ def test_one_sweep_on_every_instruction_set(capability):
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
     done = subprocess.run([*command, "one_sweep and not instruction"], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_list_is_checked_by_its_kinds(monkeypatch):
+    """One image unlike the others is named however many there are; those that are alike are looked at once."""
+    images = [torch.rand(3, 8, 8, device=DEVICE) for _ in range(40)]
+    weight, packing = torch.rand(8, 3, 4, 4, device=DEVICE), Packing.from_grids([(2, 2)] * 40, device=DEVICE)
+    for wrong, message in (
+        (images[0][0], r"images\[30\] must be \(channels, height, width\), got \(8, 8\)"),
+        (images[0][:2], r"expected images of 3 channels, got 2 \(images\[30\]\)"),
+        (images[0][:, :0], r"images\[30\] is empty"),
+        (images[0].double(), r"images\[30\] must be of one of .* got torch.float64"),
+        (images[0].byte(), r"one dtype, got torch.float32 and torch.uint8 \(images\[30\]\)"),
+        (images[0].clone().requires_grad_(), r"images\[30\] requires grad"),
+        (images[0].to("meta"), r"one device, got images\[30\] on meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            patch_embed([*images[:30], wrong, *images[31:]], weight, None, packing)
+    looked = []
+    monkeypatch.setattr(sys.modules[patch_embed.__module__], "one_device", lambda **tensors: looked.append(tensors))
+    patch_embed(images, weight, None, packing)
+    assert len(looked) < 3, "every image was looked at"

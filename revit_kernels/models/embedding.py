@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,15 @@ from revit_kernels.packing import Packing
 
 # By menu, on CPUs: for one small image, to interpolate them takes a tenth of a forward.
 _positions = Layouts(None, most=16)
+_kept_native_grid = lru_cache(maxsize=16384)(native_grid)
+
+
+def _is_list_of_images(x) -> bool:
+    return (
+        isinstance(x, list | tuple)
+        and all(issubclass(kind, Tensor) for kind in set(map(type, x)))
+        and not any(image.ndim != 3 for image in x)
+    )
 
 
 class Embedding:
@@ -33,7 +44,7 @@ class Embedding:
                 x = x.permute(0, 2, 3, 1) if channels_last else x
                 grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
                 return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
-        elif not isinstance(x, list | tuple) or not all(isinstance(image, Tensor) and image.ndim == 3 for image in x):
+        elif not _is_list_of_images(x):
             raise ValueError("images must be a tensor, or a list of tensors (channels, height, width)")
         images = len(x)
         if packing is not None:
@@ -44,7 +55,9 @@ class Embedding:
         elif grids is None:
             limit = self.patch_embed.num_patches if max_tokens is None else max_tokens
             at = slice(0, 2) if channels_last else slice(1, 3)
-            grids = [native_grid(tuple(image.shape[at]), self.patch_embed.patch_size, limit) for image in x]
+            # torch.compile would trace through the cache, and warns of that
+            native = native_grid if torch.compiler.is_compiling() else _kept_native_grid
+            grids = [native(tuple(image.shape[at]), self.patch_embed.patch_size, limit) for image in x]
         elif len(grids) != images:
             raise ValueError(f"grids must name one grid per image: {images} images, {len(grids)} grids")
         packing = packing or Packing.from_grids(grids, prefix, device=device)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
+from revit_kernels.device_cache import numbers
 from revit_kernels.modules import layer_norm
 from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
 from revit_kernels.modules.linear import is_plain
@@ -208,7 +209,7 @@ class Resizable:
         if starts == sorted(starts):
             return tokens
         used = packing.image[:total].long()
-        shift = torch.tensor(starts, device=tokens.device) - packing.cu_seqlens[:-1].long()
+        shift = numbers(starts, tokens.device) - packing.cu_seqlens[:-1].long()
         order = torch.arange(packing.capacity, device=tokens.device)
         return tokens[torch.cat([order[:total] + shift[used], order[total:]])]
 
@@ -219,7 +220,7 @@ def _contiguous(members: list[int]) -> bool:
 
 def _take(images, members: list[int]):
     if isinstance(images, Tensor):
-        return images[torch.tensor(members, device=images.device)]
+        return images[numbers(members, images.device)]
     return [images[i] for i in members]
 
 

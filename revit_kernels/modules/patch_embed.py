@@ -7,12 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import dispatch, ops
+from revit_kernels.device_cache import constant
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.packing import Packing
 
 
 def pair(n) -> tuple[int, int]:
     return (n, n) if isinstance(n, int) else tuple(n)
+
+
+def _statistics(mean: tuple, std: tuple, like: Tensor) -> tuple[Tensor, ...]:
+    """Both as (channels, 1, 1)."""
+    key = "statistics", mean, std, like.dtype
+    return constant(key, like.device, lambda: torch.tensor([mean, std], dtype=like.dtype))[:, :, None, None].unbind()
 
 
 class PatchEmbed(nn.Module):
@@ -118,7 +125,7 @@ class PatchEmbed(nn.Module):
             and isinstance(self.norm, nn.Identity)
             and is_plain(self, "PatchEmbed")
             and conv.stride == conv.kernel_size == self.patch_size
-            and not any(image.requires_grad for image in listed)
+            and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
         )
         options = {"mean": mean, "std": std, "channels_last": channels_last}
         if fused:
@@ -168,7 +175,7 @@ class PatchEmbed(nn.Module):
         if tuple(x.shape[-2:]) != size:
             x = F.interpolate(x.float(), size, mode="bicubic", antialias=True)
         if mean is not None:
-            mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (mean, std))
+            mean, std = _statistics(tuple(mean), tuple(std), x)
             x = (x - mean) / std
         x = self(x.to(self.proj.weight.dtype) if not batch.requires_grad else x)
         return x.flatten(1, 2) if x.ndim == 4 and not self.flatten else x

@@ -1,11 +1,12 @@
 """Images of any size to packed tokens: resize, normalise, cut, embed, add positions, place the prefix."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import PLAIN, one_device, register
 from revit_kernels.ops.patch_embed.weight import resize_patch_weight
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
@@ -60,6 +61,27 @@ class _PatchEmbed(torch.autograd.Function):
         )
 
 
+_SHAPE, _DTYPE, _DEVICE = map(attrgetter, ("shape", "dtype", "device"))
+
+
+def _sizes_of_kinds(images, accepted, weight, channels_last):
+    """(height, width) of each image of a list, each kind of them looked at once; None where some need a closer look."""
+    if torch.compiler.is_compiling() or not PLAIN.issuperset(map(type, images)):
+        return None
+    if torch.is_grad_enabled() and any([x.requires_grad for x in images]):
+        return None
+    dtypes, devices = set(map(_DTYPE, images)), set(map(_DEVICE, images))
+    if len(dtypes) != 1 or not dtypes.issubset(accepted) or devices != {weight.device}:
+        return None
+    shapes = list(map(_SHAPE, images))
+    sizes = {}
+    for shape in set(shapes):
+        if len(shape) != 3 or 0 in shape or shape[2 if channels_last else 0] != weight.shape[1]:
+            return None
+        sizes[shape] = tuple(shape[:2] if channels_last else shape[1:])
+    return [sizes[shape] for shape in shapes]
+
+
 def _check_images(images, weight, packing, channels_last):
     """The images as a list (a batch stays one tensor), and (height, width) of each tensor in it."""
     if isinstance(images, Tensor) and images.ndim != 4:
@@ -71,6 +93,8 @@ def _check_images(images, weight, packing, channels_last):
         raise ValueError(f"images must be as many as the packing's {packing.images}, got {count}")
     images = [images] if batch else list(images)
     accepted = tuple(dict.fromkeys((torch.uint8, torch.float32, weight.dtype)))
+    if len(images) > 1 and (sizes := _sizes_of_kinds(images, accepted, weight, channels_last)) is not None:
+        return images, sizes
     for i, x in enumerate(images):
         name = "images" if batch else f"images[{i}]"
         if not batch and x.ndim != 3:
@@ -88,7 +112,7 @@ def _check_images(images, weight, packing, channels_last):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires grad, and patch_embed has no gradient for images")
         one_device(**{name: x, "weight": weight})
-    return images, [x.shape[-3:-1] if channels_last else x.shape[-2:] for x in images]
+    return images, [tuple(x.shape[-3:-1] if channels_last else x.shape[-2:]) for x in images]
 
 
 def _check_parameters(weight, bias, packing, pos, prefix, mean, std, interpolation):
@@ -163,11 +187,11 @@ def patch_embed(
 
 def _embed(images, sizes, weight, bias, packing, pos, prefix, mean, std, interpolation, channels_last, backend):
     ph, pw = weight.shape[2:]
+    whole = {(h, w): (h * ph, w * pw) for h, w in packing.menu}  # the size that needs no resizing
     if len(sizes) == packing.images and packing.grids is not None:
-        pairs = zip(packing.grids, sizes)
+        resize = any(whole[grid] != size for grid, size in zip(packing.grids, sizes))
     else:  # one tensor for all images, however many: their number may be symbolic
-        pairs = ((grid, size) for grid in packing.menu for size in sizes)
-    resize = any((h * ph, w * pw) != tuple(size) for (h, w), size in pairs)
+        resize = any(own != size for own in whole.values() for size in sizes)
     places = (packing.cu_seqlens, packing.placement, packing.image)
     statistics = (None if x is None else [float(number) for number in x] for x in (mean, std))
     how = (interpolation, channels_last, resize, packing.prefix)

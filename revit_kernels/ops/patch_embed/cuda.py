@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from revit_kernels import native
-from revit_kernels.device_cache import to_device
+from revit_kernels.device_cache import host_buffer, to_device
 
 native.load("cuda")
 _forward = torch.ops.revit_kernels.patch_embed_cuda.default
@@ -50,14 +50,15 @@ def _table(images, channels_last, device):
     """Where each image lies; None for the images of one tensor, of which the kernel is told directly."""
     if len(images) < 2:
         return None
-    table = torch.empty(sum(x.shape[0] if x.ndim == 4 else 1 for x in images), 6, dtype=torch.int64)
+    table = host_buffer(len(images), 6, dtype=torch.int64, device=device)
     _images(table, images, channels_last)
     return to_device([table], device)[0]
 
 
 def _rows(weight):
     """(dim, width), the width padded with zeros so that every row starts on 16 bytes."""
-    rows = F.pad(weight.flatten(1), (0, -weight[0].numel() % (16 // weight.element_size()))).contiguous()
+    rows, lacking = weight.flatten(1), -weight.shape[1:].numel() % (16 // weight.element_size())
+    rows = F.pad(rows, (0, lacking)) if lacking else rows.contiguous()
     return rows.clone() if rows.data_ptr() % 16 else rows
 
 
@@ -79,9 +80,10 @@ def forward(
     keep,
 ):
     scale, shift = _affine(images, weight.shape[1], mean, std)
+    table = _table(images, channels_last, weight.device)
     return _forward(
-        images,
-        _table(images, channels_last, weight.device),
+        images if table is None else images[:1],  # it says the dtype; hundreds of tensors take their time to hand over
+        table,
         _rows(weight),
         None if bias is None else bias.contiguous(),
         cu_seqlens,

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revit_kernels.device_cache import constant
 from revit_kernels.ops.pos_embed.interpolation import MODES, matrix
 
 
@@ -32,7 +33,15 @@ def resize_patch_weight(
     wide = torch.promote_types(weight.dtype, torch.float32)
     # The inverse of a Kronecker product is that of its factors, so that the two axes are resized one by one.
     down, across = (
-        torch.tensor(np.linalg.pinv(matrix(old, new, interpolation, antialias)), dtype=wide, device=weight.device)
-        for old, new in zip(weight.shape[2:], size)
-    )  # (old, new)
+        _inverse(old, new, interpolation, antialias, wide, weight.device) for old, new in zip(weight.shape[2:], size)
+    )
     return torch.einsum("dcyx,yh,xw->dchw", weight.to(wide), down, across).to(weight.dtype)
+
+
+def _inverse(old: int, new: int, interpolation: str, antialias: bool, dtype, device) -> Tensor:
+    """(old, new)"""
+
+    def make() -> Tensor:
+        return torch.tensor(np.linalg.pinv(matrix(old, new, interpolation, antialias)), dtype=dtype)
+
+    return constant(("patch weight", old, new, interpolation, antialias, dtype), device, make)
