@@ -13,7 +13,7 @@ from statistics import mean, median, quantiles
 import pytest
 import torch
 
-from revit_kernels.gemm import linear, prepack
+from revit_kernels.gemm import linear
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -69,7 +69,6 @@ def matmul_ceiling(dtype: torch.dtype) -> float:
         return 2 * size**3 / _best(lambda: torch._int_mm(a, b), rounds=15)
     a = torch.randn(size, size, device=DEVICE).to(dtype)
     b = torch.nn.Parameter(torch.randn(size, size, device=DEVICE).to(dtype), requires_grad=False)
-    prepack(b)
     return 2 * size**3 / min(_best(call, rounds=15) for call in (lambda: a @ b, lambda: linear(a, b)))
 
 

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revit_kernels.layouts import Layouts
-
 PACKED_ROWS = 1024  # the number of rows that a packed weight is laid out for; any other number runs too
 
 
@@ -32,39 +30,16 @@ def _onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), PACKED_ROWS)
-
-
-_layouts = Layouts(_pack)
-
-
-def prepack(weight: Tensor) -> bool:
-    """Keep the weight in oneDNN's blocked layout, on trust, for as long as the weight lives unchanged.
-
-    `linear` keeps the layout of parameters by itself, but reads the whole weight in every call to see whether it
-    changed. After `prepack` it asks the weight's version only, which every write raises but one through
-    `weight.data`: after such a write, prepack again.
-    Returns whether this device and dtype have such a layout.
-    """
-    with torch.no_grad():
-        if not _onednn(weight, weight):
-            return False
-        _layouts.trust(weight)
-    return True
-
-
 def _layout(weight: Tensor) -> Tensor:
-    """The weight as oneDNN is to have it: in the layout kept from before, if it has not changed since.
+    """The weight as oneDNN is to have it.
 
     One layout whatever the number of rows: left to itself oneDNN picks one by that number, and in fp32 with it another
-    order of adding.
+    order of adding. In bf16 every layout gives the same bits.
     """
-    kept = _layouts.get(weight)
-    if kept is not None:
-        return kept
-    # A temporary: in bf16 every layout gives the same bits, so none needs to be made.
-    return _pack(weight) if weight.dtype == torch.float32 else weight.detach()
+    weight = weight.detach()
+    if weight.dtype != torch.float32:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None = None) -> Tensor:

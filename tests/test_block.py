@@ -72,7 +72,7 @@ def check(x, ends, weights, heads, row, backend, **options):
 @every_backend
 def test_contract(backend, dtype, case):
     x, ends, weights, heads, row = make(*CASES[case], dtype=dtype)
-    require("block", backend, x, ends, row, weights, heads, (1e-6, 1e-6), 0.1, "gelu", None)
+    require("block", backend, x, ends, row, *weights, heads, 1e-6, 1e-6, 0.1, "gelu", None)
     check(x, ends, weights, heads, row, backend)
 
 
@@ -107,7 +107,7 @@ def test_int8(dtype, case):
 def require_int8(x, ends, row, weights, heads):
     from revit_kernels.dispatch import refusal
 
-    if why := refusal("block", "cpu", x, ends, row, weights, heads, (1e-6, 1e-6), 0.1, "gelu", "int8"):
+    if why := refusal("block", "cpu", x, ends, row, *weights, heads, 1e-6, 1e-6, 0.1, "gelu", "int8"):
         pytest.skip(why)
 
 
@@ -117,7 +117,7 @@ def require_int8(x, ends, row, weights, heads):
 def test_an_image_is_the_same_alone_and_in_company(dtype, kind):
     lengths = [50, 197, 17, 5, 101]
     x, ends, weights, heads, row = make(lengths, 192, 3, 768, dtype)
-    require("block", "cpu", x, ends, row, weights, heads, (1e-6, 1e-6), 0.1, "gelu", None)
+    require("block", "cpu", x, ends, row, *weights, heads, 1e-6, 1e-6, 0.1, "gelu", None)
     if kind:
         require_int8(x, ends, row, weights, heads)
     together = block(x, ends, weights, heads, kind=kind, backend="cpu")
@@ -167,3 +167,32 @@ def test_boundaries_beyond_the_tokens():
     for ends in ([0, 4], [-1, 2], [0, 3, 2, 3]):
         with pytest.raises(RuntimeError, match="cu_seqlens"):
             block(x, torch.tensor(ends, dtype=torch.int32), weights, heads, backend="cpu")
+
+
+def test_registration():
+    x, ends, weights, heads, row = make([3, 5], 32, 2, 64, affines=2, tail=0)
+    args = (x, ends, row, *weights, heads, 1e-6, 1e-6, 0.25, "gelu", None, None)
+    torch.library.opcheck(torch.ops.revit_kernels.block_forward.default, args)
+
+
+@cpu_only
+def test_tensors_that_do_not_fit_are_errors_not_crashes():
+    """The kernel checks what it is given: a copy of any argument serves as well, another size is refused."""
+    require("block", "cpu", *sample())
+    from revit_kernels.dispatch import load
+
+    backend = load("block", "cpu")
+    x, ends, w, heads, _ = make([3, 5], 32, 2, 64, tail=0)
+    tensors = [*backend.affine(w.norm1, w.norm1_bias, w.norm2, w.norm2_bias), *backend.pack(w, None)]
+
+    def run(tensors):
+        return backend.run(x, ends, None, tensors, (32, 32, 64), heads, 1e-6, 1e-6, 0.25, "gelu", None)
+
+    want = run(tensors)
+    assert torch.equal(run([t.clone() for t in tensors]), want)
+    for i in range(8):
+        for wrong in (tensors[i].reshape(-1)[1:], tensors[i].double(), tensors[i][..., :0]):
+            with pytest.raises(RuntimeError, match="must be"):
+                run([*tensors[:i], wrong, *tensors[i + 1 :]])
+    with pytest.raises(RuntimeError, match="each block has 8"):
+        run(tensors[:7])

@@ -523,8 +523,7 @@ def deep(depth, norms="per_length"):
     torch.manual_seed(0)
     small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "num_heads": 2, "num_classes": 3}
     model = create_model("vit_tiny_patch16_224", depth=depth, **small).to(DEVICE).make_resizable(MENU, norms=norms)
-    model.eval().prepack()
-    return model
+    return model.eval()
 
 
 def test_seven_launches_a_block():
@@ -549,7 +548,6 @@ def test_launches_do_not_grow_with_images_or_grids():
     """So neither does the host's time for a forward."""
     plain = create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
     plain = plain.to(DEVICE).eval()
-    plain.prepack()
 
     def forward(model, grids):
         packing = Packing.from_grids(grids, 1, device=DEVICE)

@@ -59,9 +59,9 @@ def test_quantised(files, tmp_path, capsys):
         return done, [row["label_1"] for row in csv.DictReader(open(tmp_path / "out.csv"))][:40] if done < 2 else None
 
     _, plain = answers()
-    done, quantised = answers("--quantise", "int8")
+    done, quantised = answers("--quantize", "int8")
     if done == 2:  # a CPU without the instructions
-        assert "--quantise int8: int8" in capsys.readouterr().err
+        assert "--quantize int8: int8" in capsys.readouterr().err
     else:
         assert sum(a == b for a, b in zip(plain, quantised)) >= 36
 

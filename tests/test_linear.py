@@ -11,7 +11,7 @@ from torch import nn
 
 from revit_kernels import VarLenViT, dispatch, modules
 from revit_kernels.dispatch import choose
-from revit_kernels.models.quantise import KINDS
+from revit_kernels.models.quantize import fp8
 from revit_kernels.modules.fp8 import Fp8Linear
 from revit_kernels.modules.linear import linear_gated, linear_then
 from revit_kernels.ops import layer_norm, layer_norm_fp8, linear, linear_fp8
@@ -497,7 +497,7 @@ def test_a_quantised_model_answers_alike(options):
     model = make_model(**options)
     with torch.no_grad():
         usual = model(images())
-        assert model.quantise("fp8") is model
+        assert fp8(model) is model
         ours = model(images())
         mixed = model(images(), grids=[(4, 4), (2, 2), (3, 4)])
     assert ours.dtype == usual.dtype and torch.isfinite(mixed).all()
@@ -506,28 +506,25 @@ def test_a_quantised_model_answers_alike(options):
 
 
 def test_which_layers_are_quantised():
-    model = make_model().quantise("fp8")
+    model = fp8(make_model())
     names = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert names == {f"blocks.{i}.{part}" for i in range(2) for part in parts}
-    assert type(model.head) is nn.Linear and not model.training and model.quantised == "fp8"
+    assert type(model.head) is nn.Linear and not model.training
     assert not any(p.requires_grad for p in model.parameters())
-    with pytest.raises(ValueError, match="quantised to fp8 already"):
-        model.quantise("fp8")
-    with pytest.raises(ValueError, match=r"kind must be one of \[.*'fp8'.*\], got 'fp3'"):
-        make_model().quantise("fp3")
-    assert "fp8" in KINDS
+    with pytest.raises(ValueError, match="in fp8 already"):
+        fp8(model)
 
 
 def test_a_quantised_model_is_moved_copied_and_stored():
-    model = make_model().quantise("fp8")
+    model = fp8(make_model())
     with torch.no_grad():
         usual = model(images())
         half = copy.deepcopy(model).bfloat16()
         assert half.blocks[0].mlp.fc1.weight.dtype == E4M3 and half.blocks[0].mlp.fc1.scale.dtype == torch.float32
         assert half.blocks[0].mlp.fc1.bias.dtype == torch.bfloat16
         assert half(images().bfloat16()).dtype == torch.bfloat16
-        other = make_model().quantise("fp8")
+        other = fp8(make_model())
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(images()), usual)
     inner = half.blocks[0].norm1.__dict__["quantises_for"][0][0]
@@ -535,7 +532,7 @@ def test_a_quantised_model_is_moved_copied_and_stored():
 
 
 def test_activations_go_from_kernel_to_kernel_in_e4m3(monkeypatch):
-    model = make_model().quantise("fp8")
+    model = fp8(make_model())
     seen = []
     real = Fp8Linear.forward
     monkeypatch.setattr(
@@ -547,7 +544,7 @@ def test_activations_go_from_kernel_to_kernel_in_e4m3(monkeypatch):
 
 
 def test_a_hooked_layer_sees_numbers_not_their_bits():
-    model = make_model().quantise("fp8")
+    model = fp8(make_model())
     seen = []
     for layer in (model.blocks[0].mlp.fc1, model.blocks[0].attn, model.blocks[1].mlp.fc2, model.blocks[1].norm1):
         layer.register_forward_hook(lambda module, args, out: seen.extend([*args, out]))
@@ -557,7 +554,7 @@ def test_a_hooked_layer_sees_numbers_not_their_bits():
 
 
 def test_a_quantised_model_is_for_inference_only():
-    model = make_model().quantise("fp8")
+    model = fp8(make_model())
     x = images().requires_grad_()
     with pytest.raises(NotImplementedError, match="no gradients"):
         model(x)
@@ -565,13 +562,13 @@ def test_a_quantised_model_is_for_inference_only():
 
 
 def test_nothing_to_quantise():
-    with pytest.raises(ValueError, match="nothing to quantise"):
-        make_model(embed_dim=36, num_heads=2, mlp_ratio=1.0).quantise("fp8")
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        fp8(make_model(embed_dim=36, num_heads=2, mlp_ratio=1.0))
 
 
 def test_gpus_without_e4m3_are_refused(monkeypatch):
     model = make_model()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("revit_kernels.models.quantise._device", lambda model: torch.device("cuda", 0))
+    monkeypatch.setattr("revit_kernels.models.quantize._device", lambda model: torch.device("cuda", 0))
     with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 8.9 .* cuda:0 has 8.0"):
-        model.quantise("fp8")
+        fp8(model)

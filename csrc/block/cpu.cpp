@@ -99,22 +99,26 @@ void run_steps(const Problem& p, const std::vector<Step>& steps, const Shape& sh
   }
 }
 
-// What one block reads, as `addresses` lists it.
-struct BlockAddresses {
-  const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-  char *to_qkv, *proj, *fc1, *fc2;
-  int64_t lengths1, lengths2;
-};
-static_assert(sizeof(BlockAddresses) == 10 * sizeof(int64_t));
+// What one block reads: its norms' affines, and its weights as pack_cpu made them.
+constexpr int64_t kTensors = 8, kHeadTensors = 3;
 
-// And what the head reads.
-struct HeadAddresses {
-  const float *norm_weight, *norm_bias;
-  int64_t lengths;
-  char* weight;
-  int64_t classes;
-};
-static_assert(sizeof(HeadAddresses) == 5 * sizeof(int64_t));
+Norm norm_of(const Tensor& weight, const Tensor& bias, int64_t dim, double eps) {
+  const int64_t lengths = weight.numel() / dim;
+  STD_TORCH_CHECK(lengths && weight.numel() == lengths * dim && bias.numel() == weight.numel() &&
+                      weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float &&
+                      weight.is_contiguous() && bias.is_contiguous(),
+                  "a norm's weight and bias must be contiguous (lengths, ", dim, ") of float32");
+  return {static_cast<const float*>(weight.data_ptr()), static_cast<const float*>(bias.data_ptr()), lengths,
+          static_cast<float>(eps)};
+}
+
+Linear packed_of(const Tensor& packed, int64_t kind, int64_t in, int64_t out) {
+  const Linear weight = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                      packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
+                  "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
+  return weight;
+}
 
 // The memory of what lies between the halves of a block, for `rows` tokens.
 struct Between {
@@ -211,8 +215,7 @@ struct Call {
           phases.add(parts.size(), [&, steps](int64_t i, char* memory) {
             run_steps(problem, steps, shape, parts[i].begin, parts[i].size(), memory);
           });
-        if (half == Half::kFirst)
-          phases.add(pieces.size(), [&](int64_t i, char*) { attend(between, pieces[i]); });
+        if (half == Half::kFirst) phases.add(pieces.size(), [&](int64_t i, char*) { attend(between, pieces[i]); });
       }
     }
     const int64_t own = shape.line + (few ? 0 : shape.bytes(shape.rows));
@@ -270,12 +273,12 @@ struct Call {
 };
 
 // The logits of each image's first token in the blocks' result; zeros for an image without tokens.
-void classify(const Call& call, const HeadAddresses& head, float eps, Tensor& logits) {
+void classify(const Call& call, const std::vector<Tensor>& head, double eps, Tensor& logits) {
   Problem problem = call.problems[0];
   const int64_t dim = problem.dim, kind = problem.is_bf16 ? 1 : 0, images = call.images;
   const Layout layout = revit_gemm::layout(kind);
   problem.x = problem.y, problem.kind = static_cast<Kind>(kind);
-  problem.norm1 = {head.norm_weight, head.norm_bias, head.lengths, eps};
+  problem.norm1 = norm_of(head[0], head[1], dim, eps);
   static thread_local revit::Arena kept;
   char* line = room(kept, call.shape.line + aligned(images * dim * layout.unit));
   char* rows = line + call.shape.line;
@@ -283,12 +286,13 @@ void classify(const Call& call, const HeadAddresses& head, float eps, Tensor& lo
     if (call.boundaries[i + 1] > call.boundaries[i])
       step_kernel()({problem, call.boundaries[i], 1, rows + i * dim * layout.unit}, Step::kNorm1, {0, 1}, {0, 0},
                     nullptr, reinterpret_cast<float*>(line));
-  const Linear product = revit_gemm::linear(head.weight, kind, dim, head.classes);
+  const int64_t classes = logits.size(1);
+  const Linear product = packed_of(head[2], kind, dim, classes);
   char* out = static_cast<char*>(logits.data_ptr());
-  const int64_t panels = (head.classes + layout.panel - 1) / layout.panel;
+  const int64_t panels = (classes + layout.panel - 1) / layout.panel;
   torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
     revit_gemm::multiply(product, kind, problem.is_bf16, rows, images,
-                         {begin * layout.panel, std::min(end * layout.panel, head.classes)}, nullptr, out);
+                         {begin * layout.panel, std::min(end * layout.panel, classes)}, nullptr, out);
   });
   for (int64_t i = 0; i < images; ++i)
     if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
@@ -297,24 +301,31 @@ void classify(const Call& call, const HeadAddresses& head, float eps, Tensor& lo
 }  // namespace
 
 // x: (tokens, dim) fp32 or bf16; row: (tokens,) int32
-// addresses: (blocks, 10) int64: of the norms' weights and biases, (lengths, dim) fp32; of the weights to queries, keys
-// and values, of proj, fc1 and fc2, made by pack_cpu; and the lengths of both norms. The caller keeps them alive.
-// head: (5,) int64, or none: the final norm's weight and bias, (lengths, dim) fp32, and those lengths; the weight to
-// the classes, made by pack_cpu of the dtype of x; and how many they are
+// weights: of each block 8: the weight and bias of both norms, (lengths, dim) fp32; and as pack_cpu made them the
+// weights to queries, keys and values, of proj, fc1 and fc2
+// head: none, or 3: the final norm's weight and bias, (lengths, dim) fp32, and the weight to the classes, made by
+// pack_cpu of the dtype of x
 // Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
-Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, const Tensor& addresses,
-                  double eps1, double eps2, int64_t heads, int64_t head_dim, int64_t hidden, double scale,
-                  int64_t activation, int64_t kind, const std::optional<Tensor>& head, double head_eps) {
+Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row,
+                  std::vector<Tensor> weights, double eps1, double eps2, int64_t heads, int64_t head_dim,
+                  int64_t hidden, double scale, int64_t activation, int64_t kind, std::vector<Tensor> head,
+                  double head_eps, int64_t classes) {
   const int64_t tokens = x.size(0), dim = x.size(1), width = heads * head_dim, images = cu_seqlens.size(0) - 1;
   const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
     STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
                     "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
   Tensor y = torch::stable::new_empty(x, {tokens, dim});
-  const auto* at = static_cast<const BlockAddresses*>(addresses.data_ptr());
-  const int64_t blocks = addresses.size(0);
+  const int64_t blocks = static_cast<int64_t>(weights.size()) / kTensors;
+  STD_TORCH_CHECK(blocks && static_cast<int64_t>(weights.size()) == blocks * kTensors, "each block has ", kTensors,
+                  " tensors, got ", weights.size());
+  STD_TORCH_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ",
+                  head.size());
+  STD_TORCH_CHECK(!row || (row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous()),
+                  "row must be contiguous (", tokens, ",) of int32");
   std::vector<Problem> problems;
-  for (int64_t i = 0; i < blocks; ++i)
+  for (int64_t i = 0; i < blocks; ++i) {
+    const Tensor* own = weights.data() + i * kTensors;
     problems.push_back({
         .x = i ? y.data_ptr() : x.data_ptr(),
         .y = y.data_ptr(),
@@ -322,16 +333,17 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
         .dim = dim,
         .attended_dim = width,
         .hidden = hidden,
-        .norm1 = {at[i].norm1_weight, at[i].norm1_bias, at[i].lengths1, static_cast<float>(eps1)},
-        .norm2 = {at[i].norm2_weight, at[i].norm2_bias, at[i].lengths2, static_cast<float>(eps2)},
-        .to_qkv = revit_gemm::linear(at[i].to_qkv, kind, dim, 3 * width),
-        .proj = revit_gemm::linear(at[i].proj, kind, width, dim),
-        .fc1 = revit_gemm::linear(at[i].fc1, kind, dim, hidden),
-        .fc2 = revit_gemm::linear(at[i].fc2, kind, hidden, dim),
+        .norm1 = norm_of(own[0], own[1], dim, eps1),
+        .norm2 = norm_of(own[2], own[3], dim, eps2),
+        .to_qkv = packed_of(own[4], kind, dim, 3 * width),
+        .proj = packed_of(own[5], kind, width, dim),
+        .fc1 = packed_of(own[6], kind, dim, hidden),
+        .fc2 = packed_of(own[7], kind, hidden, dim),
         .activation = static_cast<Activation>(activation),
         .kind = static_cast<Kind>(kind),
         .is_bf16 = is_bf16(x),
     });
+  }
   for (int64_t i = 0; i < blocks; ++i) problems[i].next = &problems[std::min(i + 1, blocks - 1)].to_qkv;
   static const auto shape_of = EVERY_ISA_PICK(shape_of);
   const Shape shape = shape_of(problems[0]);
@@ -343,10 +355,9 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
     call.share_groups(groups);
   else if (call.end() > call.begin())
     call.share_steps();
-  if (head) {
-    const auto* of_head = static_cast<const HeadAddresses*>(head->data_ptr());
-    Tensor logits = torch::stable::new_empty(x, {images, of_head->classes});
-    classify(call, *of_head, static_cast<float>(head_eps), logits);
+  if (!head.empty()) {
+    Tensor logits = torch::stable::new_empty(x, {images, classes});
+    classify(call, head, head_eps, logits);
     return logits;
   }
   zero_rows(y, 0, call.begin());
@@ -356,9 +367,8 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
-      "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor addresses, float eps1, float eps2, int heads,"
-      " int head_dim, int hidden, float scale, int activation, int kind, Tensor? head, float head_eps) -> Tensor");
+      "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor[] weights, float eps1, float eps2, int heads,"
+      " int head_dim, int hidden, float scale, int activation, int kind, Tensor[] head, float head_eps, int classes)"
+      " -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("blocks_cpu", TORCH_BOX(&blocks_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) { m.impl("blocks_cpu", TORCH_BOX(&blocks_cpu)); }

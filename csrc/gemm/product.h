@@ -157,10 +157,10 @@ inline void product(const Linear& weight, const typename Math::Unit* x, Span row
 
 // weight(n, k): of output n and input k, as it is kept
 template <class Math, class F>
-inline void pack(const Linear& to, F weight) {
+inline void pack(const Linear& to, Span columns, F weight) {
   auto* panels = reinterpret_cast<typename Math::Unit*>(to.panels);
   constexpr int64_t kDepth = Math::kDepth;
-  for (int64_t column = 0; column < to.out; column += kWidth) {
+  for (int64_t column = columns.begin; column < columns.end; column += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, (to.out - column + kLanes - 1) / kLanes * kLanes);
     auto* panel = panels + column * to.in;
     for (int64_t n = 0; n < width; ++n)
@@ -170,17 +170,40 @@ inline void pack(const Linear& to, F weight) {
   }
 }
 
+// The same where the weight (out, in) is kept as it is, and a step of the product takes 4 bytes of it: a transpose of
+// words, some of each row at a time, so that what they are written to stays in the nearest cache.
+template <class Math>
+inline void pack_words(const void* weight, const Linear& to, Span columns) {
+  static_assert(sizeof(typename Math::Unit) * Math::kDepth == sizeof(uint32_t));
+  constexpr int64_t kAtOnce = 16;
+  const int64_t words = to.in / Math::kDepth;
+  const char* rows = static_cast<const char*>(weight);
+  auto* panels = reinterpret_cast<uint32_t*>(to.panels);
+  for (int64_t column = columns.begin; column < columns.end; column += kWidth) {
+    const int64_t width = std::min<int64_t>(kWidth, (to.out - column + kLanes - 1) / kLanes * kLanes);
+    uint32_t* panel = panels + column * words;
+    for (int64_t first = 0; first < words; first += kAtOnce) {
+      const int64_t count = std::min(kAtOnce, words - first);
+      for (int64_t n = 0; n < width; ++n) {
+        uint32_t row[kAtOnce] = {};
+        if (column + n < to.out) std::memcpy(row, rows + ((column + n) * words + first) * 4, count * 4);
+        for (int64_t i = 0; i < count; ++i) panel[(first + i) * width + n] = row[i];
+      }
+    }
+  }
+}
+
 #ifdef BFLOAT16_INSTRUCTIONS
 // Each output's weights in steps of a 127th of the largest.
 template <class From>
-inline void pack_int8(const From* weight, const Linear& to) {
-  for (int64_t n = 0; n < to.out; ++n) {
+inline void pack_int8(const From* weight, const Linear& to, Span columns) {
+  for (int64_t n = columns.begin; n < columns.end; ++n) {
     float most = 0;
     for (int64_t k = 0; k < to.in; ++k) most = std::max(most, std::fabs(convert<float>(weight[n * to.in + k])));
     to.scale[n] = most / 127;
     to.sums[n] = 0;
   }
-  pack<Quads>(to, [&](int64_t n, int64_t k) {
+  pack<Quads>(to, columns, [&](int64_t n, int64_t k) {
     const float step = to.scale[n];
     const auto w = static_cast<int8_t>(step > 0 ? std::lrint(convert<float>(weight[n * to.in + k]) / step) : 0);
     to.sums[n] += w;
@@ -199,4 +222,3 @@ inline auto with_types(Kind kind, bool is_bf16, F f) {
 #endif
   return is_bf16 ? f((Singles*)nullptr, (Bfloat16*)nullptr) : f((Singles*)nullptr, (float*)nullptr);
 }
-

@@ -12,21 +12,24 @@ inline Layout layout_of(Kind kind) {
 }
 
 template <class From>
-inline void pack_as(Kind kind, const From* weight, const Linear& to) {
+inline void pack_as(Kind kind, const From* weight, const Linear& to, Span columns) {
 #ifdef BFLOAT16_INSTRUCTIONS
-  if (kind == Kind::kInt8) return pack_int8(weight, to);
-  if (kind == Kind::kBfloat16) return pack<Pairs>(to, [&](int64_t n, int64_t k) {
-    return convert<Bfloat16>(weight[n * to.in + k]);
-  });
+  if (kind == Kind::kInt8) return pack_int8(weight, to, columns);
+  if (kind == Kind::kBfloat16) {
+    if constexpr (sizeof(From) == 2) return pack_words<Pairs>(weight, to, columns);
+    return pack<Pairs>(to, columns, [&](int64_t n, int64_t k) { return convert<Bfloat16>(weight[n * to.in + k]); });
+  }
 #endif
-  pack<Singles>(to, [&](int64_t n, int64_t k) { return convert<float>(weight[n * to.in + k]); });
+  if constexpr (sizeof(From) == 4) return pack_words<Singles>(weight, to, columns);
+  pack<Singles>(to, columns, [&](int64_t n, int64_t k) { return convert<float>(weight[n * to.in + k]); });
 }
 
-inline void pack_weight(Kind kind, bool is_bf16, const void* weight, const Linear& to) {
+// Some columns of the product, from a panel's first to a panel's last.
+inline void pack_weight(Kind kind, bool is_bf16, const void* weight, const Linear& to, Span columns) {
   if (is_bf16)
-    pack_as(kind, static_cast<const Bfloat16*>(weight), to);
+    pack_as(kind, static_cast<const Bfloat16*>(weight), to, columns);
   else
-    pack_as(kind, static_cast<const float*>(weight), to);
+    pack_as(kind, static_cast<const float*>(weight), to, columns);
 }
 
 // y = x W^T + bias (+ add). x: (rows, in) of the numbers that layout_of names; add, y: (rows, out) bf16 or fp32

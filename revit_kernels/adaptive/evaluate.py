@@ -19,6 +19,7 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Fixed, Oracle
 from revit_kernels.data.datasets import ImageSet
+from revit_kernels.engines import engine_of
 from revit_kernels.models.assigner import model_macs
 from revit_kernels.modules.lengths import cells
 
@@ -162,6 +163,7 @@ def evaluate(
     """
     from revit_kernels.training.labels import collect
 
+    engine = engine_of(model)
     held_out = assigner.outcomes if held_out is None and assigner is not None else held_out
     check_apart(held_out, images, "that budgets are solved from")
     check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner has learnt from")
@@ -179,16 +181,16 @@ def evaluate(
     bar = bar or (lambda **_: NoBar())
     batch = max(1, batch_tokens // (model.num_prefix_tokens + cells(model.menu[0])))
     with bar(total=len(images), desc="every length", unit=" images") as progress:
-        outcomes = collect(model, images, progress=progress.update)
+        outcomes = collect(engine, images, progress=progress.update)
     bench = Bench(model, images, outcomes, batch, rounds, timed, bar)
     sample = bench.batches[0][1][: min(batch, 256)]
-    costs = measure_costs(model, assigner, sample, rounds=5)
-    made = [("fixed", "", AdaptiveViT(model, Fixed(row))) for row in range(len(model.menu))]
-    made += _policies(model, assigner, held_out, costs, chosen, budgets, say)
+    costs = measure_costs(engine, assigner, sample, rounds=5)
+    made = [("fixed", "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
+    made += _policies(engine, assigner, held_out, costs, chosen, budgets, say)
     made += [(name, "", adaptive) for name, adaptive in configurations]
     found = bench.measure(made, "random" in chosen)
     if assigner is not None:
-        outcomes = _with_assigner(outcomes, assigner, model, bench.batches)
+        outcomes = _with_assigner(outcomes, assigner, engine, bench.batches)
     return Evaluation(
         menu=model.menu,
         static=found[: len(model.menu)],

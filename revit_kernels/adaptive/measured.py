@@ -158,8 +158,8 @@ class Bench:
         found = self._answers(made)
         timed = list(zip(found, (adaptive for _, _, adaptive in made)))
         like = [one for one in found if lots and one.name not in ("random", "oracle", "fixed")]
-        model = made[0][2].model
-        more = [("random", "", AdaptiveViT(model, Random(tuple(one.mix(rows))))) for one in like]
+        engine = made[0][2].engine
+        more = [("random", "", AdaptiveViT(engine, Random(tuple(one.mix(rows))))) for one in like]
         for one, lot, (_, _, adaptive) in zip(like, self._answers(more), more):
             one.lot = lot
             timed.append((lot, adaptive))

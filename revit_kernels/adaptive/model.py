@@ -13,6 +13,7 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import Costs, check_resizable, confidence_of, device_name, measure_costs, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Assign, AssignedCascade, Cascade, Fixed, Oracle, Policy, Random
+from revit_kernels.engines import Engine
 from revit_kernels.models.assigner import TokenLengthAssigner
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
@@ -39,7 +40,8 @@ class Prediction(NamedTuple):
 class AdaptiveViT(nn.Module):
     """Gives each image a length by a policy, and all of them to the model in packed batches.
 
-    model:    a VarLenViT that was made resizable
+    model:    a VarLenViT that was made resizable, or an engine of one; of a model an engine is made at the first
+              prediction, which is refreshed where the model changes
     policy:   "fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle" (needs the truth: evaluation only);
               a Policy whose numbers are known; or a function from the images to (images,) menu rows
     assigner: a TokenLengthAssigner of the model
@@ -57,7 +59,7 @@ class AdaptiveViT(nn.Module):
 
     def __init__(
         self,
-        model: VarLenViT,
+        model: VarLenViT | Engine,
         policy: str | Policy | Callable = "cascade",
         *,
         assigner: TokenLengthAssigner | None = None,
@@ -69,7 +71,8 @@ class AdaptiveViT(nn.Module):
     ):
         super().__init__()
         check_resizable(model)
-        self.model = model
+        self._engine = model if isinstance(model, Engine) else None
+        self.model = model = model.model if isinstance(model, Engine) else model
         self.assigner = None if assigner is None else assigner.require(model)
         self.capacity, self.reuse, self._turn = capacity, reuse, 0
         outcomes = assigner.outcomes if outcomes is None and assigner is not None else outcomes
@@ -84,6 +87,13 @@ class AdaptiveViT(nn.Module):
             raise ValueError(f"policy {policy.name!r} needs an assigner")
         self.policy = policy.require(model.menu) if isinstance(policy, Policy) else policy
 
+    @property
+    def engine(self) -> Engine:
+        """What answers."""
+        if self._engine is None:
+            self._engine = self.model.engine(stale="refresh")
+        return self._engine
+
     def _solved(self, name: str, outcomes: Outcomes | None, budget) -> Policy:
         if name not in POLICIES:
             raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
@@ -97,7 +107,7 @@ class AdaptiveViT(nn.Module):
             )
         device = next(self.model.parameters()).device
         if self.costs is None:
-            self.costs = measure_costs(self.model, self.assigner)
+            self.costs = measure_costs(self.engine, self.assigner)
         elif self.costs.device and self.costs.device != device_name(device):
             raise ValueError(f"the costs were measured on {self.costs.device}, this is {device_name(device)}")
         temperature = float(self.assigner.temperature) if self.assigner is not None else 1.0
@@ -108,7 +118,7 @@ class AdaptiveViT(nn.Module):
     def from_files(
         cls, model, assigner=None, labels=None, *, policy="cascade", budget="full", device=None, dtype=None, **options
     ) -> AdaptiveViT:
-        """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode, prepacked."""
+        """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
         from revit_kernels.training.label_command import load_resizable
 
         model = load_resizable(str(model), device, dtype)
@@ -197,14 +207,14 @@ class AdaptiveViT(nn.Module):
 
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""
-        return self.model(images, packing=self._packing(choice.tolist()), channels_last=channels_last)
+        return self.engine(images, packing=self._packing(choice.tolist()), channels_last=channels_last)
 
     def _on_device(self, images, choice: Tensor, channels_last: bool) -> Prediction:
         """One pass over a packing made on the device: nothing waits, and the capacity is what it may take."""
         prefix = self.model.num_prefix_tokens
         capacity = self.capacity or len(images) * (prefix + cells(self.menu[0]))
         packing = Packing.from_choice(choice, self.menu, prefix, capacity=capacity)
-        logits = self.model(images, packing=packing, channels_last=channels_last)
+        logits = self.engine(images, packing=packing, channels_last=channels_last)
         rows = packing.cu_seqlens
         row = packing.length_index.long()  # not `choice`: a row that is none was brought within the menu
         return Prediction(logits, row, (rows[1:] - rows[:-1]).long(), packing.fits)
@@ -214,8 +224,8 @@ class AdaptiveViT(nn.Module):
     def _assign(self, images, channels_last: bool):
         """Logits, and the tokens that they were taken from (None, None where those cannot be gone on from)."""
         if self.assigner.kind == "features" and self.reuse:
-            return self.assigner.with_tokens(images, self.model, channels_last)
-        return self.assigner(images, model=self.model, channels_last=channels_last), None, None
+            return self.assigner.with_tokens(images, self.engine, channels_last)
+        return self.assigner(images, model=self.engine, channels_last=channels_last), None, None
 
     def _go_on(self, images, choice: Tensor, stream, packing: Packing | None, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows; the shortest's from the assigner's tokens, if there are."""
@@ -224,17 +234,17 @@ class AdaptiveViT(nn.Module):
         stay = [i for i, row in enumerate(rows) if row == shortest]
         if stream is None or not stay:
             return self._at(images, choice, channels_last)
-        model, depth = self.model, self.assigner.depth
+        engine, depth = self.engine, self.assigner.depth
         parts = [
             stream[0].view(len(rows), packing.max_seqlen, -1)[torch.tensor(stay, device=stream[0].device)].flatten(0, 1)
         ]
         others = [i for i, row in enumerate(rows) if row != shortest]
         if others:
             first = self._packing([rows[i] for i in others])
-            begun = [model.embed(pick(images, others), first, channels_last), None, None]
-            parts.append(add(*model.run_blocks(begun, first, 0, depth)))
+            begun = [engine.embed(pick(images, others), first, channels_last), None, None]
+            parts.append(add(*engine.run_blocks(begun, first, 0, depth)))
         joint = self._packing([shortest] * len(stay) + [rows[i] for i in others])
-        logits = model.finish(model.run_blocks([torch.cat(parts), None, None], joint, depth), joint)
+        logits = engine.finish(engine.run_blocks([torch.cat(parts), None, None], joint, depth), joint)
         order = torch.tensor(np.argsort(stay + others, kind="stable"), device=logits.device)
         return logits[order]
 

@@ -47,7 +47,7 @@ def add(commands):
     add_device(model)
     add_dtype(model)
     model.add_argument(
-        "--quantise",
+        "--quantize",
         choices=("int8", "fp8"),
         help="fewer bits for the blocks' weights and activations: int8 on a CPU, fp8 on a GPU",
     )

@@ -7,14 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from revit_kernels import dispatch
 from revit_kernels.grids import native_grid
-from revit_kernels.layouts import Layouts
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.packing import Packing
 
-# By menu, on CPUs: for one small image, to interpolate them takes a tenth of a forward.
-_positions = Layouts(None, most=16)
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
 
 
@@ -72,25 +68,26 @@ class Embedding:
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
         """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
         tokens = self.cls_token, self._parameters.get("dist_token"), self.reg_token
+        parts = [token[0] for token in tokens if token is not None]
+        prefix = torch.cat(parts) if parts else None
+        if self.pos_embed is None:
+            return None, prefix
+        _, own = self._table()
+        return self._position_rows(menu), prefix if own is None else prefix + own
 
-        def make():
-            parts = [token[0] for token in tokens if token is not None]
-            prefix = torch.cat(parts) if parts else None
-            if self.pos_embed is None:
-                return None, prefix
-            _, own = self._table()
-            return self._position_rows(menu), prefix if own is None else prefix + own
+    def _embed(
+        self,
+        images,
+        packing: Packing,
+        channels_last: bool,
+        positions: tuple | None = None,
+        packed: Tensor | None = None,
+    ) -> tuple[Tensor, Packing]:
+        """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout.
 
-        if self.pos_embed is None or self.pos_embed.device.type != "cpu" or not dispatch.unwatched(self.pos_embed):
-            return make()
-        own = self._modules.get("pos_embed_shorter", ())
-        interpolation = self.pos_interpolation, self.pos_antialias, self.no_embed_class, self.patch_embed.grid_size
-        how = menu, self.menu, self.resizable and self.resizable["positions"], *interpolation
-        return _positions.get(self.pos_embed, *tokens, *own, how=how, make=make) or make()
-
-    def _embed(self, images, packing: Packing, channels_last: bool) -> tuple[Tensor, Packing]:
-        """(capacity, dim): patches and prefix tokens with their positions; a packing with fewer in patch dropout."""
-        pos, prefix = self._positions(packing.menu)
+        positions, packed: what `_positions` gives for the packing's menu, and the packed patch weight, from an engine
+        """
+        pos, prefix = self._positions(packing.menu) if positions is None else positions
         first = images if isinstance(images, Tensor) else images[0] if images else None
         statistics = {}
         if first is not None and first.dtype == torch.uint8:
@@ -102,9 +99,8 @@ class Embedding:
         if self.menu is not None and self.resizable["embedding"] != "resize":
             x = self._embed_by_length(images, packing, pos, prefix, channels_last=channels_last, **statistics)
         else:
-            x = self.patch_embed.pack(
-                images, packing, pos, prefix, channels_last=channels_last, method=self.patch_method, **statistics
-            )
+            options = {"channels_last": channels_last, "method": self.patch_method, "packed": packed}
+            x = self.patch_embed.pack(images, packing, pos, prefix, **options, **statistics)
         if self.pos_embed is not None:
             x = self.pos_drop(x)
         if self.training and not isinstance(self.patch_drop, nn.Identity):

@@ -7,10 +7,8 @@ import math
 import torch
 from torch import nn
 
-from revit_kernels import gemm, layouts, ops
+from revit_kernels import ops
 from revit_kernels.models import initialise
-from revit_kernels.modules import whole_block
-from revit_kernels.modules.block import Block
 from revit_kernels.modules.patch_embed import pair
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map", "prr")
@@ -108,23 +106,3 @@ class Surgery:
 
     def get_patch_size(self) -> tuple[int, int]:
         return self.patch_embed.patch_size
-
-    def _apply(self, *args, **kwargs):
-        """Behind .to(), .half() and the like, which write through `.data`: nothing prepacked is trusted after them."""
-        for parameter in self.parameters():
-            layouts.forget(parameter)
-        return super()._apply(*args, **kwargs)
-
-    def prepack(self) -> int:
-        """Keep every weight packed as the CPU's products read it, on trust; returns of how many Linears. For serving.
-
-        Saves reading the weights once a forward to see whether they changed. Weights may still change in every way but
-        through `.data`; see `revit_kernels.gemm.prepack`.
-        """
-        whole = [block for block in self.blocks if type(block) is Block and whole_block.prepack(block)]
-        inside = {id(m) for block in whole for m in block.modules()}
-        linears = [m for m in self.modules() if type(m) is nn.Linear and id(m) not in inside]
-        self.patch_embed.prepack()
-        if isinstance(self.head, nn.Linear):
-            whole_block.Tail(self.norm, self.fc_norm, self.head_drop, self.head).prepack()
-        return 4 * len(whole) + sum(gemm.prepack(m.weight) for m in linears)

@@ -13,12 +13,9 @@ from revit_kernels.models import adopt
 from revit_kernels.models.embedding import Embedding
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
-from revit_kernels.models.quantise import quantise
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
-from revit_kernels.modules import whole_block
 from revit_kernels.modules.attention import by_length, dense_packing
-from revit_kernels.modules.block import take
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear
@@ -62,6 +59,8 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     Where timm's model takes one size of tensor only (`strict_img_size`), this one takes every size of whole patches.
     Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
     """
+
+    times_trained = 0  # how often the model was put into training mode
 
     def __init__(
         self,
@@ -220,6 +219,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.menu = self.resizable = None  # of make_resizable
         self.register_load_state_dict_pre_hook(_start_lengths)
 
+    def train(self, mode: bool = True):
+        self.times_trained += mode  # an engine of the model is stale then, whatever was done to the weights
+        return super().train(mode)
+
     @classmethod
     def from_timm(cls, model: nn.Module) -> VarLenViT:
         """The same model, packed: shares the parameters and leaf modules of a timm VisionTransformer, copies nothing.
@@ -228,9 +231,11 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         """
         return adopt.adopt_model(model)
 
-    def quantise(self, kind: str) -> VarLenViT:
-        """Give the blocks fewer bits, in place and for inference only: see `revit_kernels.models.quantise`."""
-        return quantise(self, kind)
+    def engine(self, *, quantize: str | None = None, stale: str = "raise"):
+        """The model made ready to answer, a snapshot of its weights: see `revit_kernels.engines.Engine`."""
+        from revit_kernels.engines import Engine  # the one import that goes up
+
+        return Engine(self, quantize=quantize, stale=stale)
 
     # ------------------------------------------------------------------ tokens to features
 
@@ -250,8 +255,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
             return (self.forward_head(x) if answers else x), packing
         stream = [x, None, None]
         del x
-        if answers and not mask and (y := self._at_once(stream[0], packing)) is not None:
-            return y, packing
         stream = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
         return (self.finish(stream, packing) if answers else self._normalised(stream, packing)), packing
 
@@ -274,11 +277,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         visit:  called with each block's number, its output (capacity, dim), and the packing
         """
         blocks = list(self.blocks)[start:stop]
-        if visit is None and not mask and not torch.is_grad_enabled():
-            first = whole_block.together(blocks, stream[0])
-            if len(first) > 1:
-                stream = [whole_block.run(first, add(*take(stream)), packing), None, None]
-                blocks, start = blocks[len(first) :], start + len(first)
         for i, block in enumerate(blocks, start):
             stream = self._run_block(block, stream, packing, mask or {})
             if visit is not None:
@@ -288,7 +286,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def finish(self, stream, packing: Packing) -> Tensor:
         """(images, classes): the final norm, pooling and head, of the stream after the last block."""
-        if self._answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
+        if self.answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
             x, branch, gamma = stream
             x, branch = (t if t is None else self.pool(PackedTokens(t.flatten(0, -2), packing)) for t in (x, branch))
             x = normalise(self.norm, x, packing, branch, gamma, pooled=True)[0]
@@ -296,21 +294,11 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         x = self._normalised(stream, packing)
         return self.forward_head(x if x.ndim == 3 else PackedTokens(x, packing))
 
-    def _answers_first_token(self) -> bool:
+    def answers_first_token(self) -> bool:
         """Whether of each image's tokens the first is all that the head sees."""
         methods = ("run_blocks", "pool", "forward_head")
         own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
         return own and self.attn_pool is None and self.global_pool == "token"
-
-    def _at_once(self, x: Tensor, packing: Packing) -> Tensor | None:
-        """The answers, where blocks and head are one call: on a CPU, prepacked."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        if isinstance(self.head, nn.Identity) or not self._answers_first_token():
-            return None
-        tail = whole_block.Tail(self.norm, self.fc_norm, self.head_drop, self.head)
-        y = whole_block.answers(list(self.blocks), tail, x, packing)
-        return None if y is None else self._answered(y, packing)
 
     def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
         if not isinstance(block, tuple(BLOCKS.values())):
@@ -338,6 +326,11 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
         mask = _mask(attn_mask, is_causal)
         x, packing = self._features(images, packing, dense, channels_last, mask)
+        return x if dense else PackedTokens(x, packing)
+
+    def normalised(self, stream, packing: Packing, dense: bool):
+        """What `forward_features` gives, of the stream after the last block."""
+        x = self._normalised(stream, packing)
         return x if dense else PackedTokens(x, packing)
 
     # ------------------------------------------------------------------ features to answers

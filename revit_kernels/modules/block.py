@@ -174,9 +174,7 @@ class Block(_Streaming):
         x, branch, gamma = take(stream)
         reason = "takes no mask" if mask else whole_block.refusal(self, x)
         if reason is None:
-            return [whole_block.run([self], add(x, branch, gamma), packing), None, None]
-        if (kind := whole_block.kind(self)) is not None:
-            raise NotImplementedError(f"a block quantised to {kind} runs whole or not at all; this one: {reason}")
+            return [whole_block.run(self, add(x, branch, gamma), packing), None, None]
         y, x = normalise(self.norm1, x, packing, branch, gamma)
         branch = None
         branch, gamma = scaled(self.ls1, self.drop_path1, run_attention(self.attn, y, packing, mask), packing)

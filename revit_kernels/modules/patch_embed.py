@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_kernels import dispatch, ops
+from revit_kernels import ops
 from revit_kernels.device_cache import constant
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.packing import Packing
@@ -116,6 +116,7 @@ class PatchEmbed(nn.Module):
         std=None,
         channels_last: bool = False,
         method: str = "resize",
+        packed: Tensor | None = None,
     ) -> Tensor:
         """Images straight to packed tokens; arguments as in ops.patch_embed. Returns (capacity, dim)."""
         listed = [images] if isinstance(images, Tensor) else images
@@ -128,21 +129,24 @@ class PatchEmbed(nn.Module):
             and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
         )
         options = {"mean": mean, "std": std, "channels_last": channels_last}
+        how = {"pos": pos, "prefix": prefix, "method": method, "packed": packed}
         if fused:
             # Under autocast too in the weight's own dtype: it is a hundredth of the work, and starts the fp32 stream.
             with torch.autocast(conv.weight.device.type, enabled=False):
                 return ops.patch_embed(
-                    images, conv.weight, conv.bias, packing, pos=pos, prefix=prefix, method=method, **options
+                    images,
+                    conv.weight,
+                    conv.bias,
+                    packing,
+                    pos=pos,
+                    prefix=prefix,
+                    method=method,
+                    packed=packed,
+                    **options,
                 )
         if method != "resize":
             raise ValueError(f"method {method!r} needs a patch projection that is neither wrapped nor hooked")
         return self._pack_stepwise(images, packing, pos, prefix, **options)
-
-    def prepack(self) -> None:
-        """Pack the weight now, on trust, where a CPU's kernel will read it: as `revit_kernels.gemm.prepack`."""
-        backend, conv = dispatch.load("patch_embed", "cpu"), self.proj
-        if not isinstance(backend, str) and is_plain(conv, "Conv2d") and backend.refusal(None, conv.weight) is None:
-            backend.prepack(conv.weight, conv.bias)
 
     def _pack_stepwise(self, images, packing, pos, prefix, mean, std, channels_last) -> Tensor:
         """`pack` through the submodules' own forward, for a wrapped projection, a norm, or image gradients."""

@@ -16,7 +16,7 @@ from revit_kernels.data.images import find_images, show
 from revit_kernels.serving.adapt import SHIPPED, make_adaptive
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import GridRule, Totals, full_length, infer
-from revit_kernels.serving.prepare import choose_device, choose_dtype, load_model, read_labels
+from revit_kernels.serving.prepare import choose_device, choose_dtype, load_model, make_engine, read_labels
 from revit_kernels.serving.records import Columns, check_output, open_records
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
@@ -56,9 +56,9 @@ def _answer(args, paths: list[str], device: torch.device) -> Totals:
         untrained=args.untrained,
         device=device,
         dtype=choose_dtype(args.dtype, device),
-        quantise=args.quantise,
     )
     model.patch_method = args.method
+    model = make_engine(model, args.quantize)
     adaptive = make_adaptive(args, model)
     columns = _columns(args, model, adaptive is not None)
     rule = GridRule(

@@ -12,6 +12,7 @@ import torch
 
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.images import Decoded, ImageError, show
+from revit_kernels.engines import Engine
 from revit_kernels.grids import Grid, largest_grid, native_grid
 from revit_kernels.serving.batching import token_batches
 from revit_kernels.serving.loading import Loaded, Pace, load_all
@@ -104,7 +105,7 @@ class Results(NamedTuple):
 
 
 def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> Results:
-    """What the model, a VarLenViT or an AdaptiveViT, says of images without errors."""
+    """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors."""
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
     if isinstance(model, AdaptiveViT):
         found = model.predict(images, channels_last=True)
@@ -115,7 +116,8 @@ def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> 
 def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
     with torch.inference_mode():
         if features:
-            packed = model.forward_features(images, grids=grids, channels_last=True)
+            found = model.features if isinstance(model, Engine) else model.forward_features
+            packed = found(images, grids=grids, channels_last=True)
             return model.forward_head(packed, pre_logits=True).float()
         return model(images, grids=grids, channels_last=True).float().softmax(-1)
 
@@ -134,8 +136,8 @@ def infer(
 ) -> Totals:
     """Run the model over image files and write one record for each, in the order given.
 
-    model:        a VarLenViT in eval mode, or an AdaptiveViT, which gives each image a length by its policy: `rule` is
-                  then to give the longest
+    model:        a VarLenViT in eval mode, an engine of one, or an AdaptiveViT, which gives each image a length by its
+                  policy: `rule` is then to give the longest
     paths:        image files; one that is missing or broken becomes a record with its error
     rule:         which grid each image gets
     writer:       of serving.records

@@ -47,16 +47,13 @@ def load_model(
     untrained: bool = False,
     device: torch.device,
     dtype: torch.dtype,
-    quantise: str | None = None,
 ):
     """The model with its weights, in eval mode, on the device.
 
     name:       of timm, or a .safetensors file that says what model it is for
     checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
-    quantise:   "int8" or "fp8": see `revit_kernels.models.quantise`
 
-    Raises ValueError where there are no weights, or they do not fit, for a model of other images than RGB, and where
-    it cannot be quantised so.
+    Raises ValueError where there are no weights, or they do not fit, and for a model of other images than RGB.
     """
     from revit_kernels.models.checkpoints import description
     from revit_kernels.models.registry import create_model, resolve
@@ -77,14 +74,15 @@ def load_model(
     channels = model.patch_embed.proj.in_channels
     if channels != 3:
         raise ValueError(f"--model {name} takes images of {channels} channels; images are decoded to RGB, which has 3")
-    model = model.to(device, dtype).eval()
-    if quantise:
-        try:
-            model.quantise(quantise)
-        except NotImplementedError as why:
-            raise ValueError(f"--quantise {quantise}: {why}") from None
-    model.prepack()  # nobody else writes to these weights
-    return model
+    return model.to(device, dtype).eval()
+
+
+def make_engine(model, quantize: str | None):
+    """The model's engine. Raises ValueError where it cannot be quantized so."""
+    try:
+        return model.engine(quantize=quantize)
+    except NotImplementedError as why:
+        raise ValueError(f"--quantize {quantize}: {why}") from None
 
 
 def read_labels(path: str | None, model) -> list[str] | None:

@@ -17,16 +17,14 @@ from revit_kernels.training.labels import collect, join
 
 
 def load_resizable(path: str, device_name: str | None, dtype: str | None):
-    """A ReViT from its file, in eval mode, prepacked. Raises ValueError for a file of another kind of model."""
+    """A ReViT from its file, in eval mode. Raises ValueError for a file of another kind of model."""
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} is no .safetensors file of a ReViT: train one with `revit train`")
     device = choose_device(device_name)
     model = create_model(path)
     if model.menu is None:
         raise ValueError(f"{path} knows one length only: make it a ReViT with `revit train {path} --menu ...`")
-    model = model.to(device, choose_dtype(dtype, device)).eval()
-    model.prepack()
-    return model
+    return model.to(device, choose_dtype(dtype, device)).eval()
 
 
 def fit_images(images, model, by_class: bool = True):

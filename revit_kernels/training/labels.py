@@ -15,6 +15,7 @@ from torch import Tensor
 
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
+from revit_kernels.engines import engine_of
 from revit_kernels.models.checkpoints import fingerprint, write_whole
 from revit_kernels.training.distillation import packed_logits
 
@@ -83,7 +84,7 @@ def collect(
     if against not in ("truth", "full"):
         raise ValueError(f"against must be 'truth' or 'full', got {against!r}")
     label_of(np.zeros((0, 1), bool), unsolved, rule)
-    mark = fingerprint(model)
+    mark, engine = fingerprint(model), engine_of(model)
     shards = [range(i, min(i + SHARD, len(images))) for i in range(0, len(images), SHARD)]
     if partial is not None:
         dtype = str(next(model.parameters()).dtype)
@@ -94,7 +95,7 @@ def collect(
         file = partial / f"{number:05d}.npz" if partial is not None else None
         part = _kept(file)
         if part is None:
-            part = _ask(model, images, members, batch_tokens, probabilities, progress)
+            part = _ask(engine, images, members, batch_tokens, probabilities, progress)
             if file is not None:
                 write_whole(file, lambda temporary, part=part: _save(temporary, part))
         elif progress is not None:

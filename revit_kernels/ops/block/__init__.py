@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import choose, one_device
+from revit_kernels.dispatch import one_device, register
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 KINDS = (None, "int8")
@@ -14,7 +14,7 @@ KINDS = (None, "int8")
 class BlockWeights(NamedTuple):
     """A block's parameters.
 
-    norm1, norm2:             (dim,), or (lengths, dim) for an affine per token length
+    norm1, norm2:             (dim,), or (lengths, dim) for an affine per token length; so are their biases
     qkv:                      (3 * heads * head_dim, dim); proj: (dim, heads * head_dim)
     fc1:                      (hidden, dim); fc2: (dim, hidden)
     gamma1, gamma2:           (dim,) LayerScale of the two branches, or None
@@ -35,6 +35,18 @@ class BlockWeights(NamedTuple):
     fc2: Tensor
     fc2_bias: Tensor | None
     gamma2: Tensor | None
+
+
+_OPTIONAL = ("qkv_bias", "proj_bias", "gamma1", "fc1_bias", "fc2_bias", "gamma2")
+_WEIGHTS = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in BlockWeights._fields)
+
+_forward = register(
+    "block",
+    "forward",
+    f"(Tensor x, Tensor cu_seqlens, Tensor? row, {_WEIGHTS}, int heads, float eps1, float eps2, float scale, "
+    "str activation, str? kind, str? backend) -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+)
 
 
 def _check(x, cu_seqlens, w, heads, row, activation, kind):
@@ -94,9 +106,8 @@ def block(
     _check(x, cu_seqlens, weights, heads, row, activation, kind)
     one_device(x=x, cu_seqlens=cu_seqlens, row=row, **weights._asdict())
     scale = (weights.proj.shape[1] // heads) ** -0.5 if scale is None else scale
-    args = (x, cu_seqlens, row, weights, heads, eps, scale, activation, kind)
     with torch.no_grad():
-        return choose("block", backend, *args).forward(*args)
+        return _forward(x, cu_seqlens, row, *weights, heads, *eps, scale, activation, kind, backend)
 
 
 def sample(device="cpu", dtype=torch.float32) -> tuple:
@@ -110,4 +121,4 @@ def sample(device="cpu", dtype=torch.float32) -> tuple:
         *(zeros(16), zeros(16), zeros(64, 16), zeros(64), zeros(16, 64), zeros(16), None),
     )
     cu_seqlens = torch.tensor([0, 1, 4], dtype=torch.int32, device=device)
-    return zeros(4, 16), cu_seqlens, None, weights, 2, (1e-6, 1e-6), 0.125, "gelu", None
+    return zeros(4, 16), cu_seqlens, None, *weights, 2, 1e-6, 1e-6, 0.125, "gelu", None

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from revit_kernels.ops.block import BlockWeights
+
 
 def refusal(*_):
     return None
@@ -50,7 +52,9 @@ def _activate(x, activation):
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def forward(x, cu_seqlens, row, w, heads, eps, scale, activation, kind):
+def forward(x, cu_seqlens, row, *rest):
+    *parameters, heads, eps1, eps2, scale, activation, kind = rest
+    w = BlockWeights(*parameters)
     used = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
     used[cu_seqlens[0] : cu_seqlens[-1]] = True
     x = x.masked_fill(~used, 0)
@@ -62,9 +66,9 @@ def forward(x, cu_seqlens, row, w, heads, eps, scale, activation, kind):
     def add(x, branch, gamma):
         return x + (branch if gamma is None else branch * gamma)
 
-    y = _norm(x, w.norm1, w.norm1_bias, row, eps[0])
+    y = _norm(x, w.norm1, w.norm1_bias, row, eps1)
     y = _attend(linear(y, w.qkv, w.qkv_bias), cu_seqlens, heads, scale)
     x = add(x, linear(y, w.proj, w.proj_bias), w.gamma1).to(dtype)
-    y = _norm(x, w.norm2, w.norm2_bias, row, eps[1])
+    y = _norm(x, w.norm2, w.norm2_bias, row, eps2)
     y = _activate(linear(y, w.fc1, w.fc1_bias), activation)
     return add(x, linear(y, w.fc2, w.fc2_bias), w.gamma2).to(dtype).masked_fill(~used, 0)

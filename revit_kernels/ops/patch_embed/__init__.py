@@ -6,7 +6,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import PLAIN, one_device, register
+from revit_kernels.dispatch import PLAIN, load, one_device, register
 from revit_kernels.ops.patch_embed.weight import resize_patch_weight
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
@@ -152,6 +152,7 @@ def patch_embed(
     method: str = "resize",
     interpolation: str = "bicubic",
     channels_last: bool = False,
+    packed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Embed images of any size as packed tokens, each on the grid that the packing gives it.
@@ -167,6 +168,8 @@ def patch_embed(
     method:  "resize": an image that is not grid x patch is resized to it as by F.interpolate(antialias=True).
              "patch": the weight is resized to height / rows, width / columns instead (FlexiViT, arXiv:2212.08013, 3.4)
     channels_last: images are (..., height, width, channels)
+    packed:  weight and bias as the CPU's kernel reads them (`ops.patch_embed.cpu.pack`), from an engine; at inference
+             on a CPU only, and not with method="patch"
 
     Returns (capacity, dim) in the dtype of the weight; rows of no image are zeros. Pixels are resized and normalised in
     fp32, then rounded to the weight's dtype. Gradients to weight, bias, pos and prefix.
@@ -180,6 +183,11 @@ def patch_embed(
         raise ValueError(f"method must be 'resize' or 'patch', got {method!r}")
     options = dict(pos=pos, prefix=prefix, mean=mean, std=std, interpolation=interpolation)
     options |= dict(channels_last=channels_last, backend=backend)
+    if packed is not None and method == "resize":
+        statistics = (None if x is None else [float(number) for number in x] for x in (mean, std))
+        places = (packing.cu_seqlens, packing.placement, packing.image)
+        how = (pos, prefix, *statistics, interpolation, channels_last, packing.prefix)
+        return load("patch_embed", "cpu").forward_packed(images, weight, packed, *places, *how)
     if method == "patch":
         return _resized_patches(images, sizes, weight, bias, packing, options)
     return _embed(images, sizes, weight, bias, packing, **options)

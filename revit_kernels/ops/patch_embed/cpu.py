@@ -1,11 +1,10 @@
 """The op on a CPU: in one sweep at inference; for a backward, patches, the vendor's product, and positions apart."""
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from revit_kernels import native
 from revit_kernels.gemm import linear
-from revit_kernels.layouts import Layouts, panels
+from revit_kernels.panels import pack_weight
 
 native.load("cpu")
 _embed = torch.ops.revit_kernels.patch_embed_cpu.default
@@ -13,9 +12,6 @@ _patchify = torch.ops.revit_kernels.patchify_cpu.default
 _place = torch.ops.revit_kernels.place_cpu.default
 _sums = torch.ops.revit_kernels.patch_embed_sums_cpu.default
 _weight_gradient = torch.ops.revit_kernels.patch_embed_weight_cpu.default
-
-_flat = WeakIdKeyDictionary()  # parameter: the same memory as (dim, width), whose packed layout `linear` keeps
-_packed = Layouts(lambda weight, bias: panels(weight.flatten(1), bias, None, weight.dtype))
 
 
 def refusal(x, y, *_):
@@ -32,13 +28,9 @@ def _fits(weight):
     return weight.shape[1:].numel() % 4 == 0
 
 
-def _flatten(weight):
-    if type(weight) is not torch.nn.Parameter or not weight.is_contiguous():
-        return weight.flatten(1)
-    flat = _flat.get(weight)
-    if flat is None or flat.data_ptr() != weight.data_ptr() or flat.dtype != weight.dtype:
-        flat = _flat[weight] = torch.nn.Parameter(weight.detach().flatten(1), requires_grad=False)
-    return flat
+def pack(weight, bias):
+    """The weight and its bias as the one sweep reads them; None where it cannot: for patches of odd sizes."""
+    return pack_weight(weight.flatten(1), bias, None, weight.dtype) if _fits(weight) else None
 
 
 def _affine(images, channels, mean, std):
@@ -47,6 +39,28 @@ def _affine(images, channels, mean, std):
     mean = [0.0] * channels if mean is None else mean
     unit = 255 if images and images[0].dtype == torch.uint8 else 1
     return [1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def forward_packed(
+    images,
+    weight,
+    packed,
+    cu_seqlens,
+    placement,
+    image,
+    pos,
+    prefix,
+    mean,
+    std,
+    interpolation,
+    channels_last,
+    prefix_tokens,
+):
+    """The op in one sweep at inference. packed: what `pack` made of the weight and the bias"""
+    pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
+    affine = _affine(images, weight.shape[1], mean, std)
+    how = (interpolation == "bicubic", channels_last, prefix_tokens, image.shape[0])
+    return _embed(images, weight, packed, cu_seqlens, placement, pos, prefix, *affine, *how)
 
 
 def forward(
@@ -60,29 +74,24 @@ def forward(
     prefix,
     mean,
     std,
-    how,
+    interpolation,
     channels_last,
     _,
     prefix_tokens,
     keep,
 ):
-    places, affine = (cu_seqlens, placement), _affine(images, weight.shape[1], mean, std)
-    how = (how == "bicubic", channels_last, prefix_tokens, image.shape[0])
-    pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
-    packed = _packed.get(weight, bias) if not keep and _fits(weight) else None
+    packed = None if keep else pack(weight, bias)
     if packed is not None:
-        y = _embed(images, weight, packed, *places, pos, prefix, *affine, *how)
+        places, how = (cu_seqlens, placement, image), (interpolation, channels_last, prefix_tokens)
+        y = forward_packed(images, weight, packed, *places, pos, prefix, mean, std, *how)
         return y, weight.new_empty(0, weight[0].numel())
-    patches = _patchify(images, weight, *places, *affine, *how)
-    y = linear(patches, _flatten(weight), bias)
-    _place(y, *places, pos, prefix, prefix_tokens)
+    pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
+    affine = _affine(images, weight.shape[1], mean, std)
+    how = (interpolation == "bicubic", channels_last, prefix_tokens, image.shape[0])
+    patches = _patchify(images, weight, cu_seqlens, placement, *affine, *how)
+    y = linear(patches, weight.flatten(1), bias)
+    _place(y, cu_seqlens, placement, pos, prefix, prefix_tokens)
     return y, patches if keep else patches.new_empty(0, patches.shape[1])
-
-
-def prepack(weight, bias) -> None:
-    """Pack the weight now, and see no more whether it changed but by its version."""
-    if _fits(weight):
-        _packed.trust(weight, bias)
 
 
 def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):

@@ -1,0 +1,5 @@
+"""Models made ready to answer: snapshots of their weights, laid out for one device and one way of answering."""
+
+from revit_kernels.engines.engine import QUANTIZE, Engine, StaleEngine, engine_of
+
+__all__ = ["QUANTIZE", "Engine", "StaleEngine", "engine_of"]

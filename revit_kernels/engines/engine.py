@@ -1,0 +1,181 @@
+"""The engine: a model made ready to answer."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from revit_kernels.engines.packed import TRAINING, PackedBlocks, refusal
+from revit_kernels.models.quantize import fp8
+from revit_kernels.modules.layer_norm import add, normalise
+
+QUANTIZE = (None, "int8", "fp8")
+STALE = ("raise", "refresh")
+
+
+class StaleEngine(RuntimeError):
+    """The model changed after its engine was made."""
+
+
+class Engine:
+    """A model made ready to answer, for inference: `engine(images, ...)` gives what `model(images, ...)` gives.
+
+    An engine is a snapshot of the model's weights, as an exported model is. On a CPU it packs them once and runs all
+    blocks, the final norm and the head in one call; the model itself packs each weight in each call. Where the model
+    is not made of plain pre-norm blocks, is on a GPU or in training mode, `engine.refusal` says so, and the engine runs
+    the model as it is: that is no snapshot then.
+
+    model:    a VarLenViT
+    quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
+              "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
+    stale:    what to do in a call where the model went through `train()`, or the versions, addresses or identities of
+              its parameters show a change: "raise" StaleEngine, or "refresh". A write through `.data` or a NumPy view
+              raises no version and goes unnoticed: call `refresh()` after one
+
+    Many threads may call one engine. Raises ValueError for another `quantize` or `stale`, NotImplementedError where the
+    model cannot be quantized here.
+    """
+
+    def __init__(self, model: nn.Module, *, quantize: str | None = None, stale: str = "raise"):
+        if quantize not in QUANTIZE:
+            raise ValueError(f"quantize must be one of {QUANTIZE}, got {quantize!r}")
+        if stale not in STALE:
+            raise ValueError(f"stale must be one of {STALE}, got {stale!r}")
+        self.model, self.quantize, self.stale = model, quantize, stale
+        self.refresh()
+
+    def __getattr__(self, name: str):
+        """What describes the model (its menu, its classes, ...) describes its engine."""
+        if name.startswith("__") or name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def __reduce__(self):
+        return _remade, (self.model, self.quantize, self.stale)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the model's weights anew."""
+        model = self.model
+        modules = list(model.modules())
+        watched = [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
+        self.refusal = refusal(model, "int8" if self.quantize == "int8" else None)
+        running, blocks = model, None
+        if self.quantize == "fp8":
+            running = fp8(copy.deepcopy(model))
+        elif self.refusal is None:
+            blocks = PackedBlocks(model, self.quantize)
+            running = _without_blocks(model)
+        elif self.quantize:
+            raise NotImplementedError(f"{self.quantize}: {self.refusal}")
+        self._snapshot = watched, _state(watched, model), running, blocks
+
+    def _current(self) -> tuple[nn.Module, PackedBlocks | None]:
+        """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
+        watched, state, running, _ = self._snapshot
+        if running is not self.model and _state(watched, self.model) != state:
+            if self.stale == "raise":
+                raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
+            self.refresh()
+        elif self.refusal == TRAINING and self.stale == "refresh" and not self.model.training:
+            self.refresh()
+        return self._snapshot[2:]
+
+    # ------------------------------------------------------------------ answers
+
+    @torch.no_grad()
+    def __call__(self, images, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False):
+        """(images, classes), one row per image in the order given; arguments as of VarLenViT."""
+        running, blocks = self._current()
+        images, packing, dense = running._inputs(images, grids, packing, max_tokens, channels_last)
+        if blocks is None:
+            return running._features(images, packing, dense, channels_last, {}, answers=True)[0]
+        x = _embedded(running, blocks, images, packing, channels_last)
+        if blocks.head is not None:
+            return running._answered(blocks.answers(x, packing), packing)
+        x = blocks.run(x, packing, 0, None)
+        return running.finish([_dense(x, packing) if dense else x, None, None], packing)
+
+    @torch.no_grad()
+    def features(self, images, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False):
+        """What `model.forward_features` gives: (images, length, dim) for a dense batch, else PackedTokens."""
+        running, blocks = self._current()
+        options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
+        if blocks is None:
+            return running.forward_features(images, **options)
+        images, packing, dense = running._inputs(images, **options)
+        x = blocks.run(_embedded(running, blocks, images, packing, channels_last), packing, 0, None)
+        return running.normalised([_dense(x, packing) if dense else x, None, None], packing, dense)
+
+    # ------------------------------------------------------------------ in parts, for what goes on from an early block
+
+    @torch.no_grad()
+    def embed(self, images, packing, channels_last: bool = False) -> Tensor:
+        """As VarLenViT.embed."""
+        running, blocks = self._current()
+        if blocks is None:
+            return running.embed(images, packing, channels_last)
+        images, packing, _ = running._inputs(images, None, packing, None, channels_last)
+        return _embedded(running, blocks, images, packing, channels_last)
+
+    @torch.no_grad()
+    def run_blocks(self, stream, packing, start: int = 0, stop: int | None = None):
+        """As VarLenViT.run_blocks, without masks and visits."""
+        running, blocks = self._current()
+        if blocks is None:
+            return running.run_blocks(stream, packing, start, stop)
+        x = add(*stream)
+        return [blocks.run(x.flatten(0, -2), packing, start, stop).view_as(x), None, None]
+
+    @torch.no_grad()
+    def finish(self, stream, packing) -> Tensor:
+        """As VarLenViT.finish."""
+        return self._current()[0].finish(stream, packing)
+
+    def forward_head(self, x, pre_logits: bool = False):
+        """As VarLenViT.forward_head."""
+        with torch.no_grad():
+            return self._current()[0].forward_head(x, pre_logits)
+
+
+def engine_of(model) -> Engine:
+    """The model's engine, refreshed where the model changes; an engine itself as it is."""
+    return model if isinstance(model, Engine) else Engine(model, stale="refresh")
+
+
+def _remade(model, quantize, stale):
+    return Engine(model, quantize=quantize, stale=stale)
+
+
+def _state(watched: tuple[list[dict], list[dict]], model) -> tuple:
+    """What shows a change: which modules and parameters there are, how often these were written to, where they lie."""
+    modules, parameters = (chain.from_iterable(map(dict.values, dicts)) for dicts in watched)
+    parameters = [p for p in parameters if p is not None]
+    versions = [0 if p.is_inference() else p._version for p in parameters]
+    identities = [*map(id, modules)], [*map(id, parameters)]
+    return model.times_trained, identities, versions, [*map(Tensor.data_ptr, parameters)]
+
+
+def _without_blocks(model: nn.Module) -> nn.Module:
+    """A copy of all that is not in the blocks; its `blocks` are the model's own, and are not run."""
+    shell = copy.copy(model)
+    shell.__dict__ = model.__dict__ | {"_modules": {}, "_parameters": {}, "_buffers": model._buffers.copy()}
+    for name, parameter in model._parameters.items():
+        copied = None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        shell._parameters[name] = copied
+    for name, module in model._modules.items():
+        shell._modules[name] = module if name == "blocks" else copy.deepcopy(module).requires_grad_(False)
+    return shell
+
+
+def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
+    positions = blocks.positions(running, packing.menu)
+    x, packing = running._embed(images, packing, channels_last, positions, blocks.patch)
+    return normalise(running.norm_pre, x, packing)[0]
+
+
+def _dense(x: Tensor, packing) -> Tensor:
+    return x.view(packing.images, packing.max_seqlen, -1)

@@ -1,0 +1,20 @@
+"""Weights packed as the CPU kernels' matrix product reads them: csrc/gemm."""
+
+import torch
+from torch import Tensor
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+
+
+def has_kernel(kind) -> bool:
+    """Whether this CPU has a product for weights of this kind, one of KINDS."""
+    return torch.ops.revit_kernels.packs_cpu.default(KINDS[kind])
+
+
+def pack_weight(weight: Tensor, bias: Tensor | None, gamma: Tensor | None, kind) -> Tensor:
+    """A weight (out, in), in a multiple of 4, with what is added to and multiplied with its product, (out,) each.
+
+    Returns bytes for this CPU and this instruction set alone to read. Errors if there is no kernel for the kind.
+    """
+    bias, gamma = (None if t is None else t.detach().float().contiguous() for t in (bias, gamma))
+    return torch.ops.revit_kernels.pack_cpu.default(weight.detach().contiguous(), bias, gamma, KINDS[kind])
