@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None)
 
 
 def has_kernel(kind) -> bool:
@@ -18,3 +19,11 @@ def pack_weight(weight: Tensor, bias: Tensor | None, gamma: Tensor | None, kind)
     """
     bias, gamma = (None if t is None else t.detach().float().contiguous() for t in (bias, gamma))
     return torch.ops.revit_kernels.pack_cpu.default(weight.detach().contiguous(), bias, gamma, KINDS[kind])
+
+
+def multiply(x: Tensor, packed: Tensor, out: int, activation: str | None = None) -> Tensor:
+    """activation(x @ weight.T + bias), (rows, out): a row's bits do not depend on the rows beside it.
+
+    x: (rows, in) float32 or bfloat16; packed: of `pack_weight`, the weight (out, in) of the same dtype
+    """
+    return torch.ops.revit_kernels.linear_cpu.default(x.contiguous(), packed, out, ACTIVATIONS.index(activation))

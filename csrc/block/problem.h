@@ -5,8 +5,6 @@
 
 #include "gemm/packed.h"
 
-enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu };
-
 struct Norm {
   const float *weight, *bias;  // (lengths, dim)
   int64_t lengths;

@@ -227,8 +227,9 @@ struct Rows {
             return up<Activation::kGeluTanh>(rows, columns, next);
           case Activation::kQuickGelu:
             return up<Activation::kQuickGelu>(rows, columns, next);
+          default:
+            return;
         }
-        return;
       case Step::kStageHidden:
         if constexpr (kQuantised) stage(hidden, p.hidden, rows);
         return;

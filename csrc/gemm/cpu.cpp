@@ -36,9 +36,9 @@ Linear linear(char* packed, int64_t kind, int64_t in, int64_t out) {
 }
 
 void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, int64_t rows, Span columns,
-              const void* add, void* y) {
+              const void* add, void* y, Activation activation) {
   static const auto multiply = EVERY_ISA_PICK(multiply);
-  multiply(weight, static_cast<Kind>(kind), is_bf16, x, rows, columns, add, y);
+  multiply(weight, static_cast<Kind>(kind), is_bf16, x, rows, columns, add, y, activation);
 }
 
 }  // namespace revit_gemm
@@ -70,9 +70,56 @@ Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const s
   return packed;
 }
 
+// activation(x W^T + bias). x: (rows, in) fp32 or bf16; packed: the weight (out, in) and the bias, by pack_cpu of the
+// dtype of x. A row's bits depend neither on the rows beside it nor on the number of threads.
+Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t activation) {
+  constexpr int64_t kMostRows = 128, kFewRows = 24;  // that a thread multiplies at a time
+  const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
+  const int64_t kind = is_bf16 ? 1 : 0, rows = x.size(0), in = x.size(1), number = is_bf16 ? 2 : 4;
+  const Layout how = revit_gemm::layout(kind);
+  const Linear weight = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  STD_TORCH_CHECK(packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
+                  "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
+  Tensor y = torch::stable::new_empty(x, {rows, out});
+  const auto* from = static_cast<const char*>(x.data_ptr());
+  auto* to = static_cast<char*>(y.data_ptr());
+  static const auto widen = EVERY_ISA_PICK(widen_row);
+  auto part = [&](Span own, Span columns) {
+    const char* left = from + own.begin * in * number;
+    static thread_local std::vector<float> wide;  // for a CPU without products of bf16
+    if (is_bf16 && how.unit == 4) {
+      wide.resize(own.size() * in);
+      for (int64_t r = 0; r < own.size(); ++r) widen(left + r * in * 2, in, wide.data() + r * in);
+      left = reinterpret_cast<const char*>(wide.data());
+    }
+    revit_gemm::multiply(weight, kind, is_bf16, left, own.size(), columns, nullptr, to + own.begin * out * number,
+                         static_cast<Activation>(activation));
+  };
+  const int64_t threads = torch::stable::get_num_threads(), panels = (out + how.panel - 1) / how.panel;
+  if (rows < threads * kFewRows) {
+    const int64_t parts = std::min(panels, 2 * threads);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Span own = Span{0, panels}.part(i, parts);
+        part({0, rows}, {own.begin * how.panel, std::min(own.end * how.panel, out)});
+      }
+    });
+  } else {
+    const int64_t parts = std::max(threads, (rows + kMostRows - 1) / kMostRows);
+    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) part(Span{0, rows}.part(i, parts), {0, out});
+    });
+  }
+  return y;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
+  m.def("linear_cpu(Tensor x, Tensor packed, int out, int activation) -> Tensor");
   m.def("packs_cpu(int kind) -> bool");
   m.def("pack_cpu(Tensor weight, Tensor? bias, Tensor? gamma, int kind) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) { m.impl("pack_cpu", TORCH_BOX(&pack_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
+  m.impl("pack_cpu", TORCH_BOX(&pack_cpu));
+  m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
+}
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) { m.impl("packs_cpu", TORCH_BOX(&packs_cpu)); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 enum class Kind : int64_t { kFloat, kBfloat16, kInt8 };
+enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu, kNone };
 
 struct Span {
   int64_t begin, end;

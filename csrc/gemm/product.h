@@ -135,6 +135,10 @@ Tile<Math> tile_of(int64_t rows, int64_t vectors) {
 // columns: from a panel's first to a panel's last; next: the panel that will be read after these.
 constexpr int64_t kWidth = kVectors * kLanes;
 
+// How many steps are added up in one row: of fp32 no more, or the rounding of long sums shows.
+template <class Math>
+constexpr int64_t kMostSteps = std::is_same_v<Math, Singles> ? 1024 : INT64_MAX / 2;
+
 template <class Math, class G, class F>
 inline void product(const Linear& weight, const typename Math::Unit* x, Span rows, Span columns, const char* next,
                     G soon, F done) {
@@ -149,7 +153,15 @@ inline void product(const Linear& weight, const typename Math::Unit* x, Span row
       const Span part = rows.part(t, tiles);
       const char* ahead = then + std::min<int64_t>(t, kVectors) * steps * 64;
       soon(part.begin, part.size(), column);
-      tile_of<Math>(part.size(), vectors)(x + part.begin * weight.in, weight.in, panel, steps, ahead, sums);
+      const auto* rows_of_x = x + part.begin * weight.in;
+      const auto multiply = tile_of<Math>(part.size(), vectors);
+      multiply(rows_of_x, weight.in, panel, std::min(steps, kMostSteps<Math>), ahead, sums);
+      for (int64_t k = kMostSteps<Math>; k < steps; k += kMostSteps<Math>) {
+        alignas(64) typename Math::Number more[kRows * kWidth];
+        multiply(rows_of_x + k * Math::kDepth, weight.in, panel + k * vectors * kLanes * Math::kDepth,
+                 std::min(steps - k, kMostSteps<Math>), ahead + k * 64, more);
+        for (int64_t i = 0; i < part.size() * vectors * kLanes; ++i) sums[i] += more[i];
+      }
       done(part.begin, part.size(), column, vectors, sums);
     }
   }

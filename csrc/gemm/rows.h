@@ -1,5 +1,6 @@
 // Packing, and the product by itself. No include guard: compiled once per instruction set.
 
+#include "block/activation.h"
 #include "gemm/product.h"
 
 // Bytes of a weight in its panels, and the lanes that its columns are rounded up to; 0 for a kind there is not here.
@@ -32,9 +33,29 @@ inline void pack_weight(Kind kind, bool is_bf16, const void* weight, const Linea
     pack_as(kind, static_cast<const float*>(weight), to, columns);
 }
 
-// y = x W^T + bias (+ add). x: (rows, in) of the numbers that layout_of names; add, y: (rows, out) bf16 or fp32
+inline void widen_row(const void* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; ++i) y[i] = convert<float>(static_cast<const Bfloat16*>(x)[i]);
+}
+
+template <class T>
+inline Floats activated(Activation activation, Floats x) {
+  constexpr bool kShort = !std::is_same_v<T, float>;
+  switch (activation) {
+    case Activation::kGelu:
+      return activate<Activation::kGelu, kShort>(x);
+    case Activation::kGeluTanh:
+      return activate<Activation::kGeluTanh, kShort>(x);
+    case Activation::kQuickGelu:
+      return activate<Activation::kQuickGelu, kShort>(x);
+    default:
+      return x;
+  }
+}
+
+// y = activation(x W^T + bias (+ add)). x: (rows, in) of the numbers that layout_of names; add, y: (rows, out) bf16 or
+// fp32
 inline void multiply(const Linear& weight, Kind kind, bool is_bf16, const void* x, int64_t rows, Span columns,
-                     const void* add, void* y) {
+                     const void* add, void* y, Activation activation) {
   with_types(kind, is_bf16, [&](auto math, auto type) {
     using Math = std::remove_pointer_t<decltype(math)>;
     using T = std::remove_pointer_t<decltype(type)>;
@@ -51,7 +72,9 @@ inline void multiply(const Linear& weight, Kind kind, bool is_bf16, const void* 
               for (int64_t v = 0; v < vectors; ++v, sums += kLanes) {
                 const int64_t column = left + v * kLanes, at = r * stride + column;
                 const Floats sum = load(sums, Full{}) + load(bias + column, Full{});
-                auto put = [&](auto n) { store(out + at, added ? sum + load(added + at, n) : sum, n); };
+                auto put = [&](auto n) {
+                  store(out + at, activated<T>(activation, added ? sum + load(added + at, n) : sum), n);
+                };
                 if (column + kLanes <= stride)
                   put(Full{});
                 else
