@@ -70,6 +70,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotate_half: bool = False) -> Te
     return (x * cos + turned * sin).to(x.dtype)
 
 
+def _plain(q, k, v, cu_seqlens, max_seqlen) -> bool:
+    """Whether these are self-attention's, beyond doubt: what every block of a model asks, so at little cost."""
+    shape, dtype = q.shape, q.dtype
+    return (
+        len(shape) == 3
+        and shape[2] != 0
+        and dtype.is_floating_point
+        and k.dtype == dtype == v.dtype
+        and k.shape == shape == v.shape
+        and cu_seqlens.ndim == 1
+        and cu_seqlens.shape[0] > 0
+        and cu_seqlens.dtype == torch.int32
+        and type(max_seqlen) is int
+        and max_seqlen >= 0
+    )
+
+
 def _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 3:
@@ -142,21 +159,26 @@ def attention(
     """
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
+    plain = cu_seqlens_k is None and _plain(q, k, v, cu_seqlens, max_seqlen)
     if cu_seqlens_k is None:
-        if k.shape[:1] != q.shape[:1]:
+        if not plain and k.shape[:1] != q.shape[:1]:
             raise ValueError(f"k must have the {q.shape[0]} tokens of q unless cu_seqlens_k is given, got {k.shape[0]}")
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
-    _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
+    if not plain:
+        _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     one_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
     if rotary is not None:
         q, k = _rotated(q, k, cu_seqlens, rotary)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
     boundaries_k = None if cu_seqlens_k is cu_seqlens else cu_seqlens_k.contiguous()
-    boundaries = (cu_seqlens.contiguous(), max_seqlen, boundaries_k, max_seqlen_k)
-    return _Attention.apply(q, k, v, *boundaries, scale, backend)
+    cu_seqlens = cu_seqlens.contiguous()
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k, scale, backend)
+    boundaries_k = cu_seqlens if boundaries_k is None else boundaries_k
+    return _forward(q, k, v, cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k, scale, backend)[0]
 
 
 def sample(device="cpu", dtype=torch.float32) -> tuple:

@@ -77,6 +77,28 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def _check(x, weight, bias, row, branch, gamma):
+    if not _plain(x, weight, bias, row, branch, gamma):
+        _check_each(x, weight, bias, row, branch, gamma)
+    one_device(x=x, weight=weight, bias=bias, row=row, branch=branch, gamma=gamma)
+
+
+def _plain(x, weight, bias, row, branch, gamma) -> bool:
+    """Whether these fit together, beyond doubt: what every block of a model asks twice, so at little cost."""
+    shape = x.shape
+    if len(shape) != 2 or not shape[1] or not x.dtype.is_floating_point or weight is None:
+        return False
+    affine = weight.shape
+    return (
+        (len(affine) == 1 or (len(affine) == 2 and affine[0] > 0))
+        and affine[-1] == shape[1]
+        and (bias is None or bias.shape == affine)
+        and (row is None or (row.shape == shape[:1] and row.dtype == torch.int32))
+        and (gamma is None if branch is None else branch.shape == shape)
+        and (gamma is None or gamma.shape == shape[1:])
+    )
+
+
+def _check_each(x, weight, bias, row, branch, gamma):
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x must be (tokens, dim) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
     tokens, dim = x.shape
@@ -97,7 +119,6 @@ def _check(x, weight, bias, row, branch, gamma):
         raise ValueError("gamma scales the branch: it needs one")
     if gamma is not None and gamma.shape != (dim,):
         raise ValueError(f"gamma must be ({dim},), got {tuple(gamma.shape)}")
-    one_device(x=x, weight=weight, bias=bias, row=row, branch=branch, gamma=gamma)
 
 
 def layer_norm(
@@ -128,8 +149,8 @@ def layer_norm(
     Raises ValueError for a wrong shape or dtype, NotImplementedError where no backend takes the arguments.
     """
     _check(x, weight, bias, row, branch, gamma)
-    weight, bias = (p[None] if p is not None and p.ndim == 1 else p for p in (weight, bias))
-    x, row, branch = (t if t is None else t.contiguous() for t in (x, row, branch))
+    weight, bias = [p.unsqueeze(0) if p is not None and p.ndim == 1 else p for p in (weight, bias)]
+    x, row, branch = [t if t is None else t.contiguous() for t in (x, row, branch)]
     args = (x, weight, bias, row, branch, gamma, eps, rms, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, branch, gamma)):
         return _LayerNorm.apply(*args)
