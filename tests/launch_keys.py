@@ -118,10 +118,16 @@ def pool(op, tokens, images, ahead):
     op.backward(y, x, ends, tokens, "avgmax", PREFIX, False)
 
 
-def pos_embed(op, tokens, images, ahead):
+def pos_embed(op, tokens, images, ahead, backward=False):
     sizes, how = [min(tokens, 20), 9] * images, ("bicubic", True, False, 0.0)  # rows, columns, rows, ...
-    y = op.forward(numbers(14, 14, DIM), sizes, *how)
-    op.backward(y, 14, 14, sizes, *how)
+    if backward:
+        op.backward(numbers(sizes[0] * 9 * images, DIM), 14, 14, sizes, *how)
+    else:
+        op.forward(numbers(14, 14, DIM), sizes, *how)
+
+
+def pos_embed_backward(op, tokens, images, ahead):
+    pos_embed(op, tokens, images, ahead, True)
 
 
 def tail(op, tokens, images, ahead):
@@ -134,7 +140,7 @@ CASES = {
     "linear": [linear, linear_without_tma, linear_in_e4m3],
     "patch_embed": [patch_embed, patch_embed_resized],
     "pool": [pool],
-    "pos_embed": [pos_embed],
+    "pos_embed": [pos_embed, pos_embed_backward],
     "tail": [tail],
 }
 

@@ -30,7 +30,7 @@ def _resample_kernel(
     band_ptr,  # (bands, 2): first, count
     weight_ptr,  # (bands, width)
     dim,
-    parts,
+    parts,  # None for 1, in every forward
     width,
     BLOCK_TAPS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -39,9 +39,10 @@ def _resample_kernel(
     cols = tl.program_id(1) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
     inside = cols < dim
     total = tl.zeros([BLOCK_DIM], tl.float32)
+    count = 1 if parts is None else parts
     part = 0
-    while part < parts:  # not `for`: NumPy 2.4 broke the interpreter's bounds that are not constants
-        at = part_ptr + (cell * parts + part) * 4
+    while part < count:  # not `for`: NumPy 2.4 broke the interpreter's bounds that are not constants
+        at = part_ptr + (cell * count + part) * 4
         down, across = tl.load(at), tl.load(at + 1)
         start, columns = tl.load(at + 2), tl.load(at + 3)
         row, rows = tl.load(band_ptr + down * 2), tl.load(band_ptr + down * 2 + 1)
@@ -78,14 +79,14 @@ def _plan(backward, rows, columns, sizes, how):
 _CACHE = DeviceCache()  # nothing is copied again for grids seen before
 
 
-def _resample(x, cells, arrays):
+def _resample(x, cells, arrays, parts=None):
     dim = x.shape[1]
     y = x.new_empty(cells, dim)
     part, band, weight = arrays
     if y.numel():
         tiles = configuration("pos_embed", "resample", x.device, bits=8 * x.element_size(), dim=dim)
         _resample_kernel[(cells, triton.cdiv(dim, tiles["BLOCK_DIM"]))](
-            x, y, part, band, weight, dim, part.shape[1], weight.shape[1], **tiles
+            x, y, part, band, weight, dim, parts, weight.shape[1], **tiles
         )
     return y
 
@@ -105,15 +106,16 @@ def backward(grad, rows, columns, sizes, *how):
         return grad.new_zeros(rows, columns, dim)
     key = (True, rows, columns, tuple(sizes), how)
     arrays = _CACHE.get(key, grad.device, lambda: _plan(*key))
-    return _resample(grad.contiguous(), rows * columns, arrays).view(rows, columns, dim)
+    return _resample(grad.contiguous(), rows * columns, arrays, arrays[0].shape[1]).view(rows, columns, dim)
 
 
-def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=(), is_aligned=True):
+def specification(kernel, tiles, bits=16, dim=768, dtype=None, backward=False, ones=(), is_aligned=True):
     """The kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
     dtype = dtype or ("fp32" if bits == 32 else "bf16")
     types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
     types |= dict.fromkeys(("dim", "parts", "width"), "i32")
     constexprs = {name: tiles[name] for name in ("BLOCK_TAPS", "BLOCK_DIM")} | dict.fromkeys(ones, 1)
+    constexprs |= {} if backward else {"parts": None}
     signature = {name: types.get(name, f"*{dtype}") for name in _resample_kernel.arg_names if name not in constexprs}
     aligned = is_aligned and dim % 16 == 0
     options = {"num_warps": tiles["num_warps"], "aligned": aligned, "multiples": ("dim",) if aligned else ()}
@@ -123,7 +125,9 @@ def specification(kernel, tiles, bits=16, dim=768, dtype=None, ones=(), is_align
 def offline():
     """(kernel, shape, what else a specification is told) beside the tables' rows."""
     for bits, dim, options in (
+        (32, 768, {"backward": True}),
         (32, 768, {"is_aligned": False}),
+        (16, 768, {"backward": True}),
         (16, 768, {"dtype": "fp16"}),
         (32, 1, {"ones": ("dim",)}),  # Triton makes a constant of a 1
     ):
