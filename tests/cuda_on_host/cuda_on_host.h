@@ -524,10 +524,13 @@ void wait_for_copies() {
 
 namespace cuda_on_host {
 
-// The GPU that this stands for: a Hopper where REVIT_CUDA_ON_HOST_HOPPER is set, else one of those that give a block
-// the least memory (sm_86, sm_89, sm_120).
+// The GPU that this stands for: a Hopper where REVIT_CUDA_ON_HOST_HOPPER is set, else an sm_80. A block may have as
+// much memory as those have, or as many KiB as REVIT_CUDA_ON_HOST_SHARED says: 99 on sm_86, sm_89 and sm_120.
 inline bool is_hopper() { return std::getenv("REVIT_CUDA_ON_HOST_HOPPER") != nullptr; }
-inline size_t most_shared() { return (is_hopper() ? 227 : 99) * 1024; }
+inline size_t most_shared() {
+  const char* wanted = std::getenv("REVIT_CUDA_ON_HOST_SHARED");
+  return (wanted ? std::atoi(wanted) : is_hopper() ? 227 : 163) * size_t{1024};
+}
 
 inline std::map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
 

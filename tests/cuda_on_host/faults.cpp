@@ -325,18 +325,20 @@ const bool known = [] {
   auto nothing = [](float* y, float*) { y[thread()] = static_cast<float>(thread()); };
   f["more than 1024 threads"] = [=](bool fault) { return counts(1, fault ? 1056 : 1024, 0, nothing); };
   f["more than 48 KiB without the attribute"] = [=](bool fault) { return counts(1, 32, 48 * 1024 + fault, nothing); };
-  f["more shared memory than a GPU has"] = [](bool fault) {
+  auto sized = [](int most) {
     void (*run)() = [] {};
-    allow_shared(reinterpret_cast<const void*>(run), 99 * 1024 + fault);
-    launch(run, dim3(1), 32, 99 * 1024 + fault);
+    allow_shared(reinterpret_cast<const void*>(run), most);
+    launch(run, dim3(1), 32, most);
     return "right";
   };
-  f["more shared memory than a Hopper has"] = [](bool fault) {
+  f["more shared memory than sm_80 has"] = [=](bool fault) { return sized(163 * 1024 + fault); };
+  f["more shared memory than sm_86 has"] = [=](bool fault) {
+    setenv("REVIT_CUDA_ON_HOST_SHARED", "99", 1);
+    return sized(99 * 1024 + fault);
+  };
+  f["more shared memory than sm_90 has"] = [=](bool fault) {
     setenv("REVIT_CUDA_ON_HOST_HOPPER", "1", 1);
-    void (*run)() = [] {};
-    allow_shared(reinterpret_cast<const void*>(run), 227 * 1024 + fault);
-    launch(run, dim3(1), 32, 227 * 1024 + fault);
-    return "right";
+    return sized(227 * 1024 + fault);
   };
   f["a grid too large in y"] = [](bool fault) {
     void (*run)() = [] {};
