@@ -137,7 +137,7 @@ constexpr int64_t kWidth = kVectors * kLanes;
 
 // How many steps are added up in one row: of fp32 no more, or the rounding of long sums shows.
 template <class Math>
-constexpr int64_t kMostSteps = std::is_same_v<Math, Singles> ? 1024 : INT64_MAX / 2;
+constexpr int64_t kMostSteps = std::is_same_v<Math, Singles> ? 256 : INT64_MAX / 2;
 
 template <class Math, class G, class F>
 inline void product(const Linear& weight, const typename Math::Unit* x, Span rows, Span columns, const char* next,
