@@ -15,11 +15,8 @@
 
 #include "gemm/gemm.h"
 
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
 #define KERNELS "gemm/rows.h"
-#include "common/every_isa.h"
+#include "cpu/isa.h"
 
 #if defined(__x86_64__)
 #define EVERY_ISA __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
