@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from itertools import pairwise
 
 import pytest
@@ -65,29 +62,6 @@ def test_contract(name, dtype, backend):
 @pytest.mark.parametrize("name", ["lengths 0 and 1", "dim 72"])
 def test_half_precision_in_the_interpreter(name, backend):
     check(attention, make_inputs(**CASES[name], dtype=torch.float16), backend)
-
-
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(capability):
-    if DEVICE == "cpu":
-        require("attention", "cpu", *sample())
-    env = os.environ | {"REVIT_CPU_CAPABILITY": capability, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    cases = "menu or empty or tile or 72 or odd"  # every tail of rows, of keys and of head_dim
-    selected = f"cpu and (test_contract and ({cases}) or test_the_tail)"
-    done = subprocess.run([*command, "-k", selected], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "skipped" not in done.stdout
-
-
-def test_an_instruction_set_that_does_not_exist():
-    code = (
-        "from revit_kernels.ops.attention import *; from revit_kernels.ops.attention import cpu; cpu.forward(*sample())"
-    )
-    env = os.environ | {"REVIT_CPU_CAPABILITY": "sse9", "PYTHONPATH": os.pathsep.join(sys.path)}
-    require("attention", "cpu", *sample())
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "REVIT_CPU_CAPABILITY must be plain, avx2, avx512 or avx512_bf16, got sse9" in done.stderr
 
 
 @every_backend

@@ -1,8 +1,5 @@
 """A whole block: the op against its definition."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -132,17 +129,6 @@ def test_an_image_is_the_same_alone_and_in_company(dtype, kind):
             assert torch.equal(block(x, ends, weights, heads, kind=kind, backend="cpu"), together), count
     finally:
         torch.set_num_threads(threads)
-
-
-@cpu_only
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512"])
-def test_every_instruction_set(capability):
-    require("block", "cpu", *sample())
-    env = os.environ | {"REVIT_CPU_CAPABILITY": capability, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    selected = "(test_contract and cpu and not wide) or test_options or test_an_image"
-    done = subprocess.run([*command, "-k", selected], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_errors():

@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 
 import pytest
@@ -405,15 +403,6 @@ def test_one_sweep_sees_a_changed_weight(sweeps):
         fresh = lasting({k: v.clone() if torch.is_tensor(v) else v for k, v in inputs.items()})
         after = call(inputs, "cpu")
         assert not torch.equal(after, before) and torch.equal(after, call(fresh, "cpu")), name
-
-
-@cpu_only
-@pytest.mark.parametrize("capability", ["plain", "avx2", "avx512"])
-def test_one_sweep_on_every_instruction_set(capability):
-    env = os.environ | {"REVIT_CPU_CAPABILITY": capability, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k"]
-    done = subprocess.run([*command, "one_sweep and not instruction"], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
 
 
 def test_a_list_is_checked_by_its_kinds(monkeypatch):

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-namespace revit_attention {
+namespace revit {
 
 // qkv: (tokens, 3, heads, head_dim), bf16 (as its bits) or fp32; y: (tokens, heads, head_dim) of the same type
 // cu_seqlens: (images + 1,), each within the tokens; lse: (tokens, heads)
@@ -20,4 +20,4 @@ struct Piece {
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
                   void* y, float* lse);
 
-}  // namespace revit_attention
+}  // namespace revit

@@ -1,4 +1,4 @@
-// One item of the backward pass: an image's gradients for one head. Included like vector.h.
+// One item of the backward pass: an image's gradients for one head. Included like product.h.
 
 template <class Math, class T>
 struct Backward {
@@ -29,9 +29,8 @@ struct Backward {
 
   Backward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
     int64_t bytes = 0;
-    lay_out([&](auto*& piece, int64_t count) {
-      bytes += Arena::bytes<std::remove_reference_t<decltype(*piece)>>(count);
-    });
+    lay_out(
+        [&](auto*& piece, int64_t count) { bytes += Arena::bytes<std::remove_reference_t<decltype(*piece)>>(count); });
     scratch.reserve(bytes);
     lay_out(
         [&](auto*& piece, int64_t count) { piece = scratch.take<std::remove_reference_t<decltype(*piece)>>(count); });
@@ -74,16 +73,16 @@ struct Backward {
     }
     float *s = scores, *t = products;
     product<Math, R, false>(query, width, k_columns, depth, key_panels,
-                            [=](int r, int64_t j, Vec x) INLINE_LAMBDA { write(s + r * stride + j, x); });
+                            [=](int r, int64_t j, Floats x) INLINE_LAMBDA { write(s + r * stride + j, x); });
     product<Math, R, false>(grad, width, v_columns, depth, key_panels,
-                            [=](int r, int64_t j, Vec x) INLINE_LAMBDA { write(t + r * stride + j, x); });
+                            [=](int r, int64_t j, Floats x) INLINE_LAMBDA { write(t + r * stride + j, x); });
     for (int r = 0; r < R && r < (count + Math::kPair - 1) / Math::kPair * Math::kPair; r += Math::kPair)
       slopes_of(r, (first + r) / Math::kPair);
     T* dq = p.dq.at(token, head);
     const int64_t dq_stride = p.dq.token, n = dim;
     const float scale = p.scale;
     product<Math, R, false>(slope_rows, row / Math::kPair, k_rows, key_units, dim_panels,
-                            [=](int r, int64_t c, Vec x) INLINE_LAMBDA {
+                            [=](int r, int64_t c, Floats x) INLINE_LAMBDA {
                               if (r < count) store(dq + r * dq_stride + c, x * scale, n - c);
                             });
   }
@@ -91,16 +90,16 @@ struct Backward {
   // Turns the scores of a row into weights. Returns their mean of the products: summing it here, not as out * grad,
   // makes the slopes of a row add up to zero as exactly as fp32 can.
   INLINE float weigh(int r) {
-    const Vec factor = splat(p.scale * kLog2E), shift = splat(-lse[r]);
+    const Floats factor = splat(p.scale * kLog2E), shift = splat(-lse[r]);
     float *s = scores + r * row, *t = products + r * row;
-    Vec sum{};
+    Floats sum{};
     for (int64_t j = 0; j < row; j += kLanes) {
-      Vec w = exp2<Math::kShortExp>(fma(load(s + j), factor, shift));
-      if (keys - j < kLanes) w = keep(w, keys - j, 0);
+      Floats w = exp2<Math::kShortExp>(fma(load(s + j), factor, shift));
+      if (keys - j < kLanes) w = keep(w, Part{keys - j});
       write(s + j, w);
       sum = fma(w, load(t + j), sum);
     }
-    return reduce<Add>(sum);
+    return total(sum);
   }
 
   // The weights and slopes of the rows of one unit, stored for the products that sum over queries.
@@ -108,16 +107,16 @@ struct Backward {
     float delta[Math::kPair];
     for (int i = 0; i < Math::kPair; ++i) delta[i] = weigh(r + i);
     for (int64_t j = 0; j < row; j += kLanes) {
-      Vec w[Math::kPair], d[Math::kPair];
+      Floats w[Math::kPair], d[Math::kPair];
       for (int i = 0; i < Math::kPair; ++i) {
         w[i] = load(scores + (r + i) * row + j);
         d[i] = w[i] * (load(products + (r + i) * row + j) - delta[i]);
         Math::store_row(slope_rows + (r + i) * row / Math::kPair, j, d[i]);
       }
-#if REVIT_BF16
+#ifdef BFLOAT16_INSTRUCTIONS
       if constexpr (Math::kPair == 2) {
-        write(weights + unit * row + j, Math::pair(round_to_bf16(w[0]), round_to_bf16(w[1])));
-        write(slopes + unit * row + j, Math::pair(round_to_bf16(d[0]), round_to_bf16(d[1])));
+        write(weights + unit * row + j, Math::pair(narrow(w[0]), narrow(w[1])));
+        write(slopes + unit * row + j, Math::pair(narrow(d[0]), narrow(d[1])));
         continue;
       }
 #endif
@@ -165,7 +164,7 @@ struct Backward {
     float* partial = sum + first * columns;
     const int64_t stride = y.token, n = dim, partial_stride = columns;
     product<Math, R, true>(left + first, row, right, query_units, dim_panels,
-                           [=](int r, int64_t c, Vec x) INLINE_LAMBDA {
+                           [=](int r, int64_t c, Floats x) INLINE_LAMBDA {
                              if (!begin) x += load(partial + r * partial_stride + c);
                              if (end)
                                store(to + r * stride + c, x * scale, n - c);
@@ -175,8 +174,8 @@ struct Backward {
   }
 };
 
-template <class Math, class T>
+template <class T>
 void backward_item(const Problem<T>& problem, const Item& item) {
   static thread_local Arena scratch;
-  Backward<Math, T>(problem, item, scratch).run();
+  Backward<MathOf<T>, T>(problem, item, scratch).run();
 }

@@ -15,88 +15,15 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#include <immintrin.h>
-#define REVIT_X86 1
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#else
-#define REVIT_X86 0
-#endif
+#include "attention/problem.h"
 
-#include "attention/attention.h"
-#include "common/capability.h"
-#include "problem.h"
+#define KERNELS "attention/kernels.h"
+#include "cpu/isa.h"
 
-#define INLINE __attribute__((always_inline)) inline
-#define INLINE_LAMBDA __attribute__((always_inline))
-
-namespace revit_attention {
-
-using revit::Capability;
-using revit::capability;
-
-constexpr float kLog2E = 1.44269504088896341f;
-
-#define REVIT_BF16 0
-#define REVIT_LANES 4
-namespace plain {
-#include "kernels.h"
-}  // namespace plain
-
-#if REVIT_X86
-#undef REVIT_LANES
-#define REVIT_LANES 8
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#include "kernels.h"
-}  // namespace avx2
-#pragma GCC pop_options
-
-#undef REVIT_LANES
-#define REVIT_LANES 16
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-namespace avx512 {
-#include "kernels.h"
-}  // namespace avx512
-#pragma GCC pop_options
-
-#undef REVIT_BF16
-#define REVIT_BF16 1
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")
-namespace avx512_bf16 {
-#include "kernels.h"
-}  // namespace avx512_bf16
-#pragma GCC pop_options
-#endif
+namespace revit {
 
 template <class T>
 using Kernel = void (*)(const Problem<T>&, const Item&);
-
-template <class T>
-Kernel<T> forward_kernel() {
-#if REVIT_X86
-  if constexpr (std::is_same_v<T, bf16>)
-    if (capability() == Capability::kAvx512Bf16) return avx512_bf16::forward_item<avx512_bf16::PairMath, T>;
-  if (capability() >= Capability::kAvx512) return avx512::forward_item<avx512::FloatMath, T>;
-  if (capability() == Capability::kAvx2) return avx2::forward_item<avx2::FloatMath, T>;
-#endif
-  return plain::forward_item<plain::FloatMath, T>;
-}
-
-template <class T>
-Kernel<T> backward_kernel() {
-#if REVIT_X86
-  if constexpr (std::is_same_v<T, bf16>)
-    if (capability() == Capability::kAvx512Bf16) return avx512_bf16::backward_item<avx512_bf16::PairMath, T>;
-  if (capability() >= Capability::kAvx512) return avx512::backward_item<avx512::FloatMath, T>;
-  if (capability() == Capability::kAvx2) return avx2::backward_item<avx2::FloatMath, T>;
-#endif
-  return plain::backward_item<plain::FloatMath, T>;
-}
 
 // The boundaries of the images, each checked against the rows there are.
 struct Boundaries {
@@ -167,7 +94,7 @@ Strided<T> strided(const Tensor& x) {
 
 template <class T>
 void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
-  const Kernel<T> kernel = forward_kernel<T>();
+  const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
   share(items_of(queries, keys, p.heads, 512), [&](const Item& item) {
     if (item.keys) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
@@ -204,7 +131,7 @@ void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t im
             int64_t head_dim, float scale, void* y, float* lse) {
   const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
   if (is_bf16)
-    forward_images(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
+    forward_images(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
   else
     forward_images(problem_of<float>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
 }
@@ -212,9 +139,9 @@ void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t im
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
                   void* y, float* lse) {
   if (is_bf16)
-    forward_kernel<bf16>()(problem_of<bf16>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), piece);
   else
-    forward_kernel<float>()(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
 }
 
 template <class T>
@@ -230,7 +157,7 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   zero_outside(p.dq.data, width, queries);
   zero_outside(p.dk.data, width, keys);
   zero_outside(p.dv.data, width, keys);
-  const Kernel<T> kernel = backward_kernel<T>();
+  const Kernel<T> kernel = EVERY_ISA_PICK(backward_item<T>);
   share(items_of(queries, keys, p.heads, 0), [&](const Item& item) {
     if (item.keys && item.queries) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t)
@@ -251,7 +178,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
     forward<float>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
   else
-    forward<bf16>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
+    forward<Bfloat16>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
   return {y, lse};
 }
 
@@ -265,11 +192,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, co
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
     backward<float>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
   else
-    backward<bf16>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
+    backward<Bfloat16>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
   return {dq, dk, dv};
 }
 
-}  // namespace revit_attention
+}  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
@@ -280,6 +207,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       " Tensor cu_seqlens_k, float scale) -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("attention_cpu", TORCH_BOX(&revit_attention::attention_cpu));
-  m.impl("attention_backward_cpu", TORCH_BOX(&revit_attention::attention_backward_cpu));
+  m.impl("attention_cpu", TORCH_BOX(&revit::attention_cpu));
+  m.impl("attention_backward_cpu", TORCH_BOX(&revit::attention_backward_cpu));
 }

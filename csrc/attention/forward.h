@@ -1,27 +1,27 @@
-// One item of the forward pass. Included like vector.h.
+// One item of the forward pass. Included like product.h.
 
 // Turns one row of scores into exp2((score - top) * factor), rounded for the product; returns the top and the sum.
 template <class Math>
 INLINE void softmax_row(const float* scores, typename Math::Unit* weights, int64_t keys, float factor, float* top,
                         float* sum) {
   const int64_t full = keys / kLanes * kLanes, rest = keys - full;
-  Vec most = splat(-INFINITY);
+  Floats most = splat(-INFINITY);
   for (int64_t j = 0; j < full; j += kLanes) most = maximum(most, load(scores + j));
-  if (rest) most = maximum(most, keep(load(scores + full), rest, -INFINITY));
-  *top = reduce<Maximum>(most);
-  const Vec f = splat(factor), shift = splat(-*top * factor);
-  Vec total{};
+  if (rest) most = maximum(most, keep(load(scores + full), Part{rest}, -INFINITY));
+  *top = largest(most);
+  const Floats f = splat(factor), shift = splat(-*top * factor);
+  Floats sums{};
   for (int64_t j = 0; j < full; j += kLanes) {
-    const Vec p = exp2<Math::kShortExp>(fma(load(scores + j), f, shift));
-    total += p;
+    const Floats p = exp2<Math::kShortExp>(fma(load(scores + j), f, shift));
+    sums += p;
     Math::store_row(weights, j, p);
   }
   if (rest) {
-    const Vec p = keep(exp2<Math::kShortExp>(fma(load(scores + full), f, shift)), rest, 0);
-    total += p;
+    const Floats p = keep(exp2<Math::kShortExp>(fma(load(scores + full), f, shift)), Part{rest});
+    sums += p;
     Math::store_row(weights, full, p);
   }
-  *sum = reduce<Add>(total);
+  *sum = total(sums);
 }
 
 template <class Math, class T>
@@ -82,7 +82,7 @@ struct Forward {
     copy_rows<Math>(p.q.at(token, head), p.q.token, R, R, dim, query);
     float* s = scores;
     product<Math, R, false>(query, width, packed_k, depth, key_panels,
-                            [=](int r, int64_t j, Vec x) INLINE_LAMBDA { write(s + r * stride + j, x); });
+                            [=](int r, int64_t j, Floats x) INLINE_LAMBDA { write(s + r * stride + j, x); });
     const float factor = p.scale * kLog2E;
     float inverse[R];
     for (int r = 0; r < R; ++r) {
@@ -94,13 +94,13 @@ struct Forward {
     T* y = p.y.at(token, head);
     const int64_t y_stride = p.y.token, columns = dim;
     product<Math, R, false>(weights, row / Math::kPair, packed_v, key_units, dim_panels,
-                            [=, &inverse](int r, int64_t c, Vec x)
+                            [=, &inverse](int r, int64_t c, Floats x)
                                 INLINE_LAMBDA { store(y + r * y_stride + c, x * inverse[r], columns - c); });
   }
 };
 
-template <class Math, class T>
+template <class T>
 void forward_item(const Problem<T>& problem, const Item& item) {
   static thread_local Arena scratch;
-  Forward<Math, T>(problem, item, scratch).run();
+  Forward<MathOf<T>, T>(problem, item, scratch).run();
 }

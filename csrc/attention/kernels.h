@@ -1,7 +1,6 @@
-// The kernels for one instruction set: included once for each, inside a namespace of its own.
+// The kernels, for one instruction set. No include guard: compiled once for each.
 // clang-format off: each file needs those before it
-#include "vector.h"
-#include "product.h"
-#include "forward.h"
-#include "backward.h"
+#include "attention/product.h"
+#include "attention/forward.h"
+#include "attention/backward.h"
 // clang-format on

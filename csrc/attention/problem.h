@@ -7,13 +7,7 @@
 #include "attention/attention.h"
 #include "common/arena.h"
 
-namespace revit_attention {
-
-using revit::Arena;
-
-struct bf16 {
-  uint16_t bits;
-};
+namespace revit {
 
 // (tokens, heads, head_dim), the last dimension contiguous
 template <class T>
@@ -34,6 +28,8 @@ struct Problem {
 
 using Item = Piece;
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-}  // namespace revit_attention
+}  // namespace revit

@@ -1,28 +1,59 @@
-// Matrix products of small operands: the right one packed, the left one in rows or across. Included like vector.h.
+// Matrix products of small operands: the right one packed, the left one in rows or across. No include guard: compiled
+// once per instruction set.
 
-// Swaps lanes and vectors: kLanes vectors of kLanes units, by log2(kLanes) perfect shuffles.
-template <size_t... I>
-INLINE Int low_halves(Int a, Int b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 * kLanes + I / 2)...);
-}
-template <size_t... I>
-INLINE Int high_halves(Int a, Int b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
-}
-INLINE void transpose(Int (&v)[kLanes]) {
-  constexpr auto kAll = std::make_index_sequence<kLanes>();
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    Int next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = low_halves(v[i], v[i + kLanes / 2], kAll);
-      next[2 * i + 1] = high_halves(v[i], v[i + kLanes / 2], kAll);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+// A unit is what one lane multiplies at a time: here a float, whatever the tensors' dtype.
+struct FloatMath {
+  using Unit = float;
+  using Units = Floats;
+  static constexpr int kPair = 1;
+  static constexpr bool kShortExp = false;
+  static INLINE Units broadcast(const Unit* p) { return splat(*p); }
+  static INLINE Floats madd(Units a, Units b, Floats c) { return fma(a, b, c); }
+  template <class T>
+  static INLINE Units load_units(const T* p, int64_t count) {
+    return load(p, count);
   }
-}
+  // Row `first` of an operand whose rows are summed over.
+  template <class T>
+  static INLINE Units load_rows(const T* first, const T*, int64_t count) {
+    return load(first, count);
+  }
+  // One row of the left operand.
+  static INLINE void store_row(Unit* p, int64_t lane, Floats v) { write(p + lane, v); }
+};
+
+#ifdef BFLOAT16_INSTRUCTIONS
+// A unit is a pair of bf16, multiplied and added in fp32 by one instruction.
+struct PairMath {
+  using Unit = uint32_t;
+  using Units = __m512i;
+  static constexpr int kPair = 2;
+  static constexpr bool kShortExp = true;
+  static INLINE Units broadcast(const Unit* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  static INLINE Floats madd(Units a, Units b, Floats c) {
+    return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+  }
+  static INLINE Units load_units(const Bfloat16* p, int64_t count) {
+    if (count >= 32) return _mm512_loadu_si512(p);
+    return _mm512_maskz_loadu_epi16((1u << count) - 1, p);
+  }
+  static INLINE Units pair(Halves first, Halves second) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32((__m256i)first),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)second), 16));
+  }
+  static INLINE Units load_rows(const Bfloat16* first, const Bfloat16* second, int64_t count) {
+    return pair(load_halves(first, count), second ? load_halves(second, count) : Halves{});
+  }
+  static INLINE void store_row(Unit* p, int64_t lane, Floats v) {
+    write(reinterpret_cast<uint16_t*>(p) + lane, narrow(v));
+  }
+};
+template <class T>
+using MathOf = std::conditional_t<std::is_same_v<T, Bfloat16>, PairMath, FloatMath>;
+#else
+template <class T>
+using MathOf = FloatMath;
+#endif
 
 template <class Math>
 INLINE int64_t units(int64_t elements) {
@@ -42,11 +73,11 @@ void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t dim, typenam
   for (int64_t row = 0; row < rows; ++row) expect(x + row * stride + dim, dim);
   for (int64_t row = 0; row < rows; row += kLanes, packed += depth * kLanes)
     for (int64_t first = 0; first < depth; first += kLanes) {
-      Int v[kLanes];
+      Ints v[kLanes];
       const int64_t count = dim - first * Math::kPair;
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        v[i] = row + i < rows ? (Int)Math::load_units(x + (row + i) * stride + first * Math::kPair, count) : Int{};
+        v[i] = row + i < rows ? (Ints)Math::load_units(x + (row + i) * stride + first * Math::kPair, count) : Ints{};
       transpose(v);
       if (depth - first >= kLanes) {
 #pragma GCC unroll 16
@@ -90,7 +121,7 @@ INLINE void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t padded, 
 template <class Math, int R, int C, bool kAcross, class Epilogue>
 INLINE void tile(const typename Math::Unit* a, int64_t stride, const typename Math::Unit* b, int64_t depth,
                  int64_t panel, Epilogue epilogue) {
-  Vec sum[R][C] = {};
+  Floats sum[R][C] = {};
   b += panel * depth * kLanes;
   for (int64_t k = 0; k < depth; ++k) {
     typename Math::Units y[C];

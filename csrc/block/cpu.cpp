@@ -21,12 +21,9 @@
 #include "block/share.h"
 #include "gemm/gemm.h"
 
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
 #define KERNELS "block/rows.h"
 #include "common/arena.h"
-#include "common/every_isa.h"
+#include "cpu/isa.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -143,7 +140,7 @@ void zero_rows(Tensor& x, int64_t first, int64_t last) {
   if (last > first) std::memset(static_cast<char*>(x.data_ptr()) + first * row, 0, (last - first) * row);
 }
 
-using revit_attention::Piece;
+using revit::Piece;
 
 // One call: all blocks on all tokens.
 struct Call {
@@ -158,8 +155,8 @@ struct Call {
   int64_t end() const { return boundaries[images]; }
 
   void attend(const Between& between, const Piece& piece) const {
-    revit_attention::attend_piece(problems[0].is_bf16, between.qkv, piece, heads, head_dim, scale, between.attended,
-                                  between.lse);
+    revit::attend_piece(problems[0].is_bf16, between.qkv, piece, heads, head_dim, scale, between.attended,
+                        between.lse);
   }
 
   // Each thread takes the next images that are left through all blocks.

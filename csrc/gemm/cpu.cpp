@@ -14,11 +14,8 @@
 
 #include "gemm/gemm.h"
 
-#pragma GCC diagnostic ignored "-Wuninitialized"  // of g++ 12, in its own intrinsics
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-
 #define KERNELS "gemm/rows.h"
-#include "common/every_isa.h"
+#include "cpu/isa.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

@@ -47,7 +47,7 @@ struct Partials {
 }  // namespace
 
 #define KERNELS "layer_norm/rows.h"
-#include "common/every_isa.h"
+#include "cpu/isa.h"
 
 namespace {
 

@@ -10,30 +10,16 @@
 #include <utility>
 #include <vector>
 
-#include "common/bfloat16.h"
 #include "gemm/gemm.h"
 #include "patch_embed/patches.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-using namespace revit_patches;
-
+namespace revit {
 namespace {
 
 constexpr int64_t kFewestPatches = 24, kMostPatches = 96;  // that are cut, and then multiplied, at a time
-
-REVIT_CLONES void round_to_bfloat16(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(revit::to_bfloat16(x[i])) << 16;
-    std::memcpy(x + i, &bits, 4);
-  }
-}
-
-// y += x, both of n values
-REVIT_CLONES void add_row(float* y, const float* x, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += x[i];
-}
 
 // f(i) for i in [0, count), each thread taking the next that is left. own: a thread's memory
 template <class Own, class F>
@@ -44,8 +30,6 @@ void each(int64_t count, F f) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, own);
   });
 }
-
-}  // namespace
 
 // images: (channels, height, width) each, or one batch of them -> (capacity, channels * patch_h * patch_w) in the dtype
 // of weight: the pixels of each token, resized and normalised (scale * pixel + shift); zeros for other rows.
@@ -126,8 +110,6 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
     char* cells = own.patches.data() - skipped * patches.width * unit;
     for (int64_t row = rows.begin * patches.ph; row < rows.end * patches.ph; row += kRows)
       patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, number, own.buffers);
-    if (number == Number::kRounded)
-      round_to_bfloat16(reinterpret_cast<float*>(own.patches.data()), count * patches.width);
     const char* added = pos ? static_cast<const char*>(pos->data_ptr()) + (entry.cell + skipped) * row_bytes : nullptr;
     revit_gemm::multiply(product, kind, bf16, own.patches.data(), count, {0, dim}, added,
                          out + (entry.first + skipped) * row_bytes);
@@ -152,8 +134,9 @@ void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std:
   const auto entries = make_entries(cu_seqlens, placement, prefix_tokens, capacity);
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
   check_tables(entries, pos, prefix, y, dim);
+  static const auto add_bfloat16 = EVERY_ISA_PICK(add_row<Bfloat16, Bfloat16>);
+  static const auto add_float = EVERY_ISA_PICK(add_row<float, float>);
   torch::stable::parallel_for(0, capacity, 32, [&](int64_t begin, int64_t end) {
-    std::vector<float> a(dim), b(dim);
     int64_t i = std::upper_bound(cu, cu + images + 1, begin) - cu - 1;  // the image that has row `begin`
     for (int64_t row = begin; row < end; ++row) {
       while (i < images && row >= cu[i + 1]) ++i;
@@ -165,14 +148,10 @@ void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std:
         std::memcpy(to, static_cast<const char*>(prefix->data_ptr()) + (k + prefix_tokens) * row_bytes, row_bytes);
       } else if (pos) {
         const char* from = static_cast<const char*>(pos->data_ptr()) + (entries[i].cell + k) * row_bytes;
-        if (bf16) {
-          revit::widen(a.data(), reinterpret_cast<const uint16_t*>(to), dim);
-          revit::widen(b.data(), reinterpret_cast<const uint16_t*>(from), dim);
-          add_row(a.data(), b.data(), dim);
-          revit::narrow(reinterpret_cast<uint16_t*>(to), a.data(), dim);
-        } else {
-          add_row(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), dim);
-        }
+        if (bf16)
+          add_bfloat16(reinterpret_cast<Bfloat16*>(to), reinterpret_cast<const Bfloat16*>(from), dim);
+        else
+          add_float(reinterpret_cast<float*>(to), reinterpret_cast<const float*>(from), dim);
       }
     }
   });
@@ -185,13 +164,16 @@ Tensor patch_embed_sums_cpu(const Tensor& grad, const Tensor& cu_seqlens, const 
   const bool bf16 = grad.scalar_type() == ScalarType::BFloat16;
   const auto entries = make_entries(cu_seqlens, placement, prefix, grad.size(0));
   Tensor sums = torch::stable::new_empty(grad, {prefix + cells, dim}, ScalarType::Float);
+  static const auto add_bfloat16 = EVERY_ISA_PICK(add_row<float, Bfloat16>);
+  static const auto add_float = EVERY_ISA_PICK(add_row<float, float>);
   torch::stable::parallel_for(0, prefix + cells, 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> wide(dim);
     float* to = static_cast<float*>(sums.data_ptr());
     std::fill(to + begin * dim, to + end * dim, 0.0f);
     const auto add = [&](int64_t slot, int64_t row) {
-      if (bf16) revit::widen(wide.data(), static_cast<const uint16_t*>(grad.data_ptr()) + row * dim, dim);
-      add_row(to + slot * dim, bf16 ? wide.data() : static_cast<const float*>(grad.data_ptr()) + row * dim, dim);
+      if (bf16)
+        add_bfloat16(to + slot * dim, static_cast<const Bfloat16*>(grad.data_ptr()) + row * dim, dim);
+      else
+        add_float(to + slot * dim, static_cast<const float*>(grad.data_ptr()) + row * dim, dim);
     };
     for (const Entry& entry : entries) {
       if (entry.rows == 0) continue;
@@ -211,12 +193,16 @@ Tensor patch_embed_weight_cpu(Tensor grad, Tensor patches, const Tensor& cu_seql
   return torch::stable::matmul(torch::stable::transpose(rows, 0, 1), torch::stable::narrow(patches, 0, 0, tokens));
 }
 
+}  // namespace
+}  // namespace revit
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
       "patchify_cpu(Tensor[] images, Tensor weight, Tensor cu_seqlens, Tensor placement, float[] scale, "
       "float[] shift, bool cubic, bool channels_last, int prefix, int capacity) -> Tensor");
   m.def(
-      "patch_embed_cpu(Tensor[] images, Tensor weight, Tensor packed, Tensor cu_seqlens, Tensor placement, Tensor? pos, "
+      "patch_embed_cpu(Tensor[] images, Tensor weight, Tensor packed, Tensor cu_seqlens, Tensor placement, Tensor? "
+      "pos, "
       "Tensor? prefix, float[] scale, float[] shift, bool cubic, bool channels_last, int prefix_tokens, int capacity) "
       "-> Tensor");
   m.def(
@@ -226,9 +212,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def("patch_embed_weight_cpu(Tensor grad, Tensor patches, Tensor cu_seqlens) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("patchify_cpu", TORCH_BOX(&patchify_cpu));
-  m.impl("patch_embed_cpu", TORCH_BOX(&patch_embed_cpu));
-  m.impl("place_cpu", TORCH_BOX(&place_cpu));
-  m.impl("patch_embed_sums_cpu", TORCH_BOX(&patch_embed_sums_cpu));
-  m.impl("patch_embed_weight_cpu", TORCH_BOX(&patch_embed_weight_cpu));
+  m.impl("patchify_cpu", TORCH_BOX(&revit::patchify_cpu));
+  m.impl("patch_embed_cpu", TORCH_BOX(&revit::patch_embed_cpu));
+  m.impl("place_cpu", TORCH_BOX(&revit::place_cpu));
+  m.impl("patch_embed_sums_cpu", TORCH_BOX(&revit::patch_embed_sums_cpu));
+  m.impl("patch_embed_weight_cpu", TORCH_BOX(&revit::patch_embed_weight_cpu));
 }

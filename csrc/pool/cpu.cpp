@@ -35,7 +35,7 @@ inline void pooled_rows(const PoolArguments& a, int64_t image, int64_t* begin, i
 }  // namespace
 
 #define KERNELS "pool/columns.h"
-#include "common/every_isa.h"
+#include "cpu/isa.h"
 
 namespace {
 

@@ -2,16 +2,18 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
+#include <type_traits>
 #include <vector>
 
-#include "common/bfloat16.h"
 #include "common/interpolation.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 constexpr int64_t kBlock = 256;  // channels that are resized at a time: what is between the two axes stays in L1
@@ -19,38 +21,25 @@ constexpr int64_t kBlock = 256;  // channels that are resized at a time: what is
 struct Grid {
   int64_t rows, columns, start;  // start: cells of the grids before this one
   bool same;                     // as the table's own
-  revit::Taps down, across;
+  Taps down, across;
 };
 
-// y[i] = sum of weight[k] * x[k * stride + i] over k < count, for i < n. k is added in order, for every i alike.
-REVIT_CLONES void weighted_sum(float* y, const float* x, int64_t stride, const float* weight, int64_t count,
-                               int64_t n) {
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) {
-    revit::Vector a = {}, b = {}, c = {}, d = {};
-    for (int64_t k = 0; k < count; ++k) {
-      const revit::Vector* row = reinterpret_cast<const revit::Vector*>(x + k * stride + i);
-      a += weight[k] * row[0], b += weight[k] * row[1], c += weight[k] * row[2], d += weight[k] * row[3];
-    }
-    revit::Vector* out = reinterpret_cast<revit::Vector*>(y + i);
-    out[0] = a, out[1] = b, out[2] = c, out[3] = d;
-  }
-  for (; i + 16 <= n; i += 16) {
-    revit::Vector a = {};
-    for (int64_t k = 0; k < count; ++k) a += weight[k] * *reinterpret_cast<const revit::Vector*>(x + k * stride + i);
-    *reinterpret_cast<revit::Vector*>(y + i) = a;
-  }
-  for (; i < n; ++i) {
-    float a = 0;
-    for (int64_t k = 0; k < count; ++k) a = a + weight[k] * x[k * stride + i];
-    y[i] = a;
-  }
-}
+// One row of cells of a grid, made of the table, (rows, columns, dim).
+struct ResizedRow {
+  const Grid& grid;
+  int64_t row;
+  const float* table;
+  int64_t columns, dim;
+};
 
-// y[i] += weight * x[i]
-REVIT_CLONES void add_scaled(float* y, const float* x, float weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] += weight * x[i];
-}
+}  // namespace
+}  // namespace revit
+
+#define KERNELS "pos_embed/rows.h"
+#include "cpu/isa.h"
+
+namespace revit {
+namespace {
 
 std::vector<Grid> make_grids(int64_t rows, int64_t columns, const std::vector<int64_t>& sizes, const std::string& mode,
                              bool antialias, bool align_corners, double offset) {
@@ -63,7 +52,7 @@ std::vector<Grid> make_grids(int64_t rows, int64_t columns, const std::vector<in
                           align_corners, offset});
     };
     const bool same = h == rows && w == columns;
-    grids.push_back({h, w, start, same, same ? revit::Taps() : taps(rows, h), same ? revit::Taps() : taps(columns, w)});
+    grids.push_back({h, w, start, same, same ? Taps() : taps(rows, h), same ? Taps() : taps(columns, w)});
     start += h * w;
   }
   return grids;
@@ -72,11 +61,10 @@ std::vector<Grid> make_grids(int64_t rows, int64_t columns, const std::vector<in
 Tensor as_float(const Tensor& x) {
   if (x.scalar_type() == ScalarType::Float) return x;
   Tensor wide = torch::stable::new_empty(x, {x.numel()}, ScalarType::Float);
-  revit::widen(static_cast<float*>(wide.data_ptr()), static_cast<const uint16_t*>(x.data_ptr()), x.numel());
+  static const auto widen = EVERY_ISA_PICK(copy<float, Bfloat16>);
+  widen(static_cast<float*>(wide.data_ptr()), static_cast<const Bfloat16*>(x.data_ptr()), x.numel());
   return wide;
 }
-
-}  // namespace
 
 // table: (rows, columns, dim), sizes: rows and columns of each grid -> (cells, dim)
 Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::string mode, bool antialias,
@@ -93,8 +81,9 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
   const float* x = static_cast<const float*>(wide.data_ptr());
   const bool bf16 = table.scalar_type() == ScalarType::BFloat16;
 
+  static const auto resize_row = EVERY_ISA_PICK(resize_row);
   torch::stable::parallel_for(0, work.size(), 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> middle(columns * kBlock), out(kBlock);
+    std::vector<float> middle(columns * kBlock);
     for (int64_t i = begin; i < end; ++i) {
       const Grid& grid = grids[work[i].first];
       const int64_t r = work[i].second, cell = grid.start + r * grid.columns;
@@ -103,18 +92,7 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
         std::memcpy(to, static_cast<const char*>(table.data_ptr()) + r * columns * dim * item, columns * dim * item);
         continue;
       }
-      const revit::Taps &down = grid.down, &across = grid.across;
-      for (int64_t d = 0; d < dim; d += kBlock) {
-        const int64_t n = std::min(kBlock, dim - d);
-        for (int64_t c = 0; c < columns; ++c)
-          weighted_sum(&middle[c * n], x + (down.first[r] * columns + c) * dim + d, columns * dim,
-                       &down.weight[r * down.width], down.count[r], n);
-        for (int64_t q = 0; q < grid.columns; ++q) {
-          float* result = bf16 ? out.data() : reinterpret_cast<float*>(to) + q * dim + d;
-          weighted_sum(result, &middle[across.first[q] * n], n, &across.weight[q * across.width], across.count[q], n);
-          if (bf16) revit::narrow(reinterpret_cast<uint16_t*>(to) + q * dim + d, result, n);
-        }
-      }
+      resize_row({grid, r, x, columns, dim}, bf16, to, middle.data());
     }
   });
   return y;
@@ -130,36 +108,29 @@ Tensor pos_embed_backward_cpu(const Tensor& grad, int64_t rows, int64_t columns,
   const float* g = static_cast<const float*>(wide.data_ptr());
   const bool bf16 = grad.scalar_type() == ScalarType::BFloat16;
 
+  static const auto spread_row = EVERY_ISA_PICK(spread_row);
+  static const auto narrow = EVERY_ISA_PICK(copy<Bfloat16, float>);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> sum(rows * columns * block), middle(columns * block);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t d = b * block, n = std::min(block, dim - d);
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (const Grid& grid : grids)
-        for (int64_t r = 0; r < grid.rows; ++r) {
-          const float* from = g + (grid.start + r * grid.columns) * dim + d;
-          if (grid.same) {
-            for (int64_t q = 0; q < columns; ++q) add_scaled(&sum[(r * columns + q) * n], from + q * dim, 1, n);
-            continue;
-          }
-          const revit::Taps &down = grid.down, &across = grid.across;
-          std::fill(middle.begin(), middle.end(), 0.0f);
-          for (int64_t q = 0; q < grid.columns; ++q)
-            for (int64_t k = 0; k < across.count[q]; ++k)
-              add_scaled(&middle[(across.first[q] + k) * n], from + q * dim, across.weight[q * across.width + k], n);
-          for (int64_t k = 0; k < down.count[r]; ++k)
-            add_scaled(&sum[(down.first[r] + k) * columns * n], middle.data(), down.weight[r * down.width + k],
-                       columns * n);
-        }
+        for (int64_t r = 0; r < grid.rows; ++r)
+          spread_row(grid, r, g + (grid.start + r * grid.columns) * dim + d, dim, columns, n, sum.data(),
+                     middle.data());
       for (int64_t c = 0; c < rows * columns; ++c)
         if (bf16)
-          revit::narrow(static_cast<uint16_t*>(dtable.data_ptr()) + c * dim + d, &sum[c * n], n);
+          narrow(static_cast<Bfloat16*>(dtable.data_ptr()) + c * dim + d, &sum[c * n], n);
         else
           std::memcpy(static_cast<float*>(dtable.data_ptr()) + c * dim + d, &sum[c * n], n * sizeof(float));
     }
   });
   return dtable;
 }
+
+}  // namespace
+}  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
@@ -169,6 +140,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       "bool align_corners, float offset) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("pos_embed_cpu", TORCH_BOX(&pos_embed_cpu));
-  m.impl("pos_embed_backward_cpu", TORCH_BOX(&pos_embed_backward_cpu));
+  m.impl("pos_embed_cpu", TORCH_BOX(&revit::pos_embed_cpu));
+  m.impl("pos_embed_backward_cpu", TORCH_BOX(&revit::pos_embed_backward_cpu));
 }
