@@ -1,4 +1,4 @@
-"""README.md and docs/: every Python block runs, every command parses, every link leads somewhere, every table is current.
+"""README.md and docs/: Python blocks run, commands parse, links lead somewhere, tables are current.
 
 The Python blocks of a page run in order and share their names, as a reader would run them. What a block needs that the
 page should not show stands in a comment directly before it, and runs first:
