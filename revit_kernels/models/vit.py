@@ -63,6 +63,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
     """
 
+    pretrained_cfg: dict
+    default_cfg: dict
+    created_from: dict  # of create_model
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -267,7 +271,9 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         images, packing, _ = self._inputs(images, None, packing, None, channels_last)
         return normalise(self.norm_pre, self._embed(images, packing, channels_last)[0], packing)[0]
 
-    def run_blocks(self, stream, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None):
+    def run_blocks(
+        self, stream: list, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None
+    ) -> list:
         """The stream [x, branch, gamma], for x + gamma * branch, after the blocks from `start` to before `stop`.
 
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
@@ -312,7 +318,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         y = whole_block.answers(list(self.blocks), tail, x, packing)
         return None if y is None else self._answered(y, packing)
 
-    def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
+    def _run_block(self, block, stream: list, packing: Packing, mask: dict) -> list:
         if not isinstance(block, tuple(BLOCKS.values())):
             return [by_length(block, add(*stream), packing, mask), None, None]
         if is_plain(block, *STREAMING):
