@@ -5,16 +5,18 @@ REVIT_CUDA_ARCHS ("80;90a" by default) names the GPUs to build for, oldest first
 PTX as they load it. 90a is Hopper with the instructions that no other GPU has; newer ones get the PTX of 90. Empty
 leaves the CUDA kernels out.
 Without a C++ compiler the package still installs: its Triton and reference backends need none.
+The libraries do not use Python's API, so a wheel is tagged py3-none-<platform>: one wheel serves every Python.
 """
 
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib import import_module
+from importlib.util import find_spec
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils.cpp_extension import include_paths, library_paths
 
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
 # Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
@@ -31,6 +33,8 @@ class Build(build_ext):
     """Compiles the files of each library side by side, on all cores, and links them."""
 
     def build_extension(self, ext):
+        from torch.utils.cpp_extension import include_paths, library_paths  # here: an sdist needs no torch
+
         compiler = ["nvcc", *CUDA_FLAGS] if ext.name.endswith("cuda") else [CXX, *CPU_FLAGS]
         output = self.get_ext_fullpath(ext.name)
         folder = os.path.join(self.build_temp, ext.name)
@@ -57,5 +61,22 @@ def extension(device, sources, compiler):
     return [Extension(f"revit_kernels._{device}", files, depends=headers, optional=device == "cuda")]
 
 
+def wheel_command():
+    """bdist_wheel with our tag, where this setuptools (from 70.1 on) or an installed wheel has that command."""
+    name = "setuptools.command.bdist_wheel"
+    name = name if find_spec(name) else "wheel.bdist_wheel" if find_spec("wheel") else None
+    if name is None:
+        return {}
+
+    class Wheel(import_module(name).bdist_wheel):
+        def get_tag(self):
+            return ("py3", "none", super().get_tag()[2])
+
+    return {"bdist_wheel": Wheel}
+
+
 cuda = extension("cuda", "csrc/*/cuda.cu", "nvcc") if ARCHS else []
-setup(ext_modules=[*extension("cpu", "csrc/*/cpu.cpp", CXX), *cuda], cmdclass={"build_ext": Build})
+setup(
+    ext_modules=[*extension("cpu", "csrc/*/cpu.cpp", CXX), *cuda],
+    cmdclass={"build_ext": Build, **wheel_command()},
+)

@@ -1,4 +1,4 @@
-"""Keeps measured results in benchmarks/results/<device>.json and writes README's tables from them.
+"""Keeps measured results in benchmarks/results/<device>.json and writes the tables of README.md and docs/ from them.
 
     pytest benchmarks --benchmark-json=run.json && python benchmarks/report.py run.json
 
@@ -13,27 +13,31 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-README = HERE.parent / "README.md"
-START, END = "<!-- results:start -->", "<!-- results:end -->"
-REPORTS = HERE.parent / "recipes" / "reports"  # of `revit evaluate`
-REVIT_START, REVIT_END = "<!-- revit:start -->", "<!-- revit:end -->"
+ROOT = HERE.parent
+REPORTS = ROOT / "recipes" / "reports"  # of `revit evaluate`
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
 KEPT += ("settings", "ours_error", "rival_error")
 INFER = ("infer", "images", "images_per_second", "decoded_per_second", "answered_per_second", "process_seconds")
-README_BENCHES = {  # what the README shows: file::function, and what it is
+HEADLINE = {  # the rows that README.md shows
+    "device": "AMD EPYC family 25 model 17, 2 threads, AVX512-BF16",
+    "bench": "bench_vit::bench_vit",
+    "case": "ViT-S, 32",
+    "dtype": "bfloat16",
+}
+BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit": "A batch of 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
-    "bench_cpu::bench_traffic": "200 batches, each image's grid drawn anew from those four",
-    "bench_cpu::bench_one_image": "One image at a time: milliseconds an image",
+    "bench_cpu::bench_traffic": "200 batches, each image's grid drawn from those four at random",
+    "bench_cpu::bench_one_image": "One image at a time: milliseconds per image",
     "bench_cpu::bench_int8": "A batch of 32 images in int8; the peak is int8's",
     "bench_cpu::bench_int8_shipped": "The shipped model in int8, 256 images over its menu; the peak is int8's",
-    "bench_vit::bench_vit_one_length": "ViT-S/16, all images of one length: where packing has nothing to save",
+    "bench_vit::bench_vit_one_length": "ViT-S/16, all images at one length: packing saves nothing here",
     "bench_block::bench_block": "Four blocks at once, 32 images at those grids or one at 14x14",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
-    "bench_loading::bench_loading": "The images of a training step made ready in one process, against the step",
+    "bench_loading::bench_loading": "Preparing the images of a training step in one process, against the step itself",
 }
 MODELS = {"vit_small_patch16_224": "ViT/S", "vit_base_patch16_224": "ViT/B"}  # a slash, as dashes part parameters
 RIVALS = {
@@ -96,13 +100,13 @@ def _case(parameters: str, row: dict) -> str:
 
 
 def infer_table(results: dict) -> list[str]:
-    """What `revit infer` says of itself, on photographs."""
+    """What `revit infer` reports about its own speed, on photographs."""
     rows = sorted(_rows(results, "bench_infer::bench_infer"))
     if not rows:
         return []
     count = rows[0][1]["images"]
     lines = [
-        f"**`revit infer` on {count:,} photographs in JPEG, 640 x 480: images/s, and what each part could do alone**",
+        f"**`revit infer` on {count:,} photographs in JPEG, 640 x 480: images/s, and the rate of each part alone**",
         "",
         "| model and grid | end to end | decoding alone | the model alone | bottleneck |",
         "|---|---|---|---|---|",
@@ -159,11 +163,29 @@ def table(results: dict, bench: str) -> list[str]:
     return lines
 
 
-def readme() -> str:
-    """The tables of every device that there are results of."""
+def devices() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
+
+
+def headline() -> str:
+    """One benchmark of one device: what README.md shows."""
+    (results,) = (found for found in devices() if found["device"] == HEADLINE["device"])
+    rows = [
+        row
+        for parameters, row in _rows(results, HEADLINE["bench"])
+        if (_case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
+    ]
+    text = ["| against | ours, ms | theirs, ms | speedup |", "|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["speedup"]):
+        cells = [RIVALS.get(row["rival"], row["rival"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
+        text.append("| " + " | ".join([*cells, f"**{row['speedup']:.2f}x**"]) + " |")
+    return "\n".join([*text, ""])
+
+
+def performance() -> str:
+    """The tables of every device that has results: what docs/performance.md shows."""
     text = []
-    for file in sorted(RESULTS.glob("*.json")):
-        results = json.loads(file.read_text())
+    for results in devices():
         rows = list(results["rows"].values())
         versions = ", ".join(f"{k} {v}" for k, v in rows[-1]["versions"].items())
         dates = sorted({r["date"] for r in rows})
@@ -173,7 +195,7 @@ def readme() -> str:
             f"{' to '.join(dict.fromkeys((dates[0], dates[-1])))}; {versions}.",
             "",
         ]
-        for bench, title in README_BENCHES.items():
+        for bench, title in BENCHES.items():
             if any(True for _ in _rows(results, bench)):
                 text += [f"**{title}**", "", *table(results, bench), ""]
                 text += [line for setting in settings(results, bench) for line in (setting, "")]
@@ -182,13 +204,13 @@ def readme() -> str:
 
 
 def revit() -> str:
-    """The headline rows of every evaluation that is kept: each length alone, and each policy at each budget."""
+    """Each length alone and each policy at each budget, of every kept evaluation: what docs/revit.md shows."""
     text = []
     for file in sorted(REPORTS.glob("*/report.json")):
         found = json.loads(file.read_text())
         about, name = found["about"], file.parent.name
         text += [
-            f"**[{name}](recipes/reports/{name}/report.md)**: {found['count']:,} images of {found['images']}, "
+            f"**[{name}](../recipes/reports/{name}/report.md)**: {found['count']:,} images of {found['images']}, "
             f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}.",
             "",
         ]
@@ -207,15 +229,25 @@ def revit() -> str:
     return "\n".join(text).replace("\n## ", "\n#### ")
 
 
+TABLES = {"README.md": ("headline", headline), "docs/performance.md": ("results", performance)}
+TABLES |= {"docs/revit.md": ("revit", revit)}
+
+
+def written(name: str) -> str:
+    """The file as it should be: with its table, between <!-- X:start --> and <!-- X:end -->, made anew."""
+    marker, make = TABLES[name]
+    before, start, rest = (ROOT / name).read_text().partition(f"<!-- {marker}:start -->\n")
+    _, end, after = rest.partition(f"<!-- {marker}:end -->")
+    if not (start and end):
+        raise ValueError(f"{name} needs the lines <!-- {marker}:start --> and <!-- {marker}:end -->")
+    return f"{before}{start}{make()}{end}{after}"
+
+
 def main() -> None:
     for path in sys.argv[1:]:
         collect(Path(path))
-    text = README.read_text()
-    for start, end, written in ((START, END, readme()), (REVIT_START, REVIT_END, revit())):
-        before, _, rest = text.partition(start)
-        _, _, after = rest.partition(end)
-        text = f"{before}{start}\n{written}{end}{after}"
-    README.write_text(text)
+    for name in TABLES:
+        (ROOT / name).write_text(written(name))
 
 
 if __name__ == "__main__":

@@ -95,10 +95,11 @@ def model_dtype(model) -> str:
     return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def check_resizable(model) -> None:
-    """Raise ValueError for a model that was never made resizable."""
-    if getattr(model, "menu", None) is None:
+def check_resizable(model) -> tuple[Grid, ...]:
+    """The model's menu. Raises ValueError for a model that was never made resizable."""
+    if (menu := getattr(model, "menu", None)) is None:
         raise ValueError("the model knows one length only: make it resizable first, with model.make_resizable(menu)")
+    return menu
 
 
 def _round_robin(works: list[Callable[[], object]], rounds: int, warmup: int, device: torch.device) -> list[float]:

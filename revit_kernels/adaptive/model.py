@@ -17,7 +17,7 @@ from revit_kernels.engines import Engine
 from revit_kernels.models.assigner import TokenLengthAssigner
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
-from revit_kernels.modules.lengths import cells
+from revit_kernels.modules.lengths import Grid, cells
 from revit_kernels.packing import Packing
 
 
@@ -129,8 +129,8 @@ class AdaptiveViT(nn.Module):
         return cls(model, policy, assigner=assigner, outcomes=outcomes, budget=budget, **options).eval()
 
     @property
-    def menu(self):
-        return self.model.menu
+    def menu(self) -> tuple[Grid, ...]:
+        return check_resizable(self.model)
 
     def forward(self, images, channels_last: bool = False) -> Tensor:
         """(images, classes) logits. images: as VarLenViT takes them."""

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from revit_kernels import modules
+
+if TYPE_CHECKING:
+    from revit_kernels.models.vit import VarLenViT
 
 CONTAINERS = {  # classes of timm's that we compute ourselves, by their names
     cls.__name__: cls
@@ -60,7 +64,7 @@ def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
     return new
 
 
-def adopt_model(model: nn.Module) -> nn.Module:
+def adopt_model(model: nn.Module) -> VarLenViT:
     """See VarLenViT.from_timm."""
     from revit_kernels.models.distilled import VarLenViTDistilled
     from revit_kernels.models.vit import VarLenViT

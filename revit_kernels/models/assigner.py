@@ -50,6 +50,8 @@ class TokenLengthAssigner(nn.Module):
     patch_size, grid: "pixels": of the micro network
     """
 
+    temperature: Tensor
+
     def __init__(
         self,
         menu,
@@ -67,7 +69,8 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
         self.menu = check_menu(menu)
         self.kind, self.depth, self.prefix = kind, depth, prefix
-        grid = tuple(grid or self.menu[-1])
+        rows, columns = grid or self.menu[-1]
+        grid = (rows, columns)
         self.config = {"menu": self.menu, "kind": kind, "embed_dim": embed_dim, "depth": depth, "prefix": prefix}
         self.config |= {"hidden": hidden, "patch_size": patch_size, "grid": grid}
         self.register_buffer("temperature", torch.ones(()))
@@ -80,7 +83,7 @@ class TokenLengthAssigner(nn.Module):
         else:
             self.grid = grid
             self.vit = VarLenViT(
-                img_size=tuple(patch_size * n for n in grid),
+                img_size=(patch_size * rows, patch_size * columns),
                 patch_size=patch_size,
                 embed_dim=embed_dim,
                 depth=depth,

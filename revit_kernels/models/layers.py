@@ -1,6 +1,8 @@
 """The layers that a model's constructor can be given by name."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -37,7 +39,7 @@ STREAMING = tuple(name for name, block in BLOCKS.items() if hasattr(block, "stre
 EMBEDS = {"PatchEmbed": modules.PatchEmbed}
 
 
-def layer(argument: str, choice, table: dict, default=None):
+def layer(argument: str, choice, table: dict, default: Callable | None = None) -> Any:
     """A layer class from a class, a name, or {"name": ..., option: ...}; the default for None."""
     if choice is None or choice == "":
         return default

@@ -61,6 +61,9 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     """
 
     times_trained = 0  # how often the model was put into training mode
+    pretrained_cfg: dict
+    default_cfg: dict
+    created_from: dict  # of create_model
 
     def __init__(
         self,
@@ -270,7 +273,9 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         images, packing, _ = self._inputs(images, None, packing, None, channels_last)
         return normalise(self.norm_pre, self._embed(images, packing, channels_last)[0], packing)[0]
 
-    def run_blocks(self, stream, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None):
+    def run_blocks(
+        self, stream: list, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None
+    ) -> list:
         """The stream [x, branch, gamma], for x + gamma * branch, after the blocks from `start` to before `stop`.
 
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
@@ -300,7 +305,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
         return own and self.attn_pool is None and self.global_pool == "token"
 
-    def _run_block(self, block: nn.Module, stream, packing: Packing, mask: dict):
+    def _run_block(self, block, stream: list, packing: Packing, mask: dict) -> list:
         if not isinstance(block, tuple(BLOCKS.values())):
             return [by_length(block, add(*stream), packing, mask), None, None]
         if is_plain(block, *STREAMING):

@@ -150,7 +150,8 @@ def layer_norm(
     """
     _check(x, weight, bias, row, branch, gamma)
     weight, bias = [p.unsqueeze(0) if p is not None and p.ndim == 1 else p for p in (weight, bias)]
-    x, row, branch = [t if t is None else t.contiguous() for t in (x, row, branch)]
+    x = x.contiguous()
+    row, branch = [t if t is None else t.contiguous() for t in (row, branch)]
     args = (x, weight, bias, row, branch, gamma, eps, rms, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, branch, gamma)):
         return _LayerNorm.apply(*args)
@@ -177,7 +178,8 @@ def layer_norm_fp8(
     """
     _check(x, weight, bias, row, branch, gamma)
     weight, bias = (p[None] if p is not None and p.ndim == 1 else p for p in (weight, bias))
-    x, row, branch = (t if t is None else t.contiguous() for t in (x, row, branch))
+    x = x.contiguous()
+    row, branch = (t if t is None else t.contiguous() for t in (row, branch))
     y, scale, total = _fp8(x, weight, bias, row, branch, gamma, eps, rms, backend)
     return y, scale, x if branch is None else total
 

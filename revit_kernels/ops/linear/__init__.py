@@ -141,7 +141,8 @@ def linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     check(x, weight, bias, residual, gamma, activation, gate)
     if not x.is_floating_point() or x.dtype != weight.dtype:
         raise ValueError(f"x and weight must be of one floating-point dtype, got {x.dtype} and {weight.dtype}")
