@@ -1,6 +1,6 @@
 """linear against PyTorch's: F.linear and what follows it, step by step and compiled, and its own two backends.
 
-The duels of Triton with the vendor, and the fp8 ones, are what choose_linear.py makes measured.json from.
+The duels of Triton with the vendor, and the fp8 ones, are what choose_linear.py writes into revit_kernels/measured.
 """
 
 import pytest

@@ -3,8 +3,8 @@
 
     python benchmarks/gpu_report.py FOLDER --output NAME   merge what the stages left there into NAME.json and NAME.md
     python benchmarks/gpu_report.py FOLDER --ceilings      measure this GPU's copy and matrix product first
-    python benchmarks/gpu_report.py NAME.json --hand-over  write into revit_kernels from which length on a rival's
-                                                           attention was faster
+    python benchmarks/gpu_report.py NAME.json --hand-over  write into revit_kernels/measured from which length
+                                                           on a rival's attention was faster
 
 Exit status 1 if a stage failed, ran out of time or was not run.
 
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import roofline
 
+from revit_kernels import measured
 from revit_kernels.dispatch import BACKENDS, OPS
+from revit_kernels.ops.attention.handover import RIVALS
 
 HERE = Path(__file__).parent
-HANDOVER = HERE.parent / "revit_kernels" / "ops" / "attention" / "handover.py"
-RIVALS = ("flash_attn", "cudnn")
 HALF = ("bfloat16", "float16")
 
 
@@ -126,7 +126,7 @@ def duel(bench: dict, name: str, ceilings: dict) -> dict:
     return row
 
 
-def measured(folder: Path) -> list[tuple[str, dict]]:
+def rows_of(folder: Path) -> list[tuple[str, dict]]:
     """The rows that each benchmark wrote as it went, and the benchmark's name; a last line cut off is left out."""
     return [(path.stem, row) for path in sorted(folder.glob("bench_*.jsonl")) for row in _json_lines(path)]
 
@@ -191,24 +191,15 @@ def hand_over(rows: list[dict]) -> dict:
     return found
 
 
-def write_hand_over(found: dict, where: str, path: Path = HANDOVER) -> None:
-    """Replace the figures of handover.py. Raises ValueError if it does not look as expected."""
-    text, count = path.read_text(), 0
-    for step, figures in found.items():
-        line = f'    "{step}": {{{", ".join(f"{name!r}: {n}" for name, n in figures.items())}}},'.replace("'", '"')
-        text, n = re.subn(rf'^    "{step}": \{{"flash_attn": .*$', line, text, flags=re.MULTILINE)
-        count += n
-    text, n = re.subn(
-        r"^MEASURED = .*$", f"MEASURED = {json.dumps(where)}  # the GPU, and the date", text, flags=re.MULTILINE
-    )
-    if count != len(found) or n != 1:
-        raise ValueError(f"{path} does not hold the figures to replace")
-    path.write_text(text)
+def write_hand_over(gpu: str, found: dict) -> Path:
+    """Write the lengths where dispatch reads them: those that there are."""
+    faster = {step: {name: n for name, n in figures.items() if n is not None} for step, figures in found.items()}
+    return measured.write(gpu, "attention", faster)
 
 
 def merge(folder: Path) -> dict:
     ceilings = _json(folder / "ceilings.json") or {}
-    rows = measured(folder)
+    rows = rows_of(folder)
     about = next((row["extra_info"] for _, row in rows), ceilings)
     found = [duel(row, name, ceilings) for name, row in rows]
     return {
@@ -339,7 +330,7 @@ def main() -> int:
         return 0
     if args.hand_over:
         found = json.loads(args.source.read_text())
-        write_hand_over(found["hand_over"], f"{found['device']}, {found['date']}")
+        print(write_hand_over(found["device"], found["hand_over"]))
         return 0
     found = merge(args.source)
     rounded = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.4g}"))

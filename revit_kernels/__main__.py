@@ -8,9 +8,7 @@ from importlib.util import find_spec
 
 import torch
 
-from revit_kernels import __version__
-from revit_kernels.configurations import architecture
-from revit_kernels.configurations.tables import shipped
+from revit_kernels import __version__, measured
 from revit_kernels.dispatch import BACKENDS, FORCED, OPS, refusal
 from revit_kernels.ops.attention import flash_attn
 
@@ -28,14 +26,13 @@ def versions() -> list[str]:
 
 def devices() -> list[str]:
     cpu = f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    gpus = [f"cuda:{i}: {torch.cuda.get_device_name(i)}, {tiles(i)}" for i in range(torch.cuda.device_count())]
-    return [cpu, *gpus]
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return [cpu, *(f"{gpu}: {torch.cuda.get_device_name(gpu)}, measured: {tables(gpu)}" for gpu in gpus)]
 
 
-def tiles(gpu: int) -> str:
-    """Which table of tiles the Triton kernels use there."""
-    table = shipped(architecture(torch.device("cuda", gpu)))
-    return f"tiles of sm_{table.architecture} ({table.source})" if table else "tiles by rule"
+def tables(gpu: torch.device) -> str:
+    """Of which choices there are measurements for this kind of GPU."""
+    return ", ".join(measured.of(gpu)) or "nothing, so tiles and backends are as the rules say"
 
 
 def has(op: str, backend: str) -> bool:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from revit_kernels import measured
+
 ROOT = Path(__file__).parents[1]
 SUITE = ROOT / "benchmarks" / "gpu_suite.sh"
 
@@ -122,20 +124,13 @@ def test_a_report_of_nothing(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "gpu.json").read_text())["duels"] == []
 
 
-def test_hand_over_is_written_where_dispatch_reads_it(folder, tmp_path):
+def test_hand_over_is_written_where_dispatch_reads_it(folder, tmp_path, monkeypatch):
     import gpu_report
 
-    copy = tmp_path / "handover.py"
-    copy.write_text(gpu_report.HANDOVER.read_text())
-    gpu_report.write_hand_over(gpu_report.merge(folder)["hand_over"], "a GPU, 2026-01-02", copy)
-    written = {}
-    exec(copy.read_text(), written)
-    assert written["FASTER_FROM"]["forward"] == {"flash_attn": 577, "cudnn": None}
-    assert written["MEASURED"] == "a GPU, 2026-01-02"
-    assert written["order"]("forward", 577)[0] == "flash_attn" and written["order"]("forward", 576)[0] == "cuda"
-    copy.write_text("nothing")
-    with pytest.raises(ValueError, match="does not hold the figures to replace"):
-        gpu_report.write_hand_over({"forward": {"flash_attn": 1}}, "", copy)
+    monkeypatch.setattr(measured, "FOLDER", tmp_path)
+    file = gpu_report.write_hand_over("a GPU", gpu_report.merge(folder)["hand_over"])
+    assert file == tmp_path / "a_GPU.json"
+    assert json.loads(file.read_text()) == {"attention": {"forward": {"flash_attn": 577}, "backward": {}}}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ OF_A_MODEL |= {f"{name}_{step}" for name in ("grad", "q", "k", "v") for step in 
 @pytest.fixture(scope="module")
 def launches():
     here = Path(__file__).parent
-    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "REVIT_CONFIGURATIONS", "REVIT_TUNE")}
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(here.parent)}
     done = subprocess.run([sys.executable, here / "launch_keys.py"], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +40,7 @@ def test_a_kernel_is_compiled_once_for_all_batches(launches):
 
 def test_what_is_compiled_offline_knows_no_number_of_a_batch():
     code = """
-from revit_kernels.configurations import machine_code
+import machine_code
 from revit_kernels.ops.pool.triton import specification
 spec = specification("backward", {"BLOCK_TOKENS": 16, "BLOCK_DIM": 128, "num_warps": 4})
 for told in ({"multiples": ("tokens",)}, {"constexprs": spec["constexprs"] | {"images": 1}}):
@@ -50,7 +50,7 @@ for told in ({"multiples": ("tokens",)}, {"constexprs": spec["constexprs"] | {"i
         print(error)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    env |= {"PYTHONPATH": f"{Path(__file__).parent.parent}:{Path(__file__).parent}"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == "_backward_kernel: no launch knows tokens\n_backward_kernel: no launch knows images\n"

@@ -263,27 +263,19 @@ def test_the_arithmetic_favours_epilogues_of_short_products():
     assert choice.saved_bytes(2, "gelu", None, True, True) == 8
 
 
-def test_what_was_measured_comes_first(monkeypatch):
+def test_duels_make_the_table():
     key = choice.shape_key("forward", torch.bfloat16, (3072, 768), "gelu", None, False)
     assert key == "forward bfloat16 768x3072 gelu"
-    assert choice.shape_key("fp8", torch.float16, (8, 4), None, "last", True) == "fp8 float16 4x8 gate-last residual"
-    monkeypatch.setattr(choice, "_table", lambda device: {key: [[1024, "vendor"], [None, "triton"]]})
-    assert choice._lookup(None, key, 1024)[0] == "vendor" and choice._lookup(None, key, 1025)[0] == "triton"
-    assert choice._lookup(None, "another", 5) is None
-
-
-def test_duels_make_the_table():
     path = Path(__file__).parent.parent / "benchmarks" / "choose_linear.py"
     spec = importlib.util.spec_from_file_location("choose_linear", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def duel(rows, speedup, rival="vendor"):
-        return {"extra_info": {"device": "GPU", "shape_key": "key", "rows": rows, "speedup": speedup, "rival": rival}}
+    def duel(key, speedup, rival="vendor"):
+        return {"extra_info": {"device": "GPU", "shape_key": key, "speedup": speedup, "rival": rival}}
 
-    duels = [duel(100, 0.9), duel(400, 1.2), duel(200, 0.8), duel(800, 1.1), duel(800, 0.5, "bf16"), {"extra_info": {}}]
-    assert module.winners(duels) == {"GPU": {"key": [[300, "vendor"], [None, "triton"]]}}
-    assert module.TABLE == Path(choice.__file__).with_name("measured.json")
+    duels = [duel("a", 0.9), duel("a", 1.2), duel("b", 0.8), duel("b", 1.1), duel("b", 5, "bf16"), {"extra_info": {}}]
+    assert module.winners(duels) == {"GPU": {"a": "triton", "b": "vendor"}}
 
 
 def test_on_a_cpu_the_vendor_runs():
@@ -329,7 +321,7 @@ def test_the_way_of_a_gpu_gives_what_a_cpus_does(monkeypatch):
     usual = [linear_then(layer, act, x) for act in (nn.GELU(), nn.GELU("tanh"), nn.SiLU())]
     usual.append(linear_gated(layer, nn.SiLU(), x, "first"))
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == DEVICE))
-    monkeypatch.setattr(choice, "_table", lambda device: {})
+    monkeypatch.setattr(choice, "_lookup", lambda *_: None)
     called = []
     real = torch.ops.revit_kernels.linear_forward.default
     module = importlib.import_module("revit_kernels.ops.linear")

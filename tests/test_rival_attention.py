@@ -13,9 +13,9 @@ from contract import DEVICE, check, require
 from fake_rivals import installed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revit_kernels import dispatch, native
+from revit_kernels import dispatch, measured, native
 from revit_kernels.__main__ import flash_attention
-from revit_kernels.ops.attention import attention, cudnn, flash_attn, flash_versions, handover, order, sample, tail
+from revit_kernels.ops.attention import attention, cudnn, flash_attn, flash_versions, sample, tail
 
 FLASH = ["fa4", "fa3", "fa2", "torch"]
 HALF = [torch.bfloat16, torch.float16]
@@ -294,22 +294,10 @@ def test_torch_takes_the_arguments_of_cudnn(monkeypatch):
             call()
 
 
-def test_ours_first_until_another_was_measured_faster(monkeypatch):
-    for step in ("forward", "backward"):
-        monkeypatch.setitem(handover.FASTER_FROM, step, {"flash_attn": None, "cudnn": None})
-        assert order(step, 10**6)[0] == "cuda"
-        assert sorted(order(step, 10**6)) == sorted(dispatch.BACKENDS)
-        monkeypatch.setitem(handover.FASTER_FROM, step, {"flash_attn": 577, "cudnn": 1025})
-        assert order(step, 576)[0] == "cuda"
-        assert order(step, 577)[:2] == ("flash_attn", "cuda")
-        assert order(step, 1025)[:3] == ("flash_attn", "cudnn", "cuda")
-        assert sorted(order(step, 1025)) == sorted(dispatch.BACKENDS)
-
-
 def test_a_measured_length_is_where_dispatch_changes(monkeypatch):
     monkeypatch.setattr(dispatch, "FORCED", None)
-    monkeypatch.setitem(handover.FASTER_FROM, "forward", {"flash_attn": 20, "cudnn": None})
-    monkeypatch.setitem(handover.FASTER_FROM, "backward", {"flash_attn": None, "cudnn": 20})
+    found = {"attention": {"forward": {"flash_attn": 20}, "backward": {"cudnn": 20}}}
+    monkeypatch.setattr(measured, "of", lambda device: found)
     reference, called = dispatch.load("attention", "reference"), []
 
     def load(op, backend):

@@ -1,27 +1,30 @@
-"""From which length on another library's attention measured faster than the CUDA kernels, and so is tried before them.
+"""In which order the backends of attention are tried: ours first, unless another measured faster from a length on.
 
-Measured by benchmarks/bench_attention.py on a GPU, as the backend runs (with its copies and its zeroed tail), and
-written here by `benchmarks/gpu_report.py RESULTS --hand-over`. None: not measured yet, or not faster at any length
-measured; what is ours then stays first.
+Measured on an H200 (2026-11-28), forward, 256 images of 12 heads of 64, bf16, as CUDA graphs: `cuda` takes 31, 40, 143,
+752, 2291 us at 17, 50, 197, 577, 1025 tokens, torch's FlashAttention 2 takes 78, 90, 247, 1202, 3592. A GPU on which
+another is faster has that length in the table "attention" of `revit_kernels/measured`, as bench_attention.py measures
+it: as the backend runs, with its copies and its zeroed tail.
 """
 
+import math
+
+import torch
+
+from revit_kernels import measured
 from revit_kernels.dispatch import BACKENDS
 
-FASTER_FROM = {  # tokens of the longest image
-    "forward": {"flash_attn": None, "cudnn": None},
-    "backward": {"flash_attn": None, "cudnn": None},
-}
-MEASURED = None  # the GPU, and the date
-
+RIVALS = ("flash_attn", "cudnn")
 # Of FA2 the gradient of q depends on how many images there are (see flash_attn.py): where ours can do it, they do.
-_rivals = tuple(FASTER_FROM["backward"])
-_ORDER = {
+ORDER = {
     "forward": BACKENDS,
-    "backward": (*(b for b in BACKENDS if b not in (*_rivals, "reference")), *_rivals, "reference"),
+    "backward": (*(name for name in BACKENDS if name not in (*RIVALS, "reference")), *RIVALS, "reference"),
 }
 
 
-def order(step: str, longest: int) -> tuple[str, ...]:
+def order(step: str, device: torch.device, longest: int) -> tuple[str, ...]:
     """The backends in the order in which to try them for images of at most `longest` tokens."""
-    first = tuple(name for name, start in FASTER_FROM[step].items() if start is not None and longest >= start)
-    return (*first, *(name for name in _ORDER[step] if name not in first))
+    faster_from = measured.of(device).get("attention", {}).get(step)
+    if not faster_from:
+        return ORDER[step]
+    first = tuple(name for name in RIVALS if longest >= faster_from.get(name, math.inf))
+    return (*first, *(name for name in ORDER[step] if name not in first))

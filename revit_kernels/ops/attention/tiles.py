@@ -1,20 +1,4 @@
-"""Tiles of the Triton kernels of attention: a rule for any head_dim, the shapes that tables list, what a tuner tries.
-
-A table that tells lengths apart gives an image other bits where its batch's menu has another longest length: BLOCK_KEYS
-of the forward orders its sums, and so do num_warps. The tables shipped do not.
-"""
-
-from itertools import product
-
-import torch
-
-HEAD_DIMS = (32, 48, 64, 72, 80, 88, 96, 104, 112, 128)
-KERNELS = ("forward", "backward_q", "backward_kv")
-SHAPES = {
-    kernel: [{"bits": 16, "head_dim": dim} for dim in HEAD_DIMS] + [{"bits": 32, "head_dim": dim} for dim in (64, 128)]
-    for kernel in KERNELS
-}
-LENGTHS = (64, 208, 576, 1024)  # that a tuner measures
+"""The rule for the tiles of the Triton kernels of attention: of any head_dim, never of a length."""
 
 
 def pieces(dim: int) -> tuple[int, int]:
@@ -30,8 +14,11 @@ def aligned(dim: int, bits: int) -> bool:
     return dim * bits % 128 == 0
 
 
-def rule(kernel: str, bits: int, head_dim: int, **_) -> dict[str, int]:
-    """What neither spills nor overflows shared memory on sm_80, sm_90 and sm_100."""
+def rule(kernel: str, bits: int, head_dim: int) -> dict[str, int]:
+    """What neither spills nor overflows shared memory on sm_80, sm_90 and sm_100.
+
+    Beyond head_dim 128, which no model has, the backward pass may spill.
+    """
     main, rest = pieces(head_dim)
     if bits == 32:
         if main + rest > 128:
@@ -54,34 +41,3 @@ def rule(kernel: str, bits: int, head_dim: int, **_) -> dict[str, int]:
     else:
         tiles = 32, 64, 8 if rest or main == 128 > head_dim else 4, 2
     return dict(zip(("BLOCK_QUERIES", "BLOCK_KEYS", "num_warps", "num_stages"), tiles))
-
-
-def candidates(kernel: str, bits: int, head_dim: int, **_) -> list[dict[str, int]]:
-    """Tiles whose operands and sums have room in registers; the compiler has the last word."""
-    main, rest = pieces(head_dim)
-    found = []
-    for queries, keys, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
-        sums = queries if kernel != "backward_kv" else 2 * keys
-        numbers = (sums * (main + rest) + 2 * queries * keys) / (32 * warps)  # fp32, of a thread
-        loaded = (2 * keys if kernel != "backward_kv" else 2 * queries) * (main + rest) * bits // 8
-        if numbers <= 160 and loaded * stages <= 160 * 1024 and queries * keys >= 512 * warps // 4:
-            found.append({"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys, "num_warps": warps, "num_stages": stages})
-    return found
-
-
-def trial(kernel: str, device: torch.device, bits: int, head_dim: int, length: int = 208):
-    """Images of that length and, to be right about edges, a few shorter ones."""
-    heads, images = (12, max(4, 32768 // length)) if device.type == "cuda" else (1, 2)
-    lengths = [1, max(1, length // 2 + 1), *[length] * images]
-    bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-    dtype = torch.float32 if bits == 32 else torch.bfloat16 if device.type == "cuda" else torch.float16
-    generator = torch.Generator(device).manual_seed(0)
-    q, k, v, grad = (
-        torch.randn(sum(lengths), heads, head_dim, generator=generator, device=device).to(dtype) for _ in range(4)
-    )
-    where = bounds, length, bounds, length, head_dim**-0.5
-    if kernel == "forward":
-        return "forward", (q, k, v, *where)
-    from revit_kernels.ops.attention import reference
-
-    return "backward", (grad, q, k, v, *reference.forward(q, k, v, *where), *where)

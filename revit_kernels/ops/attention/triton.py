@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 from revit_kernels.ops.attention.tiles import aligned, pieces
 
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
@@ -264,10 +264,11 @@ def _align(*tensors):
     ]
 
 
-def _launch(step, place, dim, bits, length):
+def _launch(step, x):
+    dim, bits = x.shape[2], 8 * x.element_size()
     main, rest = pieces(dim)
     launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(dim, bits), "TAIL": TAIL_PROGRAMS}
-    return launch | configuration("attention", step, place, bits=bits, head_dim=dim, length=length)
+    return launch | measured.tiles("attention", step, x.device, bits=bits, head_dim=dim)
 
 
 def _grid(cu_seqlens, heads, max_seqlen, block):
@@ -276,11 +277,11 @@ def _grid(cu_seqlens, heads, max_seqlen, block):
 
 
 def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    tokens, heads, dim = q.shape
+    tokens, heads = q.shape[:2]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     q, k, v = _align(q, k, v)
-    launch = _launch("forward", q.device, dim, 8 * q.element_size(), max_seqlen)
+    launch = _launch("forward", q)
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
@@ -290,20 +291,20 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
 
 
 def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    heads, dim = q.shape[1:]
+    heads = q.shape[1]
     tokens, images = (q.shape[0], k.shape[0]), cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     delta = torch.empty_like(lse)
     grad, q, k, v = _align(grad, q, k, v)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
-        launch = _launch("backward_q", q.device, dim, 8 * q.element_size(), max_seqlen)
+        launch = _launch("backward_q", q)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
         )  # fmt: skip
     if dk.numel():
-        launch = _launch("backward_kv", q.device, dim, 8 * q.element_size(), max_seqlen_k)
+        launch = _launch("backward_kv", q)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
             grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, **launch,
@@ -312,7 +313,7 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
 
 
 def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
-    """A kernel as it is launched, for the compiler alone: see configurations/machine_code.py."""
+    """A kernel as it is launched, for the compiler alone: see tests/machine_code.py."""
     kernel = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}[step]
     dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim)
     constexprs = {"DIM": head_dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(head_dim, bits)} | tiles
@@ -329,11 +330,3 @@ def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
     multiples += ("grad_head", "q_head", "k_head", "v_head") if head_dim % 16 == 0 else ()
     spec = {"kernel": kernel, "signature": signature, "constexprs": constexprs, **options}
     return spec | ({"multiples": multiples} if aligned(head_dim, bits) else {"aligned": False})
-
-
-def offline():
-    """(step, shape, what else a specification is told) beside the tables' rows: of other dtypes, and odd."""
-    for step in ("forward", "backward_q", "backward_kv"):
-        yield from ((step, {"bits": 16, "head_dim": dim}, {"dtype": "fp16"}) for dim in (64, 128))
-        yield from ((step, {"bits": 16, "head_dim": dim}, {}) for dim in (27, 100))
-        yield step, {"bits": 16, "head_dim": 64}, {"ones": ("heads",)}  # Triton makes a constant of a 1

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 from revit_kernels.ops.e4m3 import quantise_rows
 from revit_kernels.ops.layer_norm.tiles import columns
 
@@ -176,7 +176,7 @@ def _reduce_kernel(
 def _tiles(kernel, x):
     """Tiles for rows like those of x, with BLOCK_DIM where it is a whole row."""
     dim = x.shape[1]
-    tiles = configuration("layer_norm", kernel, x.device, bits=8 * x.element_size(), dim=dim)
+    tiles = measured.tiles("layer_norm", kernel, x.device, bits=8 * x.element_size(), dim=dim)
     return tiles if kernel == "reduce" else tiles | {"BLOCK_DIM": columns(dim)}
 
 
@@ -248,7 +248,7 @@ def specification(
     kernel, tiles, bits=16, dim=768, dtype=None, branch=None, affine=None, missing=("row",), rms=False,
     ones=("lengths",), is_aligned=True, quantised=False,
 ):  # fmt: skip
-    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py.
+    """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
     branch, affine: dtypes, by default dtype's; missing: arguments that are None; ones: those that are 1
     quantised: y is e4m3
@@ -278,21 +278,3 @@ def specification(
     multiples = ("dim",) if is_aligned and dim % 16 == 0 else ()
     options = {"num_warps": tiles["num_warps"], "aligned": is_aligned, "multiples": multiples}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
-
-
-def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    branchless = ("row", "branch", "gamma", "dsum")
-    cases = [
-        (768, 32, {"missing": (), "ones": ()}),
-        (768, 32, {"missing": (), "ones": (), "branch": "bf16"}),
-        (768, 16, {"missing": (), "ones": (), "dtype": "fp16"}),
-        (768, 16, {"missing": ("bias",), "ones": (), "affine": "fp32", "rms": True}),
-        (768, 16, {"missing": ("weight", *branchless)}),
-        (768, 16, {"missing": branchless, "ones": (), "is_aligned": False}),
-        (1, 16, {"missing": ("weight", "bias"), "ones": ("lengths", "dim", "slots")}),
-    ]
-    for dim, missing in ((768, ()), (1280, ("row", "branch", "gamma"))):  # e4m3 came with sm_89
-        yield "forward", {"bits": 16, "dim": dim}, {"quantised": True, "missing": missing, "ones": (), "since": 90}
-    for dim, bits, options in cases:
-        yield from ((kernel, {"bits": bits, "dim": dim}, options) for kernel in ("forward", "backward", "reduce"))

@@ -1,7 +1,7 @@
-"""Which backend runs a linear layer on a GPU: as measured.json says of this GPU, or else as arithmetic says.
+"""Which backend runs a linear layer on a GPU: what was measured faster on this GPU, else what arithmetic says.
 
-measured.json is written by benchmarks/choose_linear.py. It holds, for each GPU by name and for each shape
-(`shape_key`), [[most rows, backend], ...], ascending, with null for any number of rows.
+Measured is what `revit_kernels/measured` holds in its table "linear": {shape_key: backend}, written by
+benchmarks/choose_linear.py. It is of no number of rows: a row's bits do not depend on the rows beside it.
 
 The arithmetic, not measured: behind the vendor's product every further step reads and writes the (rows, columns)
 result once more; a product with an epilogue saves that, and loses SHORTFALL of the vendor's speed. Per number of the
@@ -12,11 +12,9 @@ erf costs the epilogue as long as 400 inputs of the product, unless another bloc
 counted.
 """
 
-import json
-from functools import cache
-from pathlib import Path
-
 import torch
+
+from revit_kernels import measured
 
 VENDOR_FIRST = ("vendor", "triton", "reference")
 TRITON_FIRST = ("triton", "vendor", "reference")
@@ -24,29 +22,18 @@ RATE, BANDWIDTH = 790e12, 4.3e12  # FLOP/s in bf16 and bytes/s, measured on an H
 SHORTFALL = 0.15  # assumed: how much slower Triton's product is than cuBLASLt's
 
 
-@cache
-def _measured() -> dict:
-    path = Path(__file__).with_name("measured.json")
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-@cache
-def _table(device: torch.device) -> dict:
-    return _measured().get(torch.cuda.get_device_name(device), {})
-
-
 def shape_key(step: str, dtype: torch.dtype, weight_shape, activation, gate, residual: bool) -> str:
-    """What measured.json calls a shape: "forward bfloat16 768x3072 gelu", from in and out."""
+    """What the measured table calls a shape: "forward bfloat16 768x3072 gelu", from in and out."""
     out, inputs = weight_shape
     words = [step, str(dtype).removeprefix("torch."), f"{inputs}x{out}", activation, gate and f"gate-{gate}"]
     return " ".join(word for word in (*words, "residual" if residual else None) if word)
 
 
-def _lookup(device, key: str, rows: int) -> tuple | None:
-    for most, backend in _table(device).get(key, ()):
-        if most is None or rows <= most:
-            return TRITON_FIRST if backend == "triton" else VENDOR_FIRST
-    return None
+def _lookup(device: torch.device, *shape) -> tuple | None:
+    """The order that was measured for a shape, as `shape_key` takes it; None where none was."""
+    table = measured.of(device).get("linear")
+    fastest = table and table.get(shape_key(*shape))
+    return {"triton": TRITON_FIRST, "vendor": VENDOR_FIRST}.get(fastest)
 
 
 def saved_bytes(itemsize: int, activation, gate, residual: bool, gamma: bool) -> int:
@@ -64,8 +51,8 @@ def favours_epilogue(inputs: int, itemsize: int, activation, gate, residual: boo
 def forward_order(x, weight, bias, residual, gamma, activation, gate, keep) -> tuple:
     if not x.is_cuda:
         return VENDOR_FIRST
-    key = shape_key("forward", x.dtype, weight.shape, activation, gate, residual is not None)
-    if (order := _lookup(x.device, key, x.shape[0])) is not None:
+    order = _lookup(x.device, "forward", x.dtype, weight.shape, activation, gate, residual is not None)
+    if order is not None:
         return order
     if x.dtype == torch.float32:  # off the tensor cores a product is long whatever comes behind it
         return VENDOR_FIRST
@@ -82,7 +69,6 @@ def backward_order(dy, x, weight, bias, gamma, kept, activation, gate, need_x, n
 def fp8_order(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised) -> tuple:
     if not x.is_cuda:
         return ("reference", "triton", "vendor")
-    key = shape_key("fp8", dtype, weight.shape, activation, gate, residual is not None)
-    order = _lookup(x.device, key, x.shape[0])
+    order = _lookup(x.device, "fp8", dtype, weight.shape, activation, gate, residual is not None)
     plain = activation is None and gate is None and residual is None
     return order or (VENDOR_FIRST if plain else TRITON_FIRST)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 from revit_kernels.ops.e4m3 import quantise_rows
 from revit_kernels.ops.linear.products import derivative_products
 from revit_kernels.ops.linear.tiles import NUMBERS, TILES, WORDS, power_of_two
@@ -306,7 +306,7 @@ def _product(x, weight, bias, residual, gamma, x_scale, weight_scale, y, y_scale
     bias, gamma = (t if t is None else t.contiguous() for t in (bias, gamma))
     inputs = x.shape[1]
     loads = _loads(x, weight, y)
-    tiles = configuration(
+    tiles = measured.tiles(
         "linear", "forward", x.device, bits=8 * x.element_size(), parts=2 if gate else 1, loads=loads,
         inputs=inputs, out=weight.shape[0],
     )  # fmt: skip
@@ -350,7 +350,7 @@ def quantise(x, group):
     x = _rows_apart(x)
     y = x.new_empty(rows, columns, dtype=E4M3)
     scale = x.new_empty(rows, columns // group, dtype=torch.float32)
-    tiles = configuration("linear", "quantise", x.device, columns=group)
+    tiles = measured.tiles("linear", "quantise", x.device, columns=group)
     if rows:
         grid = triton.cdiv(rows, tiles["BLOCK_ROWS"]), columns // group
         launch = tiles | {"BLOCK_COLUMNS": power_of_two(group)}
@@ -370,7 +370,7 @@ def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_we
         programs = triton.cdiv(rows, per_program)
         dh = x.new_empty(rows, out)
         partial = x.new_empty(programs, out if gamma is None else out + columns, dtype=torch.float32)
-        tiles = configuration("linear", "backward", x.device, parts=2 if gate else 1)
+        tiles = measured.tiles("linear", "backward", x.device, parts=2 if gate else 1)
         if rows:
             _backward_kernel[(programs, triton.cdiv(columns, tiles["BLOCK_COLUMNS"]))](
                 dy, kept, gamma, dh, partial, rows, columns, per_program, ACTIVATION=activation, GATE=gate, **tiles
@@ -385,7 +385,7 @@ def specification(
     kernel, tiles, bits=16, parts=1, loads=TILES, inputs=768, out=3072, columns=768, dtype=None, activation="gelu",
     missing=("residual", "gamma", "kept"), quantised=False, grouped=False,
 ):  # fmt: skip
-    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py.
+    """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
     missing: arguments that are None; quantised: the result is e4m3; grouped: x has a scale for every 128 inputs
     """
@@ -417,27 +417,3 @@ def specification(
     multiples = tuple(name for name in ints.split() if not name.startswith("rows")) if loads > NUMBERS else ()
     rest = {"aligned": loads > NUMBERS, "multiples": multiples}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options | rest
-
-
-def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    whole = {"missing": ()}
-    layer = {"inputs": 768, "out": 3072}
-    shapes = [{"bits": 16, "parts": parts, "loads": loads, **layer} for parts in (1, 2) for loads in (WORDS, TILES)]
-    for shape in (*shapes, *(shape | {"bits": 32} for shape in shapes[::2])):
-        for activation in ("gelu", "gelu_tanh", "silu"):
-            yield "forward", shape, whole | {"activation": activation}
-        yield "forward", shape, {"activation": None, "missing": ("residual", "gamma", "kept", "bias")}
-    yield "forward", shapes[1], whole | {"dtype": "fp16"}
-    yield from (("forward", shape | {"loads": NUMBERS}, whole) for shape in shapes[::2])
-    e4m3 = {"since": 90, "missing": ("kept",)}
-    for parts in (1, 2):
-        for loads in (WORDS, TILES):
-            shape = {"bits": 8, "parts": parts, "loads": loads, **layer}
-            yield "forward", shape, e4m3 | {"quantised": True}
-            yield "forward", shape, e4m3 | {"quantised": True, "grouped": True, "activation": "silu"}
-            yield "forward", shape, e4m3 | {"grouped": True, "activation": None}
-        for activation in ("gelu", "gelu_tanh", "silu"):
-            yield "backward", {"parts": parts}, {"activation": activation, "missing": ()}
-    for columns in (128, 768, 4096):
-        yield from (("quantise", {"columns": columns}, {"bits": bits, "since": 90}) for bits in (16, 32))

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 from revit_kernels.device_cache import DeviceCache, to_device
 
 PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -288,9 +288,9 @@ def forward(
             PATCH_W=pw,
             BLOCK_H=max(16, triton.next_power_of_2(ph)),
             BLOCK_W=max(16, triton.next_power_of_2(pw)),
-            **configuration("patch_embed", "patchify", weight.device, bits=bits, patch=max(ph, pw)),
+            **measured.tiles("patch_embed", "patchify", weight.device, bits=bits, patch=max(ph, pw)),
         )
-    tiles = configuration("patch_embed", "forward", weight.device, bits=bits, dim=dim)
+    tiles = measured.tiles("patch_embed", "forward", weight.device, bits=bits, dim=dim)
     _forward_kernel[(triton.cdiv(capacity, tiles["BLOCK_TOKENS"]), triton.cdiv(dim, tiles["BLOCK_DIM"]))](
         patches,
         table,
@@ -326,7 +326,7 @@ def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
     dim, images = grad.shape[1], placement.shape[0]
     sums = grad.new_empty(prefix_tokens + cells, dim, dtype=torch.float32)
     if sums.numel():
-        tiles = configuration("patch_embed", "sums", grad.device, bits=8 * grad.element_size(), dim=dim)
+        tiles = measured.tiles("patch_embed", "sums", grad.device, bits=8 * grad.element_size(), dim=dim)
         _sums_kernel[(sums.shape[0], triton.cdiv(dim, tiles["BLOCK_DIM"]))](
             grad, cu_seqlens, placement, sums, images, dim, prefix_tokens, **tiles
         )
@@ -339,7 +339,7 @@ def specification(
     kernel, tiles, bits=16, dim=768, patch=16, dtype=None, pixel=tl.uint8, cubic=True, fused=True,
     has=(True, True, True), ones=("prefix",), is_aligned=True,
 ):  # fmt: skip
-    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py.
+    """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
     has: whether there are a bias, positions, prefix tokens; ones: the arguments that are 1
     """
@@ -362,27 +362,3 @@ def specification(
     options = {name: tiles[name] for name in ("num_warps", "num_stages") if name in tiles}
     options |= {"aligned": is_aligned, "multiples": ("dim",) if is_aligned and dim % 16 == 0 else ()}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
-
-
-def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    for bits, patch, options in (
-        (16, 16, {"cubic": False, "ones": ("prefix", "channels")}),
-        (16, 14, {"dtype": "fp16"}),
-        (32, 32, {"pixel": tl.float32, "ones": ()}),
-        (32, 16, {"pixel": tl.float32, "ones": (), "cubic": False}),
-    ):
-        yield "patchify", {"bits": bits, "patch": patch}, options
-    nothing = {"has": (False, False, False)}
-    for bits, options in (
-        (16, {"ones": ()} | nothing),
-        (16, {"patch": 14, "fused": False}),
-        (16, {"fused": False, "has": (True, True, False), "ones": ()}),
-        (16, {"fused": False, "has": (True, False, True), "ones": ("dim", "prefix")}),
-        (16, {"ones": (), "is_aligned": False}),
-        (16, {"patch": 14, "dtype": "fp16", "pixel": tl.float16}),
-        (32, {"pixel": tl.float32, "ones": ()} | nothing),
-        (32, {"patch": 14, "fused": False, "pixel": tl.float32}),
-    ):
-        yield "forward", {"bits": bits, "dim": 768}, options
-    yield "sums", {"bits": 16, "dim": 768}, {"ones": ("prefix", "dim")}

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -134,7 +134,7 @@ def forward(x, cu_seqlens, kind, prefix, include_prefix):
     (tokens, dim), images = x.shape, cu_seqlens.shape[0] - 1
     y = x.new_empty(images, dim)
     if y.numel():
-        tiles = configuration("pool", "forward", x.device, bits=8 * x.element_size(), dim=dim)
+        tiles = measured.tiles("pool", "forward", x.device, bits=8 * x.element_size(), dim=dim)
         grid = (images, triton.cdiv(dim, tiles["BLOCK_DIM"]))
         prefix = 0 if include_prefix else prefix
         _forward_kernel[grid](
@@ -147,7 +147,7 @@ def backward(grad, x, cu_seqlens, tokens, kind, prefix, include_prefix):
     images, dim = grad.shape
     dx = grad.new_empty(tokens, dim)
     if dx.numel():
-        tiles = configuration("pool", "backward", grad.device, bits=8 * grad.element_size(), dim=dim)
+        tiles = measured.tiles("pool", "backward", grad.device, bits=8 * grad.element_size(), dim=dim)
         grid = (images + 1, triton.cdiv(dim, tiles["BLOCK_DIM"]))
         prefix, stride = 0 if include_prefix else prefix, dim if x is None else x.stride(0)
         _backward_kernel[grid](
@@ -157,7 +157,7 @@ def backward(grad, x, cu_seqlens, tokens, kind, prefix, include_prefix):
 
 
 def specification(kernel, tiles, bits=16, dim=768, dtype=None, kind="avgmax", ones=(), is_aligned=True):
-    """A kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
+    """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py."""
     ints = ("images", "tokens", "dim", "stride", "prefix")
     dtype = dtype or ("fp32" if bits == 32 else "bf16")
     types = {f"{name}_ptr": f"*{dtype}" for name in ("x", "y", "grad", "dx")} | dict.fromkeys(ints, "i32")
@@ -171,11 +171,3 @@ def specification(kernel, tiles, bits=16, dim=768, dtype=None, kind="avgmax", on
     aligned = is_aligned and dim % 16 == 0
     options = {"num_warps": tiles["num_warps"], "aligned": aligned, "multiples": ("dim", "stride") if aligned else ()}
     return {"kernel": function, "signature": signature, "constexprs": constexprs} | options
-
-
-def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    cases = [(bits, {"kind": kind, "ones": ("prefix",)}) for bits in (16, 32) for kind in ("token", "avg", "max")]
-    cases += [(16, {"dtype": "fp16"}), (16, {"is_aligned": False}), (16, {"ones": ("dim", "stride", "prefix")})]
-    for bits, options in cases:
-        yield from ((kernel, {"bits": bits, "dim": 768}, options) for kernel in ("forward", "backward"))

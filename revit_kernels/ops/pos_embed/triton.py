@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from revit_kernels.configurations import configuration
+from revit_kernels import measured
 from revit_kernels.device_cache import DeviceCache
 from revit_kernels.ops.pos_embed.taps import plan
 
@@ -84,7 +84,7 @@ def _resample(x, cells, arrays, parts=None):
     y = x.new_empty(cells, dim)
     part, band, weight = arrays
     if y.numel():
-        tiles = configuration("pos_embed", "resample", x.device, bits=8 * x.element_size(), dim=dim)
+        tiles = measured.tiles("pos_embed", "resample", x.device, bits=8 * x.element_size(), dim=dim)
         _resample_kernel[(cells, triton.cdiv(dim, tiles["BLOCK_DIM"]))](
             x, y, part, band, weight, dim, parts, weight.shape[1], **tiles
         )
@@ -110,7 +110,7 @@ def backward(grad, rows, columns, sizes, *how):
 
 
 def specification(kernel, tiles, bits=16, dim=768, dtype=None, backward=False, ones=(), is_aligned=True):
-    """The kernel as a model calls it, for the compiler alone: see configurations/machine_code.py."""
+    """The kernel as a model calls it, for the compiler alone: see tests/machine_code.py."""
     dtype = dtype or ("fp32" if bits == 32 else "bf16")
     types = dict.fromkeys(("part_ptr", "band_ptr"), "*i32") | {"weight_ptr": "*fp32"}
     types |= dict.fromkeys(("dim", "parts", "width"), "i32")
@@ -120,15 +120,3 @@ def specification(kernel, tiles, bits=16, dim=768, dtype=None, backward=False, o
     aligned = is_aligned and dim % 16 == 0
     options = {"num_warps": tiles["num_warps"], "aligned": aligned, "multiples": ("dim",) if aligned else ()}
     return {"kernel": _resample_kernel, "signature": signature, "constexprs": constexprs} | options
-
-
-def offline():
-    """(kernel, shape, what else a specification is told) beside the tables' rows."""
-    for bits, dim, options in (
-        (32, 768, {"backward": True}),
-        (32, 768, {"is_aligned": False}),
-        (16, 768, {"backward": True}),
-        (16, 768, {"dtype": "fp16"}),
-        (32, 1, {"ones": ("dim",)}),  # Triton makes a constant of a 1
-    ):
-        yield "resample", {"bits": bits, "dim": dim}, options

@@ -7,16 +7,13 @@ False, and the integers that its `multiples` names. Of a kernel's `do_not_specia
 to batch, a launch tells it nothing, nor may a specification.
 """
 
-import importlib
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 
-REGISTERS, WARPS, BLOCKS = 65536, 64, 32  # of one multiprocessor, all three architectures
-SHARED = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}  # of one multiprocessor
-RESERVED = 1024  # shared memory that the driver takes for each block
-MOST_SHARED = {arch: size - RESERVED for arch, size in SHARED.items()}  # that one block may have
+# Shared memory that one block may have. What is for sm_80 and sm_100 also runs on sm_86, sm_89 and sm_120, with less.
+MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -24,7 +21,6 @@ class Code:
     """One compiled kernel. Memory in bytes: stack and local of a thread, shared of a block."""
 
     arch: int
-    warps: int
     registers: int
     stack: int
     local: int
@@ -35,28 +31,13 @@ class Code:
     wide_loads: int  # and that load 16 bytes of global memory for each thread
 
     @property
-    def blocks(self) -> int:
-        """The blocks that one multiprocessor holds at once."""
-        per_warp = -(-self.registers * 32 // 256) * 256  # registers are given out in portions of 256
-        by_registers = REGISTERS // max(1, per_warp) // self.warps
-        by_shared = SHARED[self.arch] // (self.shared + RESERVED)
-        return min(by_registers, by_shared, WARPS // self.warps, BLOCKS)
-
-    @property
     def complaint(self) -> str | None:
         """Why this is not to run, or None."""
         if self.stack or self.local:
             return f"spills: {self.stack} bytes of stack and {self.local} of local memory a thread"
         if self.shared > MOST_SHARED[self.arch]:
-            return f"needs {self.shared} bytes of shared memory, sm_{self.arch} has {MOST_SHARED[self.arch]}"
-        return None if self.blocks else f"{self.registers} registers of {self.warps} warps do not fit"
-
-
-def specification(op: str, kernel: str, tiles: dict[str, int], **shape) -> dict:
-    """What to compile for these tiles and this shape; `length` and `rows` change nothing in the code."""
-    module = importlib.import_module(f"revit_kernels.ops.{op}.triton")
-    shape = {name: value for name, value in shape.items() if name not in ("length", "rows")}
-    return module.specification(kernel, tiles, **shape)
+            return f"needs {self.shared} bytes of shared memory, there are {MOST_SHARED[self.arch]}"
+        return None
 
 
 def compiled(spec: dict, arch: int) -> Code:
@@ -81,7 +62,6 @@ def compiled(spec: dict, arch: int) -> Code:
     ptx = made.asm["ptx"]
     return Code(
         arch=arch,
-        warps=made.metadata.num_warps,
         registers=used["REG"],
         stack=used["STACK"],
         local=used["LOCAL"],
