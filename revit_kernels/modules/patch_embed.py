@@ -133,17 +133,7 @@ class PatchEmbed(nn.Module):
         if fused:
             # Under autocast too in the weight's own dtype: it is a hundredth of the work, and starts the fp32 stream.
             with torch.autocast(conv.weight.device.type, enabled=False):
-                return ops.patch_embed(
-                    images,
-                    conv.weight,
-                    conv.bias,
-                    packing,
-                    pos=pos,
-                    prefix=prefix,
-                    method=method,
-                    packed=packed,
-                    **options,
-                )
+                return ops.patch_embed(images, conv.weight, conv.bias, packing, **how, **options)
         if method != "resize":
             raise ValueError(f"method {method!r} needs a patch projection that is neither wrapped nor hooked")
         return self._pack_stepwise(images, packing, pos, prefix, **options)
