@@ -1,6 +1,6 @@
 """A ViT on a CPU as it is served: traffic whose lengths change with every batch, one image at a time, and in int8.
 
-Our weights are packed once (`model.prepack()`), as the rivals' are when they are compiled; neither is timed.
+Our weights are packed once (`model.engine()`), as the rivals' are when they are compiled; neither is timed.
 """
 
 import copy
@@ -26,12 +26,10 @@ ROUNDS = 15
 
 
 def models(name: str, dtype: torch.dtype):
-    """Ours, packed, and timm's in float32, of the same weights."""
+    """Our engine, and timm's model in float32, of the same weights."""
     torch.manual_seed(0)
     vit = timm.create_model(name, dynamic_img_size=True).eval().to(dtype).float()
-    ours = VarLenViT.from_timm(copy.deepcopy(vit).to(dtype))
-    ours.prepack()
-    return ours, vit
+    return VarLenViT.from_timm(copy.deepcopy(vit).to(dtype)).engine(), vit
 
 
 def flops(model, grids) -> int:
@@ -138,12 +136,11 @@ def bench_one_image(duel, name, grid, dtype, rival):
 # ---------------------------------------------------------------------- int8
 
 
-def quantised(model):
+def quantized(model):
     try:
-        model.quantise("int8")
-    except (AttributeError, ValueError, NotImplementedError) as why:
+        return model.engine(quantize="int8")
+    except NotImplementedError as why:
         pytest.skip(f"int8: {why}")
-    return model
 
 
 def ours_bf16(case):
@@ -179,7 +176,7 @@ def error(found, exact) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def bench_int8(duel, benchmark, name, rival):
     case = Case(name, 32, torch.bfloat16)
-    model = quantised(VarLenViT.from_timm(copy.deepcopy(case.timm)))
+    model = quantized(VarLenViT.from_timm(copy.deepcopy(case.timm)))
     theirs = rival(case)
 
     @torch.inference_mode()
@@ -201,9 +198,8 @@ def bench_int8_shipped(duel, rival):
     from revit_kernels import create_model
     from revit_kernels.serving.adapt import SHIPPED
 
-    wide = create_model(str(SHIPPED)).eval().to(torch.bfloat16)
-    wide.prepack()
-    model = quantised(create_model(str(SHIPPED)).eval().to(torch.bfloat16))
+    wide = create_model(str(SHIPPED)).eval().to(torch.bfloat16).engine()
+    model = quantized(create_model(str(SHIPPED)).eval().to(torch.bfloat16))
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (256, 28, 28, 3), np.uint8))
     grids = [wide.menu[row] for row in rng.integers(0, len(wide.menu), len(images))]

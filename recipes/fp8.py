@@ -86,8 +86,8 @@ def main() -> None:
     parser.add_argument("--output", default=str(Path(__file__).with_name("reports")))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    usual, ours = (create_model(args.model).eval().to(device, getattr(torch, args.dtype)) for _ in range(2))
-    ours.quantise("fp8")
+    usual = create_model(args.model).eval().to(device, getattr(torch, args.dtype))
+    ours = usual.engine(quantize="fp8")
     images = open_set(args.data, "test", root=args.root)
     if args.limit and args.limit < len(images):
         images = images.split(args.limit, 0)[1]
