@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Duels of this checkout against another commit, on a CPU: forwards of ViT-S and ViT-B, as engines and as plain modules.
+"""Duels of this checkout against another commit, on a CPU: forwards of ViT-S and ViT-B, as engines and as modules.
 
     python benchmarks/bench_against.py COMMIT [--rounds 15] [--models vit_small_patch16_224] [--output FILE.json]
 
-The other commit is checked out and built beside this one. Each side runs in a process of its own; the two take turns,
-call by call, so that drift of the machine hits both. Prints the median and the quartiles of theirs / ours: above 1, this
-checkout is faster. A commit from before engines is timed prepacked.
+The other commit is checked out and built beside this one. Each side runs in a process of its own; they take turns,
+call by call, so that drift of the machine hits both. Prints the median and the quartiles of theirs / ours: above 1, ours
+is faster. A commit from before engines is timed prepacked.
 """
 
 import argparse

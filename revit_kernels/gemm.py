@@ -107,9 +107,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     bias:   (out,) or None
     activation: None, "gelu" (erf) or "gelu_tanh"
 
-    Returns (rows, out) in the dtype of x, accumulated in fp32: at inference on a CPU by csrc/gemm, in training there and
-    on GPUs by the vendor's library (oneDNN, cuBLASLt). On a CPU a row's bits do not depend on the other rows; cuBLASLt
-    picks its algorithm by their number, and gives no such promise.
+    Returns (rows, out) in the dtype of x, accumulated in fp32: at inference on a CPU by csrc/gemm, in training there
+    and on GPUs by the vendor's library (oneDNN, cuBLASLt). On a CPU a row's bits do not depend on the other rows;
+    cuBLASLt picks its algorithm by their number, and gives no such promise.
     """
     records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if not records and _ours(x, weight, bias):

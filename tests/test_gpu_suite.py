@@ -218,6 +218,18 @@ def test_the_limits_of_a_call(suite, call, stages, most):
     assert sum(alone.values()) <= most, "the last stages would not be reached"
 
 
+def test_every_op_of_a_gpu_is_checked(suite):
+    done, _ = suite("check", "--list")
+    stages = dict(re.findall(r"^(\w+) \(\d+ s\): (.*)", done.stdout, re.MULTILINE))
+    folders = (ROOT / "revit_kernels" / "ops").iterdir()
+    on_gpus = {path.name for path in folders if (path / "cuda.py").exists() or (path / "triton.py").exists()}
+    for stage in ("contracts_cuda", "contracts_others"):
+        assert set(re.findall(r"tests/test_(\w+)\.py", stages[stage])) == on_gpus
+        assert "contract" not in stages[stage].partition(" -k ")[2], "LayerNorm's contract is called otherwise"
+    cuda = {f"{name}.cuda" for name in on_gpus if (ROOT / f"revit_kernels/ops/{name}/cuda.py").exists()}
+    assert cuda == set(re.findall(r"\w+\.cuda", stages["memcheck"]))
+
+
 def test_another_call_is_refused(suite):
     done, _ = suite("all")
     assert done.returncode == 2 and "gpu_suite.sh check" in done.stderr
