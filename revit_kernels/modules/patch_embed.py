@@ -141,7 +141,7 @@ class PatchEmbed(nn.Module):
     def prepack(self) -> None:
         """Pack the weight now, on trust, where a CPU's kernel will read it: as `revit_kernels.gemm.prepack`."""
         backend, conv = dispatch.load("patch_embed", "cpu"), self.proj
-        if not isinstance(backend, str) and is_plain(conv, "Conv2d") and backend.refusal(None, conv.weight) is None:
+        if not isinstance(backend, str) and is_plain(conv, "Conv2d"):
             backend.prepack(conv.weight, conv.bias)
 
     def _pack_stepwise(self, images, packing, pos, prefix, mean, std, channels_last) -> Tensor:

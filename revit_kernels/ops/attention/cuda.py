@@ -14,8 +14,8 @@ _backward = torch.ops.revit_kernels.attention_backward_cuda.default
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def refusal(*args):
-    x = args[0]
+def refusal(step, args):
+    x = args.q
     if why := native.gpu_refusal(DTYPES, x):
         return why
     if x.shape[2] % 8 or x.shape[2] > 128:

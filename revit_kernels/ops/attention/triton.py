@@ -16,8 +16,8 @@ TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
 COUNTS = ("tokens", "tokens_k", "images", "cu_seqlens_ptr", "cu_seqlens_k_ptr")  # what differs from batch to batch
 
 
-def refusal(*args):
-    x = args[0]
+def refusal(step, args):
+    x = args.q
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):

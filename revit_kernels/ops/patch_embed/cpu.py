@@ -18,12 +18,15 @@ _flat = WeakIdKeyDictionary()  # parameter: the same memory as (dim, width), who
 _packed = Layouts(lambda weight, bias: panels(weight.flatten(1), bias, None, weight.dtype))
 
 
-def refusal(x, y, *_):
-    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if y.device.type != "cpu":
-        return f"needs CPU tensors, got one on {y.device}"
-    if y.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {y.dtype}"
+def refusal(step, args):
+    return _refusal(args.weight if step == "forward" else args.patches)
+
+
+def _refusal(tensor):
+    if tensor.device.type != "cpu":
+        return f"needs CPU tensors, got one on {tensor.device}"
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {tensor.dtype}"
     return None
 
 
@@ -60,14 +63,14 @@ def forward(
     prefix,
     mean,
     std,
-    how,
+    interpolation,
     channels_last,
-    _,
+    resize,
     prefix_tokens,
     keep,
 ):
     places, affine = (cu_seqlens, placement), _affine(images, weight.shape[1], mean, std)
-    how = (how == "bicubic", channels_last, prefix_tokens, image.shape[0])
+    how = (interpolation == "bicubic", channels_last, prefix_tokens, image.shape[0])
     pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
     packed = _packed.get(weight, bias) if not keep and _fits(weight) else None
     if packed is not None:
@@ -80,8 +83,8 @@ def forward(
 
 
 def prepack(weight, bias) -> None:
-    """Pack the weight now, and see no more whether it changed but by its version."""
-    if _fits(weight):
+    """Pack the weight now, where a forward would, and see no more whether it changed but by its version."""
+    if _refusal(weight) is None and _fits(weight):
         _packed.trust(weight, bias)
 
 
