@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from revit_kernels import measured
+from revit_kernels.ops.attention import tail
 from revit_kernels.ops.attention.tiles import aligned, pieces
 
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
@@ -255,13 +256,7 @@ def _backward_kv_kernel(
 
 def _align(*tensors):
     """The tensors, copied where their strides keep rows from starting on 16 bytes though head_dim would allow it."""
-    return [
-        x.clone(memory_format=torch.contiguous_format)
-        if aligned(x.shape[2], 8 * x.element_size())
-        and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:2]))
-        else x
-        for x in tensors
-    ]
+    return tail.aligned(*tensors) if aligned(tensors[0].shape[2], 8 * tensors[0].element_size()) else tensors
 
 
 def _launch(step, x):
