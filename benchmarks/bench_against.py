@@ -4,8 +4,8 @@
     python benchmarks/bench_against.py COMMIT [--rounds 15] [--models vit_small_patch16_224] [--output FILE.json]
 
 The other commit is checked out and built beside this one. Each side runs in a process of its own; they take turns,
-call by call, so that drift of the machine hits both. Prints the median and the quartiles of theirs / ours: above 1, ours
-is faster. A commit from before engines is timed prepacked.
+call by call, so that drift of the machine hits both. Prints the median and the quartiles of theirs / ours: above 1, we
+are faster. A commit from before engines is timed prepacked.
 """
 
 import argparse

@@ -129,9 +129,9 @@ def reason(name, step, qkv, cu_seqlens, lengths):
     if name == "nested" and DEVICE == "cpu":
         return "its attention asks the CUDA driver for its kernels"
     if name.startswith("backend_"):
-        return refusal("attention", name.removeprefix("backend_"), *arguments)
+        return refusal("attention", name.removeprefix("backend_"), *arguments, step=step)
     if name == "cudnn":
-        return refusal("attention", "cudnn", *arguments)
+        return refusal("attention", "cudnn", *arguments, step=step)
     version = flash_versions.VERSIONS.get("torch" if name == "varlen" else name)
     if version is None:
         return None

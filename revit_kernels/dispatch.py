@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections import namedtuple
 from functools import cache
 from types import ModuleType
 
@@ -39,10 +40,25 @@ def load(op: str, backend: str) -> ModuleType | str:
         return str(error)
 
 
-def refusal(op: str, backend: str, *args) -> str | None:
-    """Why `backend` cannot run `op` on these arguments; None if it can."""
+ARGUMENTS: dict[tuple[str, str], type] = {}  # by op and step: a NamedTuple of the schema's arguments but `backend`
+POSITIONAL = ("linear",)  # ops whose backends still tell arguments by their place: `refusal(*args)`
+
+
+def refusal(op: str, backend: str, *args, step: str = "forward") -> str | None:
+    """Why `backend` cannot run a step of `op` on these arguments, the first ones at least; None if it can."""
+    why = load(op, backend)
+    return why if isinstance(why, str) else _refusal(op, backend, step, _named(op, step, args))
+
+
+def _named(op, step, args):
+    return args if op in POSITIONAL else ARGUMENTS[op, step](*args)
+
+
+def _refusal(op, backend, step, args) -> str | None:
     module = load(op, backend)
-    return module if isinstance(module, str) else module.refusal(*args)
+    if isinstance(module, str):
+        return module
+    return module.refusal(*args) if op in POSITIONAL else module.refusal(step, args)
 
 
 def choose(op: str, backend: str | None, *args, step: str = "forward", order: tuple = BACKENDS) -> ModuleType:
@@ -51,13 +67,17 @@ def choose(op: str, backend: str | None, *args, step: str = "forward", order: tu
     A named one never falls back. The one that REVIT_BACKEND names for all ops is passed over by an op with an order of
     its own that does not hold it.
     """
+    return _choose(op, backend, step, _named(op, step, args), order)
+
+
+def _choose(op, backend, step, args, order) -> ModuleType:
     if not backend and (FORCED in order or FORCED not in BACKENDS):
         backend = FORCED
     if backend and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     refusals = {}
     for name in (backend,) if backend else order:
-        why = refusal(op, name, *args)
+        why = _refusal(op, name, step, args)
         if why is None:
             if hasattr(module := load(op, name), step):
                 return module
@@ -69,17 +89,20 @@ def choose(op: str, backend: str | None, *args, step: str = "forward", order: tu
 def register(op: str, step: str, schema: str, fake, order=None):
     """The torch op `revit_kernels::<op>_<step>`, run by the function `<step>` of the backend chosen.
 
-    The last argument of the schema must be `str? backend`. order: gives, from the arguments, the backends in the order
-    in which to try them, where that is not the same for all.
+    A backend has `refusal(step, args)`, where args has the names of the schema, and `<step>(*args)`. The last argument
+    of the schema must be `str? backend`. order: gives, from args, the backends in the order in which to try them, where
+    that is not the same for all.
     """
     name = f"{op}_{step}"
+    names = [argument.name for argument in torch._C.parse_schema(f"{name}{schema}").arguments]
+    arguments = ARGUMENTS[op, step] = namedtuple(f"{op}_{step}", names[:-1], defaults=[None] * len(names[:-1]))
     torch.library.define(f"revit_kernels::{name}", schema)
     torch.library.register_fake(f"revit_kernels::{name}", fake)
 
     def run(*args):
-        *args, backend = args
-        wanted = BACKENDS if order is None else order(*args)
-        run_step = getattr(choose(op, backend, *args, step=step, order=wanted), step)
+        args, backend = arguments._make(args[:-1]), args[-1]
+        wanted = BACKENDS if order is None else order(args)
+        run_step = getattr(_choose(op, backend, step, args, wanted), step)
         if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
             return run_step(*args)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

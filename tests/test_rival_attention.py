@@ -134,6 +134,11 @@ def test_the_process_stays_as_deterministic_as_it_was(monkeypatch):
         torch.use_deterministic_algorithms(state[0], warn_only=state[1])
 
 
+def refusal(x, backend="flash_attn"):
+    """Why the backend does not take q, k and v like x."""
+    return dispatch.refusal("attention", backend, x, x, x, *sample()[3:])
+
+
 @pytest.mark.parametrize(
     "here", [(), ("fa2",), ("torch", "fa2"), ("fa2", "fa3"), ("fa2", "fa3", "fa4", "torch")], ids=str
 )
@@ -143,10 +148,10 @@ def test_the_newest_installed_is_taken(hopper, monkeypatch, here):
     with installed(*(name for name in here if name != "torch")):
         if here:
             assert flash_attn.version(x).name == next(name for name in FLASH if name in here)
-            assert flash_attn.refusal(x) is None
+            assert refusal(x) is None
         else:
             nowhere = "fa4: not installed; fa3: not installed; fa2: not installed; torch: left out"
-            assert flash_attn.refusal(x) == nowhere
+            assert refusal(x) == nowhere
             with pytest.raises(NotImplementedError, match="no version of FlashAttention takes"):
                 flash_attn.version(x)
 
@@ -171,7 +176,7 @@ def test_a_version_that_was_named_never_falls_back(hopper):
     with installed("fa2"):
         flash_attn.use("fa3")
         try:
-            assert flash_attn.refusal(torch.zeros(4, 2, 64, dtype=torch.bfloat16)) == "fa3: not installed"
+            assert refusal(torch.zeros(4, 2, 64, dtype=torch.bfloat16)) == "fa3: not installed"
         finally:
             flash_attn.use(None)
     with pytest.raises(ValueError, match="must be one of fa4, fa3, fa2, torch, got 'fa1'"):
@@ -245,11 +250,11 @@ def test_refusals(hopper, monkeypatch, backend):
             ((4, 2, 264), torch.bfloat16, "head_dim must be a multiple of 8, at most"),
         ):
             x = torch.zeros(shape, dtype=dtype)
-            assert why in dispatch.refusal("attention", backend, x, x, x, *sample()[3:])
+            assert why in refusal(x, backend)
         monkeypatch.setattr(native, "_capability", lambda device: (7, 5))
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
         x = torch.zeros(4, 2, 64, dtype=torch.bfloat16)
-        assert "needs compute capability 8.0" in dispatch.refusal("attention", backend, x, x, x, *sample()[3:])
+        assert "needs compute capability 8.0" in refusal(x, backend)
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "cudnn"])
@@ -275,8 +280,8 @@ def test_the_backward_of_cudnn(monkeypatch, version, longest, deterministic, why
 
 def test_cudnn_refuses_what_its_offsets_cannot_reach(hopper):
     x = torch.empty(2**31 // 128, 2, 64, dtype=torch.bfloat16, device="meta")
-    assert "must stay below 2^31" in cudnn.refusal(x, x, x, *sample()[3:])
-    assert cudnn.refusal(x[1:], x[1:], x[1:], *sample()[3:]) is None
+    assert "must stay below 2^31" in refusal(x, "cudnn")
+    assert refusal(x[1:], "cudnn") is None
 
 
 def test_torch_takes_the_arguments_of_cudnn(monkeypatch):

@@ -136,7 +136,9 @@ def _own(norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 def _packed_patch(model: nn.Module) -> Tensor | None:
     backend, conv = load("patch_embed", "cpu"), model.patch_embed.proj
-    if isinstance(backend, str) or not is_plain(conv, "Conv2d") or backend.refusal(None, conv.weight) is not None:
+    if isinstance(backend, str) or not is_plain(conv, "Conv2d"):
+        return None
+    if conv.weight.dtype not in (torch.float32, torch.bfloat16) or conv.weight.device.type != "cpu":
         return None
     if model.menu is not None and model.resizable["embedding"] != "resize":
         return None

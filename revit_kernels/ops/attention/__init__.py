@@ -20,9 +20,7 @@ _forward = register(
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor cu_seqlens_k, SymInt max_seqlen_k,"
     " float scale, str? backend) -> (Tensor, Tensor)",
     _fake_forward,
-    lambda q, k, v, cu_seqlens, longest, cu_seqlens_k, longest_k, scale: order(
-        "forward", q.device, max(longest, longest_k)
-    ),
+    lambda args: order("forward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
 )
 _backward = register(
     "attention",
@@ -30,7 +28,7 @@ _backward = register(
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen,"
     " Tensor cu_seqlens_k, SymInt max_seqlen_k, float scale, str? backend) -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
-    lambda *args: order("backward", args[1].device, max(args[7], args[9])),
+    lambda args: order("backward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
 )
 
 

@@ -9,8 +9,8 @@ _forward = torch.ops.revit_kernels.attention_cpu.default
 _backward = torch.ops.revit_kernels.attention_backward_cpu.default
 
 
-def refusal(*args):
-    x = args[0]
+def refusal(step, args):
+    x = args.q
     if x.device.type != "cpu":
         return f"needs a CPU tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):

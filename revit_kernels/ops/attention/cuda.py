@@ -7,6 +7,7 @@ Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host),
 import torch
 
 from revit_kernels import native
+from revit_kernels.ops.attention import tail
 
 native.load("cuda")
 _forward = torch.ops.revit_kernels.attention_cuda.default
@@ -14,8 +15,8 @@ _backward = torch.ops.revit_kernels.attention_backward_cuda.default
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def refusal(*args):
-    x = args[0]
+def refusal(step, args):
+    x = args.q
     if why := native.gpu_refusal(DTYPES, x):
         return why
     if x.shape[2] % 8 or x.shape[2] > 128:
@@ -23,19 +24,9 @@ def refusal(*args):
     return None
 
 
-def _align(*tensors):
-    """The tensors, copied where a row of a head does not start on 16 bytes."""
-    return [
-        x
-        if x.data_ptr() % 16 == 0 and not any(stride % 8 for stride in x.stride()[:2])
-        else x.clone(memory_format=torch.contiguous_format)
-        for x in tensors
-    ]
-
-
 def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    return _forward(*_align(q, k, v), cu_seqlens, cu_seqlens_k, scale)
+    return _forward(*tail.aligned(q, k, v), cu_seqlens, cu_seqlens_k, scale)
 
 
 def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    return _backward(*_align(grad, q, k, v), out, lse, cu_seqlens, cu_seqlens_k, scale)
+    return _backward(*tail.aligned(grad, q, k, v), out, lse, cu_seqlens, cu_seqlens_k, scale)

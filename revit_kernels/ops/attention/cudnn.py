@@ -37,17 +37,17 @@ def _torch() -> tuple[int, ...]:
     return tuple(int(n) for n in torch.__version__.split(".")[:2])
 
 
-def refusal(*args):
-    x, backward = args[0], len(args) > 8
+def refusal(step, args):
+    x = args.q
     if why := _place(x) or native.gpu_refusal(DTYPES, x):
         return why
     if (found := native._capability(x.device)) < (9, 0):
         return "needs compute capability 9.0 for packed images, {} has {}.{}".format(x.device, *found)
     if x.shape[2] % 8 or x.shape[2] > HEAD_DIM:
         return f"head_dim must be a multiple of 8, at most {HEAD_DIM}, got {x.shape[2]}"
-    if max(t.shape[0] for t in args[:4] if t.ndim == 3) * x.shape[1] * x.shape[2] >= 2**31:
+    if max(x.shape[0], args.k.shape[0]) * x.shape[1] * x.shape[2] >= 2**31:
         return "its offsets are 32 bits: tokens x heads x head_dim must stay below 2^31"
-    return _backward_refusal(x, max(args[7], args[9])) if backward else None
+    return _backward_refusal(x, max(args.max_seqlen, args.max_seqlen_k)) if step == "backward" else None
 
 
 def _backward_refusal(x: Tensor, longest: int) -> str | None:

@@ -55,8 +55,8 @@ def _place(x: Tensor) -> str | None:
     return None if x.is_cuda else f"needs a CUDA tensor, got one on {x.device}"
 
 
-def refusal(*args):
-    x, backward = args[0], len(args) > 8
+def refusal(step, args):
+    x, backward = args.q, step == "backward"
     if why := _place(x) or native.gpu_refusal(DTYPES, x):
         return why
     reasons = {}

@@ -7,7 +7,7 @@ scores, are rounded to the dtype of the tensors before they are multiplied with 
 import torch
 
 
-def refusal(*_):
+def refusal(step, args):
     return None
 
 

@@ -1,4 +1,4 @@
-"""What FlashAttention and cuDNN leave to their caller: rows of no image, and rows that start on 16 bytes."""
+"""What several backends leave to their caller: rows of no image, and rows that start on 16 bytes."""
 
 from functools import cache
 

@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 from revit_kernels import measured
+from revit_kernels.ops.attention import tail
 from revit_kernels.ops.attention.tiles import aligned, pieces
 
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
 COUNTS = ("tokens", "tokens_k", "images", "cu_seqlens_ptr", "cu_seqlens_k_ptr")  # what differs from batch to batch
 
 
-def refusal(*args):
-    x = args[0]
+def refusal(step, args):
+    x = args.q
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -255,13 +256,7 @@ def _backward_kv_kernel(
 
 def _align(*tensors):
     """The tensors, copied where their strides keep rows from starting on 16 bytes though head_dim would allow it."""
-    return [
-        x.clone(memory_format=torch.contiguous_format)
-        if aligned(x.shape[2], 8 * x.element_size())
-        and (x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:2]))
-        else x
-        for x in tensors
-    ]
+    return tail.aligned(*tensors) if aligned(tensors[0].shape[2], 8 * tensors[0].element_size()) else tensors
 
 
 def _launch(step, x):

@@ -15,17 +15,15 @@ native.load("cpu")
 _forward = torch.ops.revit_kernels.blocks_cpu.default
 
 
-def refusal(x, cu_seqlens, row, *rest):
-    *parameters, kind = rest[:14] + rest[-1:]
-    if x.device.type != "cpu":
-        return f"needs CPU tensors, got one on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {x.dtype}"
-    w = BlockWeights(*parameters)
+def refusal(step, args):
+    if args.x.device.type != "cpu":
+        return f"needs CPU tensors, got one on {args.x.device}"
+    if args.x.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {args.x.dtype}"
     for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2"):
-        if (found := getattr(w, name).dtype) != x.dtype:
-            return f"needs weights of x's dtype, {x.dtype}, got {name} of {found}"
-    return unable((*w.proj.shape, w.fc1.shape[0]), kind)
+        if (found := getattr(args, name).dtype) != args.x.dtype:
+            return f"needs weights of x's dtype, {args.x.dtype}, got {name} of {found}"
+    return unable((*args.proj.shape, args.fc1.shape[0]), args.kind)
 
 
 def unable(widths, kind):

@@ -10,7 +10,7 @@ _backward = torch.ops.revit_kernels.layer_norm_backward_cpu.default
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def refusal(*args):
+def refusal(step, args):
     for tensor in args:
         if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
             return f"needs CPU tensors, got one on {tensor.device}"

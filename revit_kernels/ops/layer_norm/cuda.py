@@ -14,11 +14,12 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_COLUMNS = 4096  # what the threads of a block hold in registers
 
 
-def refusal(x, *args):
-    if why := native.gpu_refusal(DTYPES, x, *args):
+def refusal(step, args):
+    if why := native.gpu_refusal(DTYPES, *args):
         return why
-    if x.shape[1] > MOST_COLUMNS:
-        return f"no kernel for a dim above {MOST_COLUMNS}, got {x.shape[1]}"
+    columns = (args.sum if step == "backward" else args.x).shape[1]
+    if columns > MOST_COLUMNS:
+        return f"no kernel for a dim above {MOST_COLUMNS}, got {columns}"
     return None
 
 

@@ -5,7 +5,7 @@ import torch
 E4M3_MAX = 448.0
 
 
-def refusal(*_):
+def refusal(step, args):
     return None
 
 

@@ -15,7 +15,7 @@ MOST_PROGRAMS = 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(*args):
+def refusal(step, args):
     for tensor in args:
         if not isinstance(tensor, torch.Tensor):
             continue

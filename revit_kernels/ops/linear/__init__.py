@@ -40,7 +40,7 @@ _forward = register(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, str? activation, str? gate, bool keep,"
     " str? backend) -> (Tensor, Tensor)",
     _fake_forward,
-    choice.forward_order,
+    lambda args: choice.forward_order(*args),
 )
 _backward = register(
     "linear",
@@ -48,7 +48,7 @@ _backward = register(
     "(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor? gamma, Tensor kept, str? activation, str? gate,"
     " bool need_x, bool need_weight, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    choice.backward_order,
+    lambda args: choice.backward_order(*args),
 )
 
 

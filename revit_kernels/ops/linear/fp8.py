@@ -66,7 +66,7 @@ _fp8 = register(
     "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, Tensor? gamma,"
     " str? activation, str? gate, ScalarType dtype, bool quantised, str? backend) -> (Tensor, Tensor)",
     _fake_fp8,
-    choice.fp8_order,
+    lambda args: choice.fp8_order(*args),
 )
 
 

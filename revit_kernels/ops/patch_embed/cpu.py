@@ -14,12 +14,15 @@ _sums = torch.ops.revit_kernels.patch_embed_sums_cpu.default
 _weight_gradient = torch.ops.revit_kernels.patch_embed_weight_cpu.default
 
 
-def refusal(x, y, *_):
-    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if y.device.type != "cpu":
-        return f"needs CPU tensors, got one on {y.device}"
-    if y.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {y.dtype}"
+def refusal(step, args):
+    return _refusal(args.weight if step == "forward" else args.patches)
+
+
+def _refusal(tensor):
+    if tensor.device.type != "cpu":
+        return f"needs CPU tensors, got one on {tensor.device}"
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"no kernel for {tensor.dtype}"
     return None
 
 
@@ -76,7 +79,7 @@ def forward(
     std,
     interpolation,
     channels_last,
-    _,
+    resize,
     prefix_tokens,
     keep,
 ):

@@ -25,14 +25,14 @@ def _shared(device):
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor // 1024
 
 
-def refusal(x, y, *_):
-    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if why := native.gpu_refusal(DTYPES, y):
+def refusal(step, args):
+    tensor = args.weight if step == "forward" else args.patches
+    if why := native.gpu_refusal(DTYPES, tensor):
         return why
-    if y.is_cuda and _shared(y.device) < SHARED:
-        return f"needs {SHARED} KiB of shared memory on a multiprocessor, {y.device} has {_shared(y.device)}"
-    if y.ndim == 4:
-        channels, rows, columns = y.shape[1:]
+    if tensor.is_cuda and (found := _shared(tensor.device)) < SHARED:
+        return f"needs {SHARED} KiB of shared memory on a multiprocessor, {tensor.device} has {found}"
+    if step == "forward":
+        channels, rows, columns = tensor.shape[1:]
         if channels > MOST_CHANNELS or rows > MOST_ROWS or channels * rows * columns > MOST_NUMBERS:
             most = f"{MOST_ROWS} rows, {MOST_CHANNELS} channels and {MOST_NUMBERS} numbers"
             return f"no kernel for patches of more than {most}, got {rows} x {columns} of {channels} channels"
@@ -75,7 +75,7 @@ def forward(
     std,
     interpolation,
     channels_last,
-    _,
+    resize,
     prefix_tokens,
     keep,
 ):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 
-def refusal(*_):
+def refusal(step, args):
     return None
 
 
@@ -40,9 +40,9 @@ def forward(
     prefix,
     mean,
     std,
-    how,
+    interpolation,
     channels_last,
-    _,
+    resize,
     prefix_tokens,
     keep,
 ):
@@ -51,7 +51,7 @@ def forward(
     kept = weight.new_zeros(image.shape[0] if keep else 0, weight[0].numel())
     for i, h, w, row, cell in _entries(cu_seqlens, placement, prefix_tokens):
         x = images[i].permute(2, 0, 1) if channels_last else images[i]
-        patches = _patches(x, h, w, weight, mean, std, how)
+        patches = _patches(x, h, w, weight, mean, std, interpolation)
         tokens = F.linear(patches, weight.flatten(1), bias)
         y[row : row + h * w] = tokens if pos is None else tokens + pos[cell : cell + h * w]
         if prefix is not None:

@@ -14,13 +14,13 @@ PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.fl
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it multiplies the bits of bfloat16, not the values
 
 
-def refusal(x, y, *_):
-    """x, y: the images and the weight of a forward; the gradient and the patches of a backward."""
-    if not (y.is_cuda or INTERPRETED):
-        return f"needs a CUDA tensor, got one on {y.device}"
-    if y.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"no kernel for {y.dtype}"
-    if isinstance(x, list) and any(max(image.shape[-3:]) >= 2**15 for image in x):
+def refusal(step, args):
+    tensor = args.weight if step == "forward" else args.patches
+    if not (tensor.is_cuda or INTERPRETED):
+        return f"needs a CUDA tensor, got one on {tensor.device}"
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"no kernel for {tensor.dtype}"
+    if step == "forward" and any(max(image.shape[-3:]) >= 2**15 for image in args.images):
         return f"an image has {2**15} pixels or more a side: positions are 32-bit fractions"
     return None
 

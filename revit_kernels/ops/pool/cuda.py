@@ -13,7 +13,7 @@ _backward = torch.ops.revit_kernels.pool_backward_cuda.default
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(*args):
+def refusal(step, args):
     return native.gpu_refusal(DTYPES, *args)
 
 

@@ -3,7 +3,7 @@
 import torch
 
 
-def refusal(*_):
+def refusal(step, args):
     return None
 
 

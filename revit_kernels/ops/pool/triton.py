@@ -11,7 +11,7 @@ from revit_kernels import measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(*args):
+def refusal(step, args):
     for tensor in args:
         if not isinstance(tensor, torch.Tensor):
             continue

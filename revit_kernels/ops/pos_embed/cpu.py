@@ -9,7 +9,8 @@ _forward = torch.ops.revit_kernels.pos_embed_cpu.default
 _backward = torch.ops.revit_kernels.pos_embed_backward_cpu.default
 
 
-def refusal(x, *_):
+def refusal(step, args):
+    x = args.table if step == "forward" else args.grad
     if x.device.type != "cpu":
         return f"needs a CPU tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):

@@ -20,8 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CACHE = DeviceCache()  # nothing is copied again for grids seen before
 
 
-def refusal(x, *_):
-    return native.gpu_refusal(DTYPES, x)
+def refusal(step, args):
+    return native.gpu_refusal(DTYPES, *args)
 
 
 def _arrays(device, backward, rows, columns, sizes, how):

@@ -5,7 +5,7 @@ import torch
 from revit_kernels.ops.pos_embed.interpolation import matrix
 
 
-def refusal(*_):
+def refusal(step, args):
     return None
 
 

@@ -14,7 +14,8 @@ from revit_kernels.ops.pos_embed.taps import plan
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def refusal(x, *_):
+def refusal(step, args):
+    x = args.table if step == "forward" else args.grad
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs a CUDA tensor, got one on {x.device}"
     if x.dtype not in DTYPES:
