@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs from Ampere on: csrc/attention/cuda.cu, on Hopper forward with what it alone has.
 
 REVIT_CUDA_HOPPER=0 leaves Hopper's part out, to compare the two.
-Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host), and its machine code is without spills.
+Ran on one H200 (benchmarks/results/NVIDIA_H200.md), and thread by thread on a CPU (tests/cuda_on_host).
 """
 
 import torch

@@ -4,7 +4,7 @@ Counted, not measured: a table of 14 x 14 for grids of 10, 7 and 4 a side and 76
 read 36 KB of taps, out of 2.4 KB that stay in L2, beside 3.0 MB of the table: 1%. Made by the kernel in float64 the
 taps would be 8 MFLOP: 0.2 us on an H200 (34 TFLOP/s), but 16 us on an L4, which has a 64th of its float32 rate.
 
-Never run on a GPU yet: right on the CPU, thread by thread (tests/cuda_on_host), and its machine code is without spills.
+Ran on one H200 (benchmarks/results/NVIDIA_H200.md), and thread by thread on a CPU (tests/cuda_on_host).
 """
 
 import torch
