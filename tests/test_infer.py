@@ -35,6 +35,9 @@ class StandIn(torch.nn.Module):
         self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         self.calls = []
 
+    def engine(self, **options):
+        return self
+
     def forward_features(self, images, grids, channels_last):
         assert channels_last and all(i.dtype == torch.uint8 and i.shape[2] == 3 for i in images)
         self.calls.append(list(grids))

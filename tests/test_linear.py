@@ -131,6 +131,8 @@ def test_memory_may_begin_anywhere(gate, dtype, backend):
 def test_a_row_does_not_depend_on_its_company(backend, dtype):
     if backend == "vendor" and DEVICE != "cpu":
         pytest.skip("cuBLASLt picks its algorithm by the number of rows")
+    if interpreted(backend) and dtype == torch.float32:
+        pytest.skip("triton: in the interpreter NumPy multiplies, and a row's bits depend on its place in the tile")
     inputs = make_inputs(150, 72, 96, dtype)
     require("linear", backend, *inputs.values(), "gelu", None, False)
     weight, bias, gamma = (inputs[name] for name in ("weight", "bias", "gamma"))

@@ -163,7 +163,6 @@ def evaluate(
     """
     from revit_kernels.training.labels import collect
 
-    engine = engine_of(model)
     held_out = assigner.outcomes if held_out is None and assigner is not None else held_out
     check_apart(held_out, images, "that budgets are solved from")
     check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner has learnt from")
@@ -177,6 +176,7 @@ def evaluate(
         if name in ("fixed", "random", "oracle"):
             raise ValueError(f"a configuration cannot be named {name!r}: that is what it is compared with")
     say = say or (lambda text: None)
+    engine = engine_of(model)
     chosen = choose(policies, budgets, assigner, held_out, say)
     bar = bar or (lambda **_: NoBar())
     batch = max(1, batch_tokens // (model.num_prefix_tokens + cells(model.menu[0])))

@@ -54,7 +54,7 @@ def refusal(*args):
 
 @triton.jit
 def _short_gelu(h):
-    """h Phi(h) for a result that is rounded to bf16 or coarser, without branches: off by at most 7e-5.
+    """h Phi(h) for a result that is rounded to bf16, without branches: off by at most 7e-5.
 
     Phi - 1/2 is h times a polynomial in h^2, fitted on [-4.2, 4.2], 1/2 at its end. erf takes longer than the product
     of 384 inputs: on an H200 half of fc1's time.
@@ -171,7 +171,7 @@ def _forward_kernel(
 
     # 64-bit numbers say where a tile is, 32-bit ones where in it: otherwise addresses fill the registers.
     inside = exists[:, None] & wanted[None, :]
-    SHORT: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16 or y_scale_ptr is not None
+    SHORT: tl.constexpr = y_ptr.dtype.element_ty == tl.bfloat16
     if x_scale_ptr is not None:
         if not GROUPED:
             of_row = tl.load(x_scale_ptr + row + down_tile, mask=exists, other=0.0)[:, None]
