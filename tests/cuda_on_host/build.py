@@ -15,14 +15,14 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parents[2]
 HEADER = Path(__file__).with_name("cuda_on_host.h")
-HEADERS = [HEADER, Path(__file__).with_name("hopper_on_host.h")]
+HEADERS = [HEADER, *(Path(__file__).with_name(f"{name}_on_host.h") for name in ("checks", "hopper"))]
 FLAGS = ["-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
 FLAGS += [f"-I{path}" for path in include_paths()]
 # A vector of numbers is read as words of 32 bits, which is what GPUs do, but not what C++ lets its optimiser expect.
 CXX = [os.environ.get("CXX", "g++"), *FLAGS, "-O1", "-fPIC", "-fno-strict-aliasing", "-Wall", "-Werror"]
 CXX += ["-Wno-unknown-pragmas", "-include", str(HEADER)]
-# Sees accesses out of bounds in global and shared memory; not on the stack, of which a fiber has one of its own.
-SANITIZE = ["-g", "-fsanitize=address", "--param=asan-stack=0", "-D_GLIBCXX_SANITIZE_VECTOR"]
+# Has the compiler call checks_on_host.h for every access to memory, and for a vector off its boundary.
+CHECKS = ["-fsanitize=thread,alignment,bounds", "--param=tsan-instrument-func-entry-exit=0"]
 
 
 def sources() -> dict[str, Path]:
@@ -51,7 +51,7 @@ def contents(source: Path) -> list[bytes]:
 
 
 def sanitizer() -> str:
-    """LD_PRELOAD for a library that is built to sanitize; empty where the compiler brings no sanitizer."""
+    """LD_PRELOAD for the bounds of tensors to be known; empty where the compiler brings no address sanitizer."""
     names = ("libasan.so", "libstdc++.so")  # the first looks for the second, where exceptions are thrown, as it starts
     found = [
         subprocess.run([CXX[0], f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -60,9 +60,9 @@ def sanitizer() -> str:
     return " ".join(found) if all(os.path.isabs(path) for path in found) else ""
 
 
-def build(sanitize: bool = False) -> Path:
+def build(checked: bool = False) -> Path:
     """The path of the library; raises RuntimeError with what the compiler said."""
-    extra = SANITIZE if sanitize else []
+    extra = CHECKS if checked else []
 
     def compiled(source):
         command = [*CXX, *extra, "-x", "c++", "-c", str(source), "-o"]
@@ -72,7 +72,6 @@ def build(sanitize: bool = False) -> Path:
         objects = list(pool.map(compiled, sources().values()))
     link = [
         CXX[0],
-        *extra,
         "-shared",
         *map(str, objects),
         *(f"-L{path}" for path in library_paths()),
@@ -80,6 +79,21 @@ def build(sanitize: bool = False) -> Path:
         "-o",
     ]
     return cached("cuda_on_host.so", link, [path.read_bytes() for path in objects])
+
+
+def faults() -> Path:
+    """The program of kernels with faults, built with checks."""
+    folder = Path(__file__).parent
+    headers = [*HEADERS, folder / "faults.h", *sorted(ROOT.glob("csrc/common/*.h"))]
+
+    def compiled(name):
+        source = folder / f"{name}.cpp"
+        parts = [path.read_bytes() for path in (source, *headers)]
+        return cached(f"{name}.o", [*CXX, *CHECKS, "-c", str(source), "-o"], parts)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, ("faults", "hopper_faults")))
+    return cached("faults", [CXX[0], *map(str, objects), "-o"], [path.read_bytes() for path in objects])
 
 
 if __name__ == "__main__":

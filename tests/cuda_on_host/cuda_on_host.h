@@ -3,8 +3,10 @@
 // Every thread of a block is a fiber. Blocks run one after another, and so do warps, each until it waits for the others
 // of its block; with REVIT_CUDA_ORDER=reverse the last warp, and thread, goes first. Shared memory holds NaN when a
 // block begins, an asynchronous copy happens only when it is waited for, and warps that meet at different places,
-// threads that wait for ever, and reads that a missing barrier leaves stale show as errors or as NaN. Not seen: data
-// races that neither order of the threads brings out, memory ordering, and accesses out of bounds in global memory.
+// threads that wait for ever, and reads that a missing barrier leaves stale show as errors or as NaN. Builds with
+// checks see every access to memory as well: checks_on_host.h says what they find. Not seen: what a weaker order of
+// memory than the barriers' does, a pointer that leaves a static array for its neighbour, and registers beyond launch
+// bounds.
 #pragma once
 
 #define REVIT_CUDA_ON_HOST 1
@@ -20,6 +22,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -39,10 +42,10 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
-struct float4 {
+struct alignas(16) float4 {
   float x, y, z, w;
 };
 struct alignas(8) int2 {
@@ -64,8 +67,11 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
+#define REVIT_EMULATOR __attribute__((section(".emulator")))  // beside shared memory, which is among other variables
+REVIT_EMULATOR inline dim3 threadIdx, blockIdx, blockDim, gridDim;  // those of the fiber that runs
 inline constexpr int warpSize = 32;
+
+#define REVIT_UNSEEN __attribute__((no_sanitize("thread")))
 
 namespace cuda_on_host {
 
@@ -85,30 +91,43 @@ struct Copy {
   bool there;
 };
 
+struct Registers {  // where they are on the stack, and what a product that runs has there
+  uintptr_t begin, end;
+  bool sums;
+  long group;
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf here;          // where it goes on: a context would ask the kernel for the signal mask at every switch
   bool started = false;  // then it is in some block's kernel, or between two
   std::unique_ptr<char[]> stack{new char[kStack]};
+  const uintptr_t bottom = reinterpret_cast<uintptr_t>(stack.get());
   dim3 index;
   int number;
   bool done;
+  int unseen = 0;                        // how deep it is in what stands for the GPU, see checks_on_host.h
+  const char* place = "";                // where it waits
+  bool products = false;                 // some run, or may begin
+  std::vector<Registers> held, written;  // of products that run; since the last wgmma.fence
   std::vector<Copy> open;                // copies of no group yet
   std::deque<std::vector<Copy>> groups;  // committed, not yet done
 };
 
 struct Block {
   std::vector<unsigned char> shared;
+  uintptr_t dynamic = 0;  // where it is
+  size_t dynamic_bytes = 0, most_dynamic = 0;
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Meeting> warps;
-  int threads = 0, living = 0, waiting = 0;
+  int threads = 0, living = 0, waiting = 0, line = 0;  // line: of the __syncthreads that some wait at
   long generation = 0, progress = 0, serial = 0;
   Fiber* running = nullptr;
   jmp_buf scheduler;
   const std::function<void()>* kernel = nullptr;
   std::string failure;
 };
-inline Block block;
+REVIT_EMULATOR inline Block block;
 inline std::string (*at_end)() = nullptr;  // what is left undone at the end of a block, for hopper_on_host.h
 
 inline void yield() {
@@ -118,7 +137,7 @@ inline void yield() {
 inline void enter();
 
 // Runs the fiber until it yields.
-__attribute__((noinline)) inline void resume(Fiber& fiber) {
+REVIT_UNSEEN __attribute__((noinline)) inline void resume(Fiber& fiber) {
   block.running = &fiber;
   threadIdx = fiber.index;
   if (_setjmp(block.scheduler)) return;
@@ -137,20 +156,37 @@ inline void fail(const std::string& why) {
   for (;;) yield();  // this fiber ends here; the scheduler sees the failure
 }
 
-inline void sync_block() {
+}  // namespace cuda_on_host
+
+#include "checks_on_host.h"
+
+namespace cuda_on_host {
+
+inline bool (*has_barriers)() = [] { return false; };  // in shared memory, for hopper_on_host.h
+
+inline void sync_block(int line) {
+  const Unseen unseen;
   const long mine = block.generation;
   ++block.progress;
+  if (block.living < block.threads) fail("a thread has left before a __syncthreads of its block");
+  if (block.waiting && block.line != line)
+    fail("threads of a block meet at __syncthreads of lines " + std::to_string(block.line) + " and " +
+         std::to_string(line));
+  block.line = line;
   if (++block.waiting == block.living) {
     block.waiting = 0;
     ++block.generation;
+    order_threads(0, block.threads, has_barriers());
     return;
   }
+  block.running->place = "__syncthreads";
   while (block.generation == mine) yield();
 }
 
 // Meets the other lanes of the warp; the last one to arrive calls work(operands of every lane).
 template <class Work>
 void meet(const char* what, void* operands, unsigned mask, Work work) {
+  const Unseen unseen;
   if (mask != 0xffffffffu) fail("a warp's mask that does not name all its lanes is not known here");
   const int number = block.running->number, lane = number % kLanes;
   Meeting& warp = block.warps[number / kLanes];
@@ -165,21 +201,32 @@ void meet(const char* what, void* operands, unsigned mask, Work work) {
     ++warp.generation;
     return;
   }
+  block.running->place = what;
   while (warp.generation == mine) yield();
 }
 
 // A fiber's whole life: the kernel of one block after the other.
-inline void enter() {
+REVIT_UNSEEN inline void enter() {
   for (;; yield()) {
+    block.running->unseen = 0;
     (*block.kernel)();
+    block.running->unseen = 1;
     block.running->done = true;
     --block.living;
     ++block.progress;
-    if (block.living && block.waiting == block.living) {  // those that wait for a thread that has left
-      block.waiting = 0;
-      ++block.generation;
-    }
+    if (block.waiting) fail("a thread has left before a __syncthreads of its block");
   }
+}
+
+// How many threads wait at each place.
+inline std::string waiting_at() {
+  std::map<std::string, int> places;
+  for (int i = 0; i < block.threads; ++i)
+    if (!block.fibers[i]->done) ++places[block.fibers[i]->place];
+  std::string text;
+  for (const auto& place : places)
+    text += (text.empty() ? ": " : ", ") + std::to_string(place.second) + " at " + place.first;
+  return text;
 }
 
 inline bool reversed() {
@@ -189,8 +236,12 @@ inline bool reversed() {
 
 inline void run_block(const std::function<void()>& kernel, dim3 index, int threads, size_t shared) {
   block.shared.assign(shared + 16, 0xff);  // NaN, whatever it is read as
+  block.dynamic = reinterpret_cast<uintptr_t>(block.shared.data());
+  block.dynamic_bytes = shared;
+  block.most_dynamic = block.shared.capacity();
   block.threads = block.living = threads;
   block.waiting = 0;
+  begin_block();
   block.kernel = &kernel;
   block.failure.clear();
   ++block.serial;
@@ -203,6 +254,9 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
     fiber.done = false;
     fiber.open.clear();
     fiber.groups.clear();
+    fiber.products = false;
+    fiber.held.clear();
+    fiber.written.clear();
   }
   blockIdx = index;
   const bool last_first = reversed();
@@ -214,6 +268,7 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
         Fiber& fiber = *block.fibers[first + (last_first ? lanes - 1 - i : i)];
         if (fiber.done) continue;
         resume(fiber);
+        block.running = nullptr;
         if (!fiber.groups.empty() && fiber.done) block.failure = "a thread ended with copies that nobody waited for";
       }
     }
@@ -222,7 +277,8 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
   while (block.living) {
     const long before = block.progress;
     for (int i = 0; i < warps && block.failure.empty(); ++i) run_warp(last_first ? warps - 1 - i : i);
-    if (block.failure.empty() && block.progress == before) block.failure = "threads wait for one another for ever";
+    if (block.failure.empty() && block.progress == before)
+      block.failure = "threads wait for one another for ever" + waiting_at();
     if (block.failure.empty() && !block.living && at_end) block.failure = at_end();
     if (block.failure.empty()) continue;
     for (auto& fiber : block.fibers) fiber->started = false;
@@ -232,9 +288,11 @@ inline void run_block(const std::function<void()>& kernel, dim3 index, int threa
 
 }  // namespace cuda_on_host
 
-inline void __syncthreads() { cuda_on_host::sync_block(); }
+inline void __syncthreads(int line = __builtin_LINE()) { cuda_on_host::sync_block(line); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
-  cuda_on_host::meet("__syncwarp", nullptr, mask, [](void**) {});
+  using namespace cuda_on_host;
+  const int first = block.running->number / kLanes * kLanes;
+  meet("__syncwarp", nullptr, mask, [=](void**) { order_threads(first, kLanes, has_barriers()); });
 }
 
 namespace cuda_on_host {
@@ -290,6 +348,7 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __syncthreads_or(int predicate) {
   static int any;  // every thread writes before the second barrier, and reads after it
+  const cuda_on_host::Unseen unseen;
   __syncthreads();
   any = 0;
   __syncthreads();
@@ -300,6 +359,8 @@ inline int __syncthreads_or(int predicate) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
+  const cuda_on_host::Unseen unseen;
+  cuda_on_host::check_global(address, sizeof(T), "an atomic sum");
   const T before = *address;
   *address = before + value;
   return before;
@@ -370,7 +431,9 @@ struct Matrices {
 };
 
 inline void load(const char* what, uint32_t (&y)[4], SharedAddress row, bool transposed) {
+  const cuda_on_host::Unseen unseen;
   if (row % 16) cuda_on_host::fail("ldmatrix from an address off 16 bytes");
+  cuda_on_host::touch(row, 16, false, cuda_on_host::block.running->number, cuda_on_host::kMatrix);
   Matrices own = {y, reinterpret_cast<const uint16_t*>(row)};
   cuda_on_host::meet(what, &own, 0xffffffffu, [=](void** all) {
     for (int lane = 0; lane < 32; ++lane)
@@ -399,6 +462,7 @@ inline void load_transposed(uint32_t (&y)[4], SharedAddress row) { on_host::load
 // The fragments of mma.m16n8k16 as the PTX manual gives them.
 template <class Kind>
 void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Kind kind) {
+  const cuda_on_host::Unseen unseen;
   on_host::Product own = {d, a, {b0, b1}};
   cuda_on_host::meet("mma", &own, 0xffffffffu, [=](void** all) {
     float left[16][16], right[16][8];
@@ -429,22 +493,71 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
 }
 
 inline void copy_async(SharedAddress shared, const void* global, bool there) {
+  const cuda_on_host::Unseen unseen;
   const uintptr_t addresses = shared | (there ? reinterpret_cast<uintptr_t>(global) : 0);
   if (addresses % 16) cuda_on_host::fail("cp.async from or to an address off 16 bytes");
+  const int thread = cuda_on_host::block.running->number;
+  if (there) cuda_on_host::touch(global, 16, false, thread);
+  cuda_on_host::touch(shared, 16, true, thread);
+  cuda_on_host::give_to(cuda_on_host::kOnTheWay, shared, 16);
   cuda_on_host::block.running->open.push_back({reinterpret_cast<void*>(shared), global, there});
 }
 inline void commit_copies() {
+  const cuda_on_host::Unseen unseen;
   auto& fiber = *cuda_on_host::block.running;
   fiber.groups.push_back(std::move(fiber.open));
   fiber.open.clear();
 }
 template <int kPending>
 void wait_for_copies() {
+  const cuda_on_host::Unseen unseen;
+  const int thread = cuda_on_host::block.running->number;
   auto& groups = cuda_on_host::block.running->groups;
   for (; static_cast<int>(groups.size()) > kPending; groups.pop_front())
-    for (const auto& copy : groups.front())
+    for (const auto& copy : groups.front()) {
       copy.there ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+      cuda_on_host::give_to(thread, reinterpret_cast<uintptr_t>(copy.to), 16);
+    }
 }
+
+}  // namespace revit
+
+namespace cuda_on_host {
+
+// The GPU that this stands for: a Hopper where REVIT_CUDA_ON_HOST_HOPPER is set, else an sm_80. A block may have as
+// much memory as those have, or as many KiB as REVIT_CUDA_ON_HOST_SHARED says: 99 on sm_86, sm_89 and sm_120.
+inline bool is_hopper() { return std::getenv("REVIT_CUDA_ON_HOST_HOPPER") != nullptr; }
+inline size_t most_shared() {
+  const char* wanted = std::getenv("REVIT_CUDA_ON_HOST_SHARED");
+  return (wanted ? std::atoi(wanted) : is_hopper() ? 227 : 163) * size_t{1024};
+}
+
+inline std::map<const void*, size_t> allowed;  // dynamic shared memory, by kernel
+
+inline void allow_shared(const void* kernel, size_t bytes) {  // cudaFuncSetAttribute
+  if (bytes > most_shared()) throw std::runtime_error("CUDA on the host: more shared memory than a block may have");
+  allowed[kernel] = bytes;
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments... arguments) {
+  const auto found = allowed.find(reinterpret_cast<const void*>(kernel));
+  if (shared > (found == allowed.end() ? 48 * 1024 : found->second))
+    throw std::runtime_error("CUDA on the host: more dynamic shared memory than the kernel was allowed");
+  if (threads > kMostThreads) throw std::runtime_error("CUDA on the host: more than 1024 threads in a block");
+  if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("CUDA on the host: a grid too large in y or z");
+  blockDim = dim3(threads);
+  gridDim = grid;
+  begin_launch();
+  const std::function<void()> run = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) run_block(run, dim3(x, y, z), threads, shared);
+}
+
+}  // namespace cuda_on_host
+
+namespace revit {
 
 class Stream {
  public:
@@ -452,14 +565,8 @@ class Stream {
   explicit Stream(const Tensor&) {}
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments... arguments) const {
-    if (threads > 1024 || shared > 227 * 1024) throw std::runtime_error("CUDA on the host: no such launch on a GPU");
-    if (grid.y > 65535 || grid.z > 65535) throw std::runtime_error("CUDA on the host: a grid too large in y or z");
-    blockDim = dim3(threads);
-    gridDim = grid;
-    const std::function<void()> run = [&] { kernel(static_cast<Parameters>(arguments)...); };
-    for (unsigned z = 0; z < grid.z; ++z)
-      for (unsigned y = 0; y < grid.y; ++y)
-        for (unsigned x = 0; x < grid.x; ++x) cuda_on_host::run_block(run, dim3(x, y, z), threads, shared);
+    if (shared > 48 * 1024) cuda_on_host::allow_shared(reinterpret_cast<const void*>(kernel), shared);
+    cuda_on_host::launch(kernel, grid, threads, shared, arguments...);
   }
 };
 
