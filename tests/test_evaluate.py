@@ -97,22 +97,22 @@ def test_verdict_either_way():
     assert "lost, the best of 1 pairs of policy and budget is cascade at a budget of 2x: **2.00x the images" in better
     assert "0.10 ± 0.10 points lost**. No shorter length alone stays within that." in better
     assert "it is 4.90 ± 0.68 points above the lengths alone and mixes of two of them." in better
-    assert "it is 4.90 ± 0.68 points above lengths given by lot." in better
+    assert "it is 4.90 ± 0.68 points above random lengths." in better
     worse = " ".join(verdict(synthetic(890, 2.0)))
     assert "None of 1 pairs of policy and budget stays within 0.3 points of full length; nearest is cascade" in worse
-    assert "2.00x the images a second of full length, 6.00 ± 0.75 points lost." in worse
-    assert "1.00 ± 0.31 points below the lengths alone" in worse and "points below lengths given by lot" in worse
+    assert "2.00x the images per second of full length, 6.00 ± 0.75 points lost." in worse
+    assert "1.00 ± 0.31 points below the lengths alone" in worse and "points below random lengths" in worse
     doubtful = " ".join(verdict(synthetic(901, 2.0)))
-    assert "0.10 ± 0.10 points above lengths given by lot, which is within two standard errors" in doubtful
-    assert "level with lengths given by lot, image by image" in " ".join(verdict(synthetic(900, 2.0)))
+    assert "0.10 ± 0.10 points above random lengths, which is not significant" in doubtful
+    assert "level with random lengths, image by image" in " ".join(verdict(synthetic(900, 2.0)))
     won = " ".join(verdict(synthetic(960, 0.5)))
-    assert "1.00 ± 0.31 points won" in won and "nothing as fast to compare it with among lengths given by lot" in won
-    assert "lot" not in " ".join(verdict(synthetic(949, 2.0, random=None)))
+    assert "1.00 ± 0.31 points gained" in won and "nothing as fast to compare it with among random lengths" in won
+    assert "random" not in " ".join(verdict(synthetic(949, 2.0, random=None)))
     alone = synthetic(949, 2.0)
     alone.static[1] = measured("fixed", some(948), [2.0] * 3, Fixed(1), row=1)
     assert "Of the lengths alone, 3x3 stays within that, at 2.00x and 0.20" in " ".join(verdict(alone))
     alone.policies = []
-    assert verdict(alone) == ["No policy was measured beside the lengths alone."]
+    assert verdict(alone) == ["Only the lengths alone were measured, no policy."]
 
 
 def test_reports_of_synthetic_numbers():

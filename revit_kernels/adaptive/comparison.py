@@ -79,7 +79,7 @@ def _placed(found: Gap | None, what: str) -> str:
     start = "At equal measured speed it is"
     if found.value == 0 and found.error == 0:
         return f"{start} level with {what}, image by image."
-    doubt = "" if abs(found.value) > 2 * found.error else ", which is within two standard errors of nothing"
+    doubt = "" if abs(found.value) > 2 * found.error else ", which is not significant (< 2 SE)"
     return f"{start} {_points(found.value, found.error, 'above', 'below')} {what}{doubt}."
 
 
@@ -89,7 +89,7 @@ def _fastest_static(e: Evaluation, allowed: float) -> str:
         return "No shorter length alone stays within that."
     best = max(within, key=lambda one: one.speed(e.full))
     h, w = e.menu[best.policy.row]
-    lost = _points(*best.lost(e.full), "lost", "won")
+    lost = _points(*best.lost(e.full), "lost", "gained")
     return f"Of the lengths alone, {h}x{w} stays within that, at {best.speed(e.full):.2f}x and {lost}."
 
 
@@ -100,11 +100,12 @@ def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
     """
     full, ones = e.full, candidates(e)
     if not ones:
-        return ["No policy was measured beside the lengths alone."]
+        return ["Only the lengths alone were measured, no policy."]
     within = [one for one in ones if one.lost(full)[0] <= allowed]
     best = max(within, key=lambda one: one.speed(full)) if within else min(ones, key=lambda one: one.lost(full)[0])
     name = f"{best.name} at a budget of {best.budget}" if best.budget else best.name
-    numbers = f"{best.speed(full):.2f}x the images a second of full length, {_points(*best.lost(full), 'lost', 'won')}"
+    numbers = f"{best.speed(full):.2f}x the images per second of full length, "
+    numbers += _points(*best.lost(full), "lost", "gained")
     limit = f"{100 * allowed:g} points"
     if within:
         first = (
@@ -117,4 +118,4 @@ def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
         first += f"{numbers}."
     lines = [f"{first} {_fastest_static(e, allowed)}"]
     lines.append(_placed(against_static(e, best), "the lengths alone and mixes of two of them"))
-    return [*lines, _placed(against_random(e, best), "lengths given by lot")] if e.random else lines
+    return [*lines, _placed(against_random(e, best), "random lengths")] if e.random else lines

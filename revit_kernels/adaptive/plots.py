@@ -21,7 +21,7 @@ COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too
 }
 OTHERS = ("#D55E00", "#56B4E9", "#F0E442")  # of configurations of the user's own
 MARKERS = {"fixed": "o", "random": "x", "assigner": "s", "cascade": "^", "assigner+cascade": "D", "oracle": "*"}
-SAID = {"fixed": "one length for all", "random": "random (lengths by lot)", "oracle": "oracle (asks the truth)"}
+SAID = {"fixed": "one length for all", "random": "random lengths", "oracle": "oracle (true labels)"}
 SHOWN = 10  # images that a bin of the reliability diagram must hold
 DPI = 110
 
@@ -66,7 +66,7 @@ def _scatter(e: Evaluation, path: Path, cost: Callable[[Measured], float], place
     """Accuracy against what `place` makes of a cost."""
     figure, axes = _pyplot().subplots(figsize=(8, 5.5))
     costs, accuracy = _frontier(e, cost)
-    axes.plot(place(costs), 100 * accuracy, color=COLOURS["fixed"], linewidth=1, label="mix of two lengths, by lot")
+    axes.plot(place(costs), 100 * accuracy, color=COLOURS["fixed"], linewidth=1, label="random mix of two lengths")
     others, groups = iter(OTHERS * 10), {"fixed": e.static, "random": e.random}
     for one in e.policies:
         if one.name not in ("fixed", "random"):

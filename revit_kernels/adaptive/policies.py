@@ -97,16 +97,16 @@ class Fixed(Policy):
 
 @dataclass(frozen=True)
 class Random(Policy):
-    """Lengths by lot: what a policy is worth less than this, it is worth nothing. mix: share of each menu row"""
+    """Random baseline: random lengths in a fixed mix. mix: share of each menu row"""
 
     mix: tuple[float, ...] = ()
     seed: int = 0
     name: ClassVar[str] = "random"
 
     def draw(self, images: int, turn: int = 0) -> np.ndarray:
-        """(images,) rows; exactly the mix, as near as whole images allow, in an order by lot."""
+        """(images,) rows in random order; exactly the mix, up to whole images."""
         rng = np.random.default_rng([self.seed, turn])
-        # An offset by lot, so that small batches too have the mix on average.
+        # A random offset, so that small batches have the mix on average.
         places = (np.arange(images) + rng.random()) / images * sum(self.mix)
         rows = np.searchsorted(np.cumsum(self.mix), places, side="right").clip(max=len(self.mix) - 1)
         return rng.permutation(rows)
@@ -121,7 +121,7 @@ class Random(Policy):
 
     def describe(self, menu) -> str:
         shares = ", ".join(f"{_grid(menu, i)} {share:.0%}" for i, share in enumerate(self.mix) if share)
-        return f"by lot: {shares}"
+        return f"at random: {shares}"
 
 
 @dataclass(frozen=True)

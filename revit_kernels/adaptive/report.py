@@ -34,7 +34,7 @@ def _headline(e: Evaluation) -> list[str]:
     """A row for each configuration."""
     head = ["policy", "budget", "accuracy, %", "points lost", "images/s", "speed", "MACs", "tokens"]
     head += [f"answered at {' / '.join(_grids(e))}, %", "above lengths alone"]
-    head += ["above random", "same mix by lot, %"] if e.random else []
+    head += ["above random", "same mix at random, %"] if e.random else []
     rows = []
     for one in [*e.static, *e.policies]:
         lost, error = one.lost(e.full)
@@ -69,24 +69,23 @@ def _legend(e: Evaluation) -> list[str]:
         speed += f" These differ by {np.median(spread):.1%} in the median row, {max(spread):.1%} at most."
     accuracy = "**accuracy**: of all images, with its standard error"
     if about["timed"] != len(e.outcomes):
-        accuracy += "; that of lengths alone, by lot and of the oracle is from the pass that asked for every length"
+        accuracy += "; that of lengths alone, of random lengths and of the oracle is from the pass over every length"
     text = [
         f"{accuracy}. **points lost**: against full length, with the standard error of the difference image by image.",
         speed,
         "**MACs**: multiply-accumulates of an image against full length's: patch embedding, linear layers and "
         "attention of the blocks, for the tokens that were processed; the assigner's too. **tokens**: of all passes of "
         "an image, a mean; prefix tokens counted, the assigner's own not.",
-        "**above lengths alone**: how many points the row is more accurate than the best that one length, or a mix of "
-        "two by lot, reaches at the same measured speed.",
+        "**above lengths alone**: how many points more accurate the row is than the best single length, or random mix "
+        "of two, at the same measured speed.",
     ]
     if e.random:
         text.append(
-            "**above random**: the same against what was measured of lengths by lot: the rows called random, which are "
-            "the best mix of two at the budget, and the mix of lengths that each policy gave, which the last column "
-            "shows."
+            "**above random**: the same against random lengths: the rows called random, which are the best mix of two "
+            "at the budget, and the mix of lengths that each policy chose, given at random (last column)."
         )
     if any(one.name == "oracle" for one in e.policies):
-        text.append("The oracle asks the truth: it is not attainable.")
+        text.append("The oracle uses the true labels: it is an upper bound, not a policy.")
     return [f"- {sentence}" for sentence in text]
 
 

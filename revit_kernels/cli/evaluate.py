@@ -20,13 +20,13 @@ def add(commands):
         "--labels", metavar="FILE", help="held-out labels to solve budgets from, instead of the assigner's"
     )
     add_images(evaluate, "test")
-    evaluate.add_argument("--limit", type=count, metavar="N", help="only so many images, of every class alike")
+    evaluate.add_argument("--limit", type=count, metavar="N", help="only so many images, equally many of each class")
     evaluate.add_argument("--output", "-o", required=True, metavar="DIR", help="where the report goes")
     evaluate.add_argument(
         "--policies",
         type=_words,
         metavar="NAME,...",
-        help="of random, assigner, cascade, assigner+cascade and oracle (default: all that can be had)",
+        help="of random, assigner, cascade, assigner+cascade and oracle (default: all that apply)",
     )
     evaluate.add_argument(
         "--budgets",
@@ -38,7 +38,7 @@ def add(commands):
     )
     evaluate.add_argument("--rounds", type=count, default=3, metavar="N", help="times each is timed (default: 3)")
     evaluate.add_argument(
-        "--timed", type=count, metavar="N", help="images that are timed, of every class alike (default: all)"
+        "--timed", type=count, metavar="N", help="images that are timed, equally many of each class (default: all)"
     )
     add_batch_tokens(evaluate)
     add_device(evaluate)

@@ -10,7 +10,7 @@ examples:
   revit label revit.safetensors --data photos/ --against full --unsolved drop --output labels.parquet
   revit label fold1.safetensors --fold-models fold2.safetensors fold3.safetensors --data photos/ --output labels.parquet
 
-Labels of images that the model has learnt from are too hopeful: give --held-out N as to `revit train` to label only
+Labels from training images are overconfident: give --held-out N as to `revit train` to label only
 those that were kept apart; or train K models with --fold I/K and name all of them in this order, and each labels its
 own fold. Labels of folds are meant for a model trained on all the images, which nothing in them can be checked against.
 

@@ -75,7 +75,7 @@ def add(commands):
         type=count,
         metavar="PIXELS",
         help="side of the images trained on (default: their own "
-        "where they are small and alike, else the longest length's)",
+        "where they are small and of one size, else the longest length's)",
     )
     data.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="default: none")
     data.add_argument("--flip", action="store_true", help="mirror half of the images")
