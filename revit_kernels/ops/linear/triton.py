@@ -13,14 +13,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from revit_kernels import measured
-from revit_kernels.ops.e4m3 import quantise_rows
+from revit_kernels.ops.e4m3 import E4M3, E4M3_SINCE, GROUP
+from revit_kernels.ops.e4m3_triton import quantise_rows
 from revit_kernels.ops.linear.products import derivative_products
 from revit_kernels.ops.linear.tiles import NUMBERS, TILES, WORDS, power_of_two
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-E4M3 = torch.float8_e4m3fn
-E4M3_SINCE = (8, 9)  # compute capability
-GROUP = 128  # columns that share a scale in an e4m3 result
 ROWS_PER_PROGRAM = 64  # at least, in the backward pass
 MOST_PROGRAMS = 256
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

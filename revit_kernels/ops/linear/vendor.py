@@ -4,13 +4,12 @@ import torch
 import torch.nn.functional as F
 
 from revit_kernels import gemm
+from revit_kernels.ops.e4m3 import E4M3, E4M3_SINCE
 from revit_kernels.ops.linear.products import derivative_products
-
-FP8_SINCE = (8, 9)  # compute capability
 
 
 def refusal(x, *args):
-    if x.dtype == torch.float8_e4m3fn:
+    if x.dtype == E4M3:
         return _fp8_refusal(x, *args)
     if not x.is_floating_point():
         return f"no product of {x.dtype}"
@@ -22,8 +21,8 @@ def _fp8_refusal(x, *args):
     x_scale, weight, _, _, _, _, _, _, dtype, quantised = args
     if not x.is_cuda:
         return f"an e4m3 product needs a CUDA tensor, got one on {x.device}"
-    if (found := torch.cuda.get_device_capability(x.device)) < FP8_SINCE:
-        return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*FP8_SINCE, x.device, *found)
+    if (found := torch.cuda.get_device_capability(x.device)) < E4M3_SINCE:
+        return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, x.device, *found)
     if x_scale.shape[1] != 1:
         return f"takes one scale a row, got {x_scale.shape[1]}"
     if quantised:
