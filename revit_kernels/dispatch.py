@@ -41,7 +41,7 @@ def load(op: str, backend: str) -> ModuleType | str:
 
 
 ARGUMENTS: dict[tuple[str, str], type] = {}  # by op and step: a NamedTuple of the schema's arguments but `backend`
-POSITIONAL = ("block", "linear")  # ops whose backends still tell arguments by their place: `refusal(*args)`
+POSITIONAL = ("block",)  # ops whose backends still tell arguments by their place: `refusal(*args)`
 
 
 def refusal(op: str, backend: str, *args, step: str = "forward") -> str | None:

@@ -30,7 +30,7 @@ def _capability(device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def refusal(*args):
+def refusal(step, args):
     for tensor in args:
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -41,8 +41,8 @@ def refusal(*args):
                 return "e4m3 needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, tensor.device, *found)
         elif tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
-    if args[0].dtype == E4M3:
-        x, x_scale = args[:2]
+    if step == "fp8":
+        x, x_scale = args.x, args.x_scale
         if x.shape[1] % 16:
             return f"an e4m3 product needs a multiple of 16 inputs, got {x.shape[1]}"
         if x_scale.shape[1] > 1 and x.shape[1] != x_scale.shape[1] * GROUP:
