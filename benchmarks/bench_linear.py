@@ -121,7 +121,7 @@ def bench_fp8(duel, benchmark, rows, layer, rival):
     x, weight = eighth["x"], eighth["weight"]
     sample = (x.values, x.scale, weight.values, weight.scale[:, 0], tensors["bias"], None, None, *form.values())
     for backend in ("triton", "vendor"):
-        if why := refusal("linear", backend, *sample, torch.bfloat16, False):
+        if why := refusal("linear", backend, *sample, torch.bfloat16, False, step="fp8"):
             pytest.skip(f"{backend}: {why}")
     benchmark.extra_info |= {"shape_key": key.replace("forward", "fp8", 1), "rows": rows}
     with torch.no_grad():

@@ -41,24 +41,19 @@ def load(op: str, backend: str) -> ModuleType | str:
 
 
 ARGUMENTS: dict[tuple[str, str], type] = {}  # by op and step: a NamedTuple of the schema's arguments but `backend`
-POSITIONAL = ("linear",)  # ops whose backends still tell arguments by their place: `refusal(*args)`
 
 
 def refusal(op: str, backend: str, *args, step: str = "forward") -> str | None:
     """Why `backend` cannot run a step of `op` on these arguments, the first ones at least; None if it can."""
     why = load(op, backend)
-    return why if isinstance(why, str) else _refusal(op, backend, step, _named(op, step, args))
-
-
-def _named(op, step, args):
-    return args if op in POSITIONAL else ARGUMENTS[op, step](*args)
+    return why if isinstance(why, str) else _refusal(op, backend, step, ARGUMENTS[op, step](*args))
 
 
 def _refusal(op, backend, step, args) -> str | None:
     module = load(op, backend)
     if isinstance(module, str):
         return module
-    return module.refusal(*args) if op in POSITIONAL else module.refusal(step, args)
+    return module.refusal(step, args)
 
 
 def choose(op: str, backend: str | None, *args, step: str = "forward", order: tuple = BACKENDS) -> ModuleType:
@@ -67,7 +62,7 @@ def choose(op: str, backend: str | None, *args, step: str = "forward", order: tu
     A named one never falls back. The one that REVIT_BACKEND names for all ops is passed over by an op with an order of
     its own that does not hold it.
     """
-    return _choose(op, backend, step, _named(op, step, args), order)
+    return _choose(op, backend, step, ARGUMENTS[op, step](*args), order)
 
 
 def _choose(op, backend, step, args, order) -> ModuleType:

@@ -8,8 +8,7 @@ from torch import nn
 from revit_kernels.modules.fp8 import Fp8Linear, fits
 from revit_kernels.modules.layer_norm import PLAIN, quantise_for
 from revit_kernels.modules.linear import is_plain
-
-E4M3_SINCE = (8, 9)  # compute capability
+from revit_kernels.ops.e4m3 import E4M3_SINCE
 
 
 def _blocks(model: nn.Module):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.ops.linear.fp8 import GROUP, Quantised, linear_fp8, quantise
+from revit_kernels.ops.e4m3 import GROUP
+from revit_kernels.ops.linear.fp8 import Quantised, linear_fp8, quantise
 
 
 class Fp8Linear(nn.Module):

@@ -1,20 +1,8 @@
-"""Numbers in e4m3 for Triton kernels: how a row is quantised."""
+"""Numbers in e4m3, the float8 of which ops make products."""
 
-import os
+import torch
 
-import triton
-import triton.language as tl
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@triton.jit
-def quantise_rows(x):
-    """x [rows, columns] as e4m3 over a scale per row, which brings the row's largest number to 448, and the scale."""
-    scale = tl.max(tl.abs(x), 1) / 448
-    scale = tl.where(scale == 0, 1.0, scale)
-    x = x / scale[:, None]
-    if INTERPRETED:  # whose own rounding loses the carry into the exponent
-        step = tl.exp2(tl.maximum(tl.floor(tl.log2(tl.maximum(tl.abs(x), 1e-9))), -6.0) - 3)
-        x = tl.where(x < 0, -step, step) * tl.floor(tl.abs(x) / step + 0.5)
-    return x.to(tl.float8e4nv), scale
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+E4M3_SINCE = (8, 9)  # compute capability of the first tensor cores that take them
+GROUP = 128  # columns that share a scale where a row has more than one

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.e4m3 import E4M3
 
 
 def _fake_forward(x, weight, bias, row, branch, gamma, eps, rms, backend):
@@ -22,7 +23,7 @@ def _fake_backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, 
 
 def _fake_fp8(x, weight, bias, row, branch, gamma, eps, rms, backend):
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
-    return torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[0], 1, dtype=torch.float32), total
+    return torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[0], 1, dtype=torch.float32), total
 
 
 _forward = register(

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from revit_kernels import measured
-from revit_kernels.ops.e4m3 import quantise_rows
+from revit_kernels.ops.e4m3 import E4M3
+from revit_kernels.ops.e4m3_triton import quantise_rows
 from revit_kernels.ops.layer_norm.tiles import columns
 
 TOKENS_PER_PROGRAM = 16  # at least, in the backward pass
@@ -199,7 +200,7 @@ def fp8(x, weight, bias, row, branch, gamma, eps, rms):
     tokens, dim = x.shape
     weight, bias, gamma = (p if p is None else p.contiguous() for p in (weight, bias, gamma))
     lengths = next((p.shape[0] for p in (weight, bias) if p is not None), 1)
-    y = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+    y = torch.empty_like(x, dtype=E4M3)
     total = x.new_empty(0) if branch is None else torch.empty_like(x)
     scale = x.new_empty(tokens, 1, dtype=torch.float32)
     tiles = _tiles("forward", x)

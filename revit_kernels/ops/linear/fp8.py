@@ -13,10 +13,8 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import register
+from revit_kernels.ops.e4m3 import E4M3, GROUP
 from revit_kernels.ops.linear import check, choice
-
-GROUP = 128  # columns that share a scale where a row has more than one
-E4M3 = torch.float8_e4m3fn
 
 
 class Quantised(NamedTuple):

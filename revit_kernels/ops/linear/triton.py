@@ -13,14 +13,12 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from revit_kernels import measured
-from revit_kernels.ops.e4m3 import quantise_rows
+from revit_kernels.ops.e4m3 import E4M3, E4M3_SINCE, GROUP
+from revit_kernels.ops.e4m3_triton import quantise_rows
 from revit_kernels.ops.linear.products import derivative_products
 from revit_kernels.ops.linear.tiles import NUMBERS, TILES, WORDS, power_of_two
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-E4M3 = torch.float8_e4m3fn
-E4M3_SINCE = (8, 9)  # compute capability
-GROUP = 128  # columns that share a scale in an e4m3 result
 ROWS_PER_PROGRAM = 64  # at least, in the backward pass
 MOST_PROGRAMS = 256
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,7 +30,7 @@ def _capability(device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def refusal(*args):
+def refusal(step, args):
     for tensor in args:
         if not isinstance(tensor, torch.Tensor):
             continue
@@ -43,8 +41,8 @@ def refusal(*args):
                 return "e4m3 needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, tensor.device, *found)
         elif tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
-    if args[0].dtype == E4M3:
-        x, x_scale = args[:2]
+    if step == "fp8":
+        x, x_scale = args.x, args.x_scale
         if x.shape[1] % 16:
             return f"an e4m3 product needs a multiple of 16 inputs, got {x.shape[1]}"
         if x_scale.shape[1] > 1 and x.shape[1] != x_scale.shape[1] * GROUP:

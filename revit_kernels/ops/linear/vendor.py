@@ -4,34 +4,32 @@ import torch
 import torch.nn.functional as F
 
 from revit_kernels import gemm
+from revit_kernels.ops.e4m3 import E4M3_SINCE
 from revit_kernels.ops.linear.products import derivative_products
 
-FP8_SINCE = (8, 9)  # compute capability
 
-
-def refusal(x, *args):
-    if x.dtype == torch.float8_e4m3fn:
-        return _fp8_refusal(x, *args)
-    if not x.is_floating_point():
-        return f"no product of {x.dtype}"
+def refusal(step, args):
+    if step == "fp8":
+        return _fp8_refusal(args)
+    if not args.x.is_floating_point():
+        return f"no product of {args.x.dtype}"
     return None
 
 
-def _fp8_refusal(x, *args):
-    """args: those of `fp8` behind x."""
-    x_scale, weight, _, _, _, _, _, _, dtype, quantised = args
+def _fp8_refusal(args):
+    x = args.x
     if not x.is_cuda:
         return f"an e4m3 product needs a CUDA tensor, got one on {x.device}"
-    if (found := torch.cuda.get_device_capability(x.device)) < FP8_SINCE:
-        return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*FP8_SINCE, x.device, *found)
-    if x_scale.shape[1] != 1:
-        return f"takes one scale a row, got {x_scale.shape[1]}"
-    if quantised:
+    if (found := torch.cuda.get_device_capability(x.device)) < E4M3_SINCE:
+        return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, x.device, *found)
+    if args.x_scale.shape[1] != 1:
+        return f"takes one scale a row, got {args.x_scale.shape[1]}"
+    if args.quantised:
         return "gives no e4m3"
-    if dtype != torch.bfloat16:
-        return f"with a scale a row it gives torch.bfloat16 alone, wanted {dtype}"
-    if any(size % 16 for size in weight.shape):
-        return f"weight must be of multiples of 16, got {tuple(weight.shape)}"
+    if args.dtype != torch.bfloat16:
+        return f"with a scale a row it gives torch.bfloat16 alone, wanted {args.dtype}"
+    if any(size % 16 for size in args.weight.shape):
+        return f"weight must be of multiples of 16, got {tuple(args.weight.shape)}"
     return None
 
 
