@@ -1,6 +1,5 @@
 """A whole block: the op against its definition."""
 
-
 import pytest
 import torch
 from contract import DEVICE, assert_close, every_backend, require

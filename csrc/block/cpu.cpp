@@ -22,12 +22,14 @@
 #include "gemm/gemm.h"
 
 #define KERNELS "block/rows.h"
-#include "common/arena.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 // Rows for each thread, below which threads share a product's columns instead: measured at 1 to 50 rows on 2 threads.
@@ -135,8 +137,6 @@ void zero_rows(Tensor& x, int64_t first, int64_t last) {
   const int64_t row = x.size(1) * x.element_size();
   if (last > first) std::memset(static_cast<char*>(x.data_ptr()) + first * row, 0, (last - first) * row);
 }
-
-using revit::Piece;
 
 // One call: all blocks on all tokens.
 struct Call {
@@ -351,11 +351,13 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
   return y;
 }
 
+}  // namespace revit
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
       "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor addresses, float eps1, float eps2, int heads,"
       " int head_dim, int hidden, float scale, int activation, int kind, Tensor? head, float head_eps) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("blocks_cpu", TORCH_BOX(&blocks_cpu));
+  m.impl("blocks_cpu", TORCH_BOX(&revit::blocks_cpu));
 }

@@ -3,7 +3,10 @@
 
 #include <cstdint>
 
-#include "gemm/packed.h"
+#include "cpu/packed.h"
+
+namespace revit {
+namespace {
 
 enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu };
 
@@ -58,3 +61,6 @@ struct Block {
   int64_t first, count;
   char* memory;
 };
+
+}  // namespace
+}  // namespace revit

@@ -27,6 +27,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 constexpr int64_t kSums = 128;          // independent sums, enough to hide a multiplication's latency
@@ -69,8 +70,6 @@ int64_t fingerprint_cpu(const Tensor& weight) {
   return static_cast<int64_t>(result);
 }
 
-namespace revit_gemm {
-
 Layout layout(int64_t kind) {
   static const auto layout_of = EVERY_ISA_PICK(layout_of);
   return layout_of(static_cast<Kind>(kind));
@@ -86,8 +85,6 @@ void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, i
   static const auto multiply = EVERY_ISA_PICK(multiply);
   multiply(weight, static_cast<Kind>(kind), is_bf16, x, rows, columns, add, y);
 }
-
-}  // namespace revit_gemm
 
 // Which kinds of weights there are kernels for here: 0 fp32, 1 bf16, 2 int8.
 bool packs_cpu(int64_t kind) { return revit_gemm::layout(kind).unit > 0; }
@@ -111,13 +108,17 @@ Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const s
   return packed;
 }
 
+}  // namespace revit
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def("fingerprint_cpu(Tensor weight) -> int");
   m.def("packs_cpu(int kind) -> bool");
   m.def("pack_cpu(Tensor weight, Tensor? bias, Tensor? gamma, int kind) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("fingerprint_cpu", TORCH_BOX(&fingerprint_cpu));
-  m.impl("pack_cpu", TORCH_BOX(&pack_cpu));
+  m.impl("fingerprint_cpu", TORCH_BOX(&revit::fingerprint_cpu));
+  m.impl("pack_cpu", TORCH_BOX(&revit::pack_cpu));
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) { m.impl("packs_cpu", TORCH_BOX(&packs_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) {
+  m.impl("packs_cpu", TORCH_BOX(&revit::packs_cpu));
+}

@@ -199,4 +199,3 @@ inline auto with_types(Kind kind, bool is_bf16, F f) {
 #endif
   return is_bf16 ? f((Singles*)nullptr, (Bfloat16*)nullptr) : f((Singles*)nullptr, (float*)nullptr);
 }
-
