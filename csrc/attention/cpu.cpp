@@ -8,7 +8,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <tuple>
 #include <type_traits>
@@ -19,8 +18,10 @@
 
 #define KERNELS "attention/kernels.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 
 namespace revit {
+namespace {
 
 template <class T>
 using Kernel = void (*)(const Problem<T>&, const Item&);
@@ -64,16 +65,6 @@ std::vector<Item> items_of(const Boundaries& queries, const Boundaries& keys, in
   return items;
 }
 
-// Runs f on every item, each thread taking the next one that is left.
-template <class F>
-void share(const std::vector<Item>& items, F f) {
-  std::atomic<size_t> next{0};
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items.size());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items.size();) f(items[i]);
-  });
-}
-
 // Zeros in the rows [first, last) of a contiguous (tokens, width) buffer.
 template <class T>
 void zero_rows(T* data, int64_t width, int64_t first, int64_t last) {
@@ -95,7 +86,9 @@ Strided<T> strided(const Tensor& x) {
 template <class T>
 void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
   const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
-  share(items_of(queries, keys, p.heads, 512), [&](const Item& item) {
+  const std::vector<Item> items = items_of(queries, keys, p.heads, 512);
+  each_of(items.size(), [&](int64_t i) {
+    const Item& item = items[i];
     if (item.keys) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
       std::memset(static_cast<void*>(p.y.at(t, item.head)), 0, p.dim * sizeof(T));
@@ -127,6 +120,8 @@ Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, 
   return p;
 }
 
+}  // namespace
+
 void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
             int64_t head_dim, float scale, void* y, float* lse) {
   const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
@@ -144,6 +139,8 @@ void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t hea
     EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
 }
 
+namespace {
+
 template <class T>
 void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
               const Boundaries& queries, const Boundaries& keys, float scale, Tensor& dq, Tensor& dk, Tensor& dv) {
@@ -158,7 +155,9 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   zero_outside(p.dk.data, width, keys);
   zero_outside(p.dv.data, width, keys);
   const Kernel<T> kernel = EVERY_ISA_PICK(backward_item<T>);
-  share(items_of(queries, keys, p.heads, 0), [&](const Item& item) {
+  const std::vector<Item> items = items_of(queries, keys, p.heads, 0);
+  each_of(items.size(), [&](int64_t i) {
+    const Item& item = items[i];
     if (item.keys && item.queries) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t)
       std::memset(static_cast<void*>(p.dq.at(t, item.head)), 0, p.dim * sizeof(T));
@@ -196,6 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, co
   return {dq, dk, dv};
 }
 
+}  // namespace
 }  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {

@@ -5,9 +5,10 @@
 #include <cstring>
 
 #include "attention/attention.h"
-#include "common/arena.h"
+#include "cpu/scratch.h"
 
 namespace revit {
+namespace {
 
 // (tokens, heads, head_dim), the last dimension contiguous
 template <class T>
@@ -32,4 +33,5 @@ constexpr float kLog2E = 1.44269504088896341f;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+}  // namespace
 }  // namespace revit

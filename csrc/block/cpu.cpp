@@ -22,12 +22,14 @@
 #include "gemm/gemm.h"
 
 #define KERNELS "block/rows.h"
-#include "common/arena.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "cpu/threads.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 // Rows for each thread, below which threads share a product's columns instead: measured at 1 to 50 rows on 2 threads.
@@ -110,7 +112,7 @@ Norm norm_of(const Tensor& weight, const Tensor& bias, int64_t dim, double eps) 
 }
 
 Linear packed_of(const Tensor& packed, int64_t kind, int64_t in, int64_t out) {
-  const Linear weight = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  const Linear weight = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
                       packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
                   "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
@@ -140,8 +142,6 @@ void zero_rows(Tensor& x, int64_t first, int64_t last) {
   if (last > first) std::memset(static_cast<char*>(x.data_ptr()) + first * row, 0, (last - first) * row);
 }
 
-using revit::Piece;
-
 // One call: all blocks on all tokens.
 struct Call {
   std::vector<Problem> problems;
@@ -155,8 +155,7 @@ struct Call {
   int64_t end() const { return boundaries[images]; }
 
   void attend(const Between& between, const Piece& piece) const {
-    revit::attend_piece(problems[0].is_bf16, between.qkv, piece, heads, head_dim, scale, between.attended,
-                        between.lse);
+    revit::attend_piece(problems[0].is_bf16, between.qkv, piece, heads, head_dim, scale, between.attended, between.lse);
   }
 
   // Each thread takes the next images that are left through all blocks.
@@ -273,7 +272,7 @@ struct Call {
 void classify(const Call& call, const std::vector<Tensor>& head, double eps, Tensor& logits) {
   Problem problem = call.problems[0];
   const int64_t dim = problem.dim, kind = problem.is_bf16 ? 1 : 0, images = call.images;
-  const Layout layout = revit_gemm::layout(kind);
+  const Layout layout = revit::layout(kind);
   problem.x = problem.y, problem.kind = static_cast<Kind>(kind);
   problem.norm1 = norm_of(head[0], head[1], dim, eps);
   static thread_local revit::Arena kept;
@@ -288,8 +287,8 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
   char* out = static_cast<char*>(logits.data_ptr());
   const int64_t panels = (classes + layout.panel - 1) / layout.panel;
   torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
-    revit_gemm::multiply(product, kind, problem.is_bf16, rows, images,
-                         {begin * layout.panel, std::min(end * layout.panel, classes)}, nullptr, out);
+    revit::multiply(product, kind, problem.is_bf16, rows, images,
+                    {begin * layout.panel, std::min(end * layout.panel, classes)}, nullptr, out);
   });
   for (int64_t i = 0; i < images; ++i)
     if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
@@ -362,10 +361,12 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
   return y;
 }
 
+}  // namespace revit
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
       "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor[] weights, float eps1, float eps2, int heads,"
       " int head_dim, int hidden, float scale, int activation, int kind, Tensor[] head, float head_eps, int classes)"
       " -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) { m.impl("blocks_cpu", TORCH_BOX(&blocks_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) { m.impl("blocks_cpu", TORCH_BOX(&revit::blocks_cpu)); }

@@ -3,7 +3,10 @@
 
 #include <cstdint>
 
-#include "gemm/packed.h"
+#include "cpu/packed.h"
+
+namespace revit {
+namespace {
 
 struct Norm {
   const float *weight, *bias;  // (lengths, dim)
@@ -56,3 +59,6 @@ struct Block {
   int64_t first, count;
   char* memory;
 };
+
+}  // namespace
+}  // namespace revit

@@ -2,7 +2,7 @@
 
 #include "block/activation.h"
 
-#include "gemm/product.h"
+#include "cpu/matmul.h"
 
 constexpr int64_t kHiddenBytes = 512 * 1024;  // of the hidden layer of the rows that a thread takes: half of an L2
 constexpr int64_t kMostRows = 160;
@@ -248,7 +248,7 @@ inline Shape shape_of(const Problem& p) {
   });
 }
 
-// One step of some of a block's rows, which are counted from its first. columns, next: see product.h.
+// One step of some of a block's rows, which are counted from its first. columns, next: see matmul.h.
 inline void run_step(const Block& block, Step step, Span rows, Span columns, const char* next, float* line) {
   with_types(block.problem.kind, block.problem.is_bf16, [&](auto math, auto type) {
     Rows<std::remove_pointer_t<decltype(math)>, std::remove_pointer_t<decltype(type)>>(block, line)

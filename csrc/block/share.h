@@ -1,17 +1,13 @@
-// How work is shared out among threads.
+// Which images a thread takes through the blocks by itself.
 #pragma once
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <functional>
-#include <thread>
 #include <utility>
 #include <vector>
+
+namespace revit {
+namespace {
 
 // Tokens of small images that go through the blocks together: the more, the seldomer weights are read; the fewer, the
 // more evenly they are shared out. Measured on 32 images of ViT-S/16: 256 is 3 % faster than 128.
@@ -63,50 +59,5 @@ inline std::vector<Group> shares(const int32_t* boundaries, int64_t images, doub
   return best;
 }
 
-// Work that all threads share, in phases of some units each. A phase begins when all before it is done; a thread
-// that is late only leaves more units to the others. However many threads come, one alone included, all gets done.
-class Phases {
- public:
-  // run(unit): any thread may call it, for units [0, units)
-  void add(int64_t units, std::function<void(int64_t, char*)> run) {
-    if (units) phases_.push_back({end_, std::move(run)}), end_ += units;
-  }
-
-  // memory: the calling thread's own
-  void work(char* memory) {
-    size_t phase = 0;
-    for (int64_t ticket; (ticket = next_.fetch_add(1, std::memory_order_relaxed)) < end_;) {
-      while (phase + 1 < phases_.size() && ticket >= phases_[phase + 1].begin) ++phase;
-      for (int64_t spins = 0; done_.load(std::memory_order_acquire) < phases_[phase].begin;)
-        if (++spins > kSpins)
-          std::this_thread::yield();
-        else
-          relax();
-      const Done done{done_};
-      phases_[phase].run(ticket - phases_[phase].begin, memory);
-    }
-  }
-
- private:
-  struct Done {  // even of a unit that throws, or others would wait for it
-    std::atomic<int64_t>& units;
-    ~Done() { units.fetch_add(1, std::memory_order_release); }
-  };
-  static constexpr int64_t kSpins = 4000;  // some 50 us: longer than a phase of few tokens takes
-  static void relax() {
-#if defined(__x86_64__)
-    _mm_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
-
-  struct Phase {
-    int64_t begin;
-    std::function<void(int64_t, char*)> run;
-  };
-  std::vector<Phase> phases_;
-  int64_t end_ = 0;
-  alignas(64) std::atomic<int64_t> next_{0};
-  alignas(64) std::atomic<int64_t> done_{0};
-};
+}  // namespace
+}  // namespace revit

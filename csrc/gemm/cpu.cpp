@@ -20,7 +20,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-namespace revit_gemm {
+namespace revit {
 
 Layout layout(int64_t kind) {
   static const auto layout_of = EVERY_ISA_PICK(layout_of);
@@ -38,20 +38,18 @@ void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, i
   multiply(weight, static_cast<Kind>(kind), is_bf16, x, rows, columns, add, y, activation);
 }
 
-}  // namespace revit_gemm
-
 // Which kinds of weights there are kernels for here: 0 fp32, 1 bf16, 2 int8.
-bool packs_cpu(int64_t kind) { return revit_gemm::layout(kind).unit > 0; }
+bool packs_cpu(int64_t kind) { return revit::layout(kind).unit > 0; }
 
 // weight: (out, in) fp32 or bf16; bias, gamma: (out,) fp32. Returns bytes, for this process alone to read.
 Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
                 int64_t kind) {
   const int64_t out = weight.size(0), in = weight.size(1);
-  const Layout how = revit_gemm::layout(kind);
+  const Layout how = revit::layout(kind);
   STD_TORCH_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
   const Linear sizes(nullptr, in, out, how.lanes, how.unit);
   Tensor packed = torch::stable::new_empty(weight, {sizes.end - static_cast<char*>(nullptr)}, ScalarType::Byte);
-  const Linear to = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  const Linear to = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
   std::memset(to.bias, 0, to.end - reinterpret_cast<char*>(to.bias));
   for (int64_t n = 0; n < out; ++n) {
     to.bias[n] = bias ? static_cast<const float*>(bias->data_ptr())[n] : 0;
@@ -73,8 +71,8 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t ac
   constexpr int64_t kMostRows = 128, kFewRows = 24;  // that a thread multiplies at a time
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t kind = is_bf16 ? 1 : 0, rows = x.size(0), in = x.size(1), number = is_bf16 ? 2 : 4;
-  const Layout how = revit_gemm::layout(kind);
-  const Linear weight = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  const Layout how = revit::layout(kind);
+  const Linear weight = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
   STD_TORCH_CHECK(packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
                   "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
   Tensor y = torch::stable::new_empty(x, {rows, out});
@@ -89,8 +87,8 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t ac
       for (int64_t r = 0; r < own.size(); ++r) widen(left + r * in * 2, in, wide.data() + r * in);
       left = reinterpret_cast<const char*>(wide.data());
     }
-    revit_gemm::multiply(weight, kind, is_bf16, left, own.size(), columns, nullptr, to + own.begin * out * number,
-                         static_cast<Activation>(activation));
+    revit::multiply(weight, kind, is_bf16, left, own.size(), columns, nullptr, to + own.begin * out * number,
+                    static_cast<Activation>(activation));
   };
   const int64_t threads = torch::stable::get_num_threads(), panels = (out + how.panel - 1) / how.panel;
   if (rows < threads * kFewRows) {
@@ -110,13 +108,17 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t ac
   return y;
 }
 
+}  // namespace revit
+
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def("linear_cpu(Tensor x, Tensor packed, int out, int activation) -> Tensor");
   m.def("packs_cpu(int kind) -> bool");
   m.def("pack_cpu(Tensor weight, Tensor? bias, Tensor? gamma, int kind) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("pack_cpu", TORCH_BOX(&pack_cpu));
-  m.impl("linear_cpu", TORCH_BOX(&linear_cpu));
+  m.impl("pack_cpu", TORCH_BOX(&revit::pack_cpu));
+  m.impl("linear_cpu", TORCH_BOX(&revit::linear_cpu));
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) { m.impl("packs_cpu", TORCH_BOX(&packs_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CompositeExplicitAutograd, m) {
+  m.impl("packs_cpu", TORCH_BOX(&revit::packs_cpu));
+}

@@ -1,9 +1,9 @@
 // The matrix product on packed weights, for other ops of this library.
 #pragma once
 
-#include "gemm/packed.h"
+#include "cpu/packed.h"
 
-namespace revit_gemm {
+namespace revit {
 
 // How weights of a kind are laid out on this machine.
 Layout layout(int64_t kind);
@@ -17,4 +17,5 @@ Linear linear(char* packed, int64_t kind, int64_t in, int64_t out);
 void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, int64_t rows, Span columns,
               const void* add, void* y, Activation activation = Activation::kNone);
 
-}  // namespace revit_gemm
+}  // namespace revit
+

@@ -1,7 +1,7 @@
 // Packing, and the product by itself. No include guard: compiled once per instruction set.
 
 #include "block/activation.h"
-#include "gemm/product.h"
+#include "cpu/matmul.h"
 
 // Bytes of a weight in its panels, and the lanes that its columns are rounded up to; 0 for a kind there is not here.
 inline Layout layout_of(Kind kind) {

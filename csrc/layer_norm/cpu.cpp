@@ -8,11 +8,10 @@
 #include <optional>
 #include <tuple>
 
-#include "common/scratch.h"
-
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 // Data of x's dtype and of branch's is `void`; weight, bias and gamma are fp32, ones or zeros where the user gave none.
@@ -45,10 +44,13 @@ struct Partials {
 };
 
 }  // namespace
+}  // namespace revit
 
 #define KERNELS "layer_norm/rows.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
+namespace revit {
 namespace {
 
 constexpr int64_t kRowsPerTask = 16;
@@ -74,14 +76,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const
   Tensor sum = branch ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
   Tensor rstd = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
-  const Scratch ones = make_scratch(weight && gamma ? 0 : lengths * dim, 1);
-  const Scratch zeros = make_scratch(bias ? 0 : lengths * dim, 0);
+  Arena of_ones, of_zeros;
+  const float* ones = of_ones.filled<float>(weight && gamma ? 0 : lengths * dim, 1);
+  const float* zeros = of_zeros.filled<float>(bias ? 0 : lengths * dim, 0);
   const ForwardArguments arguments = {
       .x = x.data_ptr(),
       .branch = pointer<void>(branch),
-      .weight = pointer(weight, ones.get()),
-      .bias = pointer(bias, zeros.get()),
-      .gamma = pointer(gamma, ones.get()),
+      .weight = pointer(weight, ones),
+      .bias = pointer(bias, zeros),
+      .gamma = pointer(gamma, ones),
       .row = pointer<const int32_t>(row),
       .y = y.data_ptr(),
       .sum = sum.data_ptr(),
@@ -96,7 +99,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const
   };
   static const auto forward_rows = EVERY_ISA_PICK(forward_rows);
   torch::stable::parallel_for(0, tokens, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    forward_rows(arguments, begin, end, make_scratch(dim).get());
+    static thread_local Arena line;
+    forward_rows(arguments, begin, end, line.only<float>(dim));
   });
   return {y, sum, mean, rstd};
 }
@@ -116,13 +120,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   Tensor dx = torch::stable::empty_like(sum);
   Tensor dbranch = branch ? torch::stable::empty_like(*branch) : torch::stable::new_empty(sum, {0});
   Tensor dweight = like(weight, {lengths, dim}), dbias = like(bias, {lengths, dim}), dgamma = like(gamma, {dim});
-  const Scratch ones = make_scratch(weight ? 0 : lengths * dim, 1), zeros = make_scratch(dsum ? 0 : dim, 0);
+  Arena of_ones, of_zeros, of_partial;
+  const float* ones = of_ones.filled<float>(weight ? 0 : lengths * dim, 1);
+  const float* zeros = of_zeros.filled<float>(dsum ? 0 : dim, 0);
   const BackwardArguments arguments = {
       .dy = dy.data_ptr(),
-      .dsum = pointer<const void>(dsum, zeros.get()),
+      .dsum = pointer<const void>(dsum, zeros),
       .sum = sum.data_ptr(),
       .branch = pointer<void>(branch),
-      .weight = pointer(weight, ones.get()),
+      .weight = pointer(weight, ones),
       .gamma = pointer(gamma),
       .row = pointer<const int32_t>(row),
       .mean = static_cast<const float*>(mean.data_ptr()),
@@ -138,12 +144,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   };
   const int64_t rows = std::max(kRowsPerChunk, (tokens + kMostChunks - 1) / kMostChunks);
   const int64_t chunks = (tokens + rows - 1) / rows, stride = (2 * lengths + 1) * dim;
-  const Scratch partial = make_scratch(chunks * stride);
+  float* partial = of_partial.only<float>(chunks * stride);
   const std::unique_ptr<bool[]> touched(new bool[chunks * lengths]());
   static const auto backward_rows = EVERY_ISA_PICK(backward_rows);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      float* own = partial.get() + chunk * stride;
+      float* own = partial + chunk * stride;
       Partials to = {own, own + lengths * dim, own + 2 * lengths * dim, touched.get() + chunk * lengths};
       std::fill_n(to.dgamma, dim, 0.f);
       backward_rows(arguments, chunk * rows, std::min(tokens, (chunk + 1) * rows), to);
@@ -159,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
       std::fill_n(out, dim, 0.f);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         if (!of_gamma && !touched[chunk * lengths + slot % lengths]) continue;
-        const float* in = partial.get() + chunk * stride + slot * dim;
+        const float* in = partial + chunk * stride + slot * dim;
         for (int64_t i = 0; i < dim; ++i) out[i] += in[i];
       }
     }
@@ -168,6 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
 }
 
 }  // namespace
+}  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
@@ -179,6 +186,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       "Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("layer_norm_cpu", TORCH_BOX(&layer_norm_cpu));
-  m.impl("layer_norm_backward_cpu", TORCH_BOX(&layer_norm_backward_cpu));
+  m.impl("layer_norm_cpu", TORCH_BOX(&revit::layer_norm_cpu));
+  m.impl("layer_norm_backward_cpu", TORCH_BOX(&revit::layer_norm_backward_cpu));
 }

@@ -4,12 +4,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "cpu/threads.h"
 #include "gemm/gemm.h"
 #include "patch_embed/patches.h"
 
@@ -20,16 +20,6 @@ namespace revit {
 namespace {
 
 constexpr int64_t kFewestPatches = 24, kMostPatches = 96;  // that are cut, and then multiplied, at a time
-
-// f(i) for i in [0, count), each thread taking the next that is left. own: a thread's memory
-template <class Own, class F>
-void each(int64_t count, F f) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(count, torch::stable::get_num_threads()), 1, [&](int64_t, int64_t) {
-    Own own;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i, own);
-  });
-}
 
 // images: (channels, height, width) each, or one batch of them -> (capacity, channels * patch_h * patch_w) in the dtype
 // of weight: the pixels of each token, resized and normalised (scale * pixel + shift); zeros for other rows.
@@ -54,10 +44,11 @@ Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Ten
       if (last > first) std::memset(out + first * row_bytes, 0, (last - first) * row_bytes);
     }
   });
-  each<Patches::Buffers>(work.size(), [&](int64_t task, Patches::Buffers& buffers) {
+  each_of(work.size(), [&](int64_t task) {
+    static thread_local Arena of_pixels;
     const auto [i, row] = work[task];
     patches.cut(i, row, std::min(kRows, patches.height(i) - row), out + entries[i].first * row_bytes,
-                bf16 ? Number::kBfloat16 : Number::kFloat, buffers);
+                bf16 ? Number::kBfloat16 : Number::kFloat, of_pixels);
   });
   return y;
 }
@@ -75,8 +66,8 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
   const int64_t kind = bf16 ? 1 : 0, dim = weight.size(0), row_bytes = dim * (bf16 ? 2 : 4);
   const auto& entries = patches.entries;
   check_tables(entries, pos, prefix, weight, dim);
-  const Linear product = revit_gemm::linear(static_cast<char*>(packed.data_ptr()), kind, patches.width, dim);
-  const int64_t unit = revit_gemm::layout(kind).unit;
+  const Linear product = revit::linear(static_cast<char*>(packed.data_ptr()), kind, patches.width, dim);
+  const int64_t unit = revit::layout(kind).unit;
   const Number number = !bf16 ? Number::kFloat : unit == 2 ? Number::kBfloat16 : Number::kRounded;
   Tensor y = torch::stable::new_empty(weight, {capacity, dim});
   char* out = static_cast<char*>(y.data_ptr());
@@ -97,22 +88,18 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
     for (int64_t k = 0; k < count; ++k) parts.push_back({i, Span{0, entry.rows}.part(k, count)});
   }
 
-  struct Own {
-    Patches::Buffers buffers;
-    std::vector<char> patches;
-  };
-  each<Own>(parts.size(), [&](int64_t task, Own& own) {
+  each_of(parts.size(), [&](int64_t task) {
+    static thread_local Arena of_pixels, of_patches;
     const auto& [i, rows] = parts[task];
     const Entry& entry = entries[i];
     const int64_t count = rows.size() * entry.columns, skipped = rows.begin * entry.columns;
-    own.patches.resize(count * patches.width * unit);
+    char* cut = of_patches.only<char>(count * patches.width * unit);
     // Where patch 0 of the image would lie.
-    char* cells = own.patches.data() - skipped * patches.width * unit;
+    char* cells = cut - skipped * patches.width * unit;
     for (int64_t row = rows.begin * patches.ph; row < rows.end * patches.ph; row += kRows)
-      patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, number, own.buffers);
+      patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, number, of_pixels);
     const char* added = pos ? static_cast<const char*>(pos->data_ptr()) + (entry.cell + skipped) * row_bytes : nullptr;
-    revit_gemm::multiply(product, kind, bf16, own.patches.data(), count, {0, dim}, added,
-                         out + (entry.first + skipped) * row_bytes);
+    revit::multiply(product, kind, bf16, cut, count, {0, dim}, added, out + (entry.first + skipped) * row_bytes);
     if (rows.begin == 0 && prefix_tokens) {
       char* to = out + (entry.first - prefix_tokens) * row_bytes;
       if (prefix)

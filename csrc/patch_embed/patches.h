@@ -9,6 +9,7 @@
 
 #define KERNELS "patch_embed/pixels.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace revit {
 namespace {
@@ -39,22 +40,18 @@ class Patches {
     });
   }
 
-  // Working memory of a thread.
-  struct Buffers {
-    std::vector<float> source, middle, result;
-  };
-
   // `rows` pixel rows of one resized image, kRows at most, from `row` on, into y: where the patch of pixel (0, 0) lies.
   // Every patch has `width` numbers.
-  void cut(size_t i, int64_t row, int64_t rows, char* y, Number number, Buffers& buffers) const {
+  void cut(size_t i, int64_t row, int64_t rows, char* y, Number number, Arena& arena) const {
     const Taps* down = fits(i) ? nullptr : &taps_[axes_.at(axis(i, 0))];
     const Taps* across = fits(i) ? nullptr : &taps_[axes_.at(axis(i, 1))];
     Cut cut{images_[i], type_, down,  across,        row,           rows,   entries[i].columns,
             ph,         pw,    width, scale_.data(), shift_.data(), number, y};
-    buffers.source.resize(cut.source_rows() * cut.length());
-    buffers.middle.resize(down ? cut.length() * kRows : 0);
-    buffers.result.resize(cut.line() * kRows);
-    cut.source = buffers.source.data(), cut.middle = buffers.middle.data(), cut.result = buffers.result.data();
+    const int64_t source = cut.source_rows() * cut.length(), middle = down ? cut.length() * kRows : 0;
+    const int64_t result = cut.line() * kRows;
+    arena.reserve(Arena::bytes<float>(source) + Arena::bytes<float>(middle) + Arena::bytes<float>(result));
+    cut.source = arena.take<float>(source), cut.middle = arena.take<float>(middle);
+    cut.result = arena.take<float>(result);
     cut_rows_(cut);
   }
 

@@ -10,6 +10,7 @@
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+namespace revit {
 namespace {
 
 // x: (tokens, dim) with rows `stride` apart; grad: (images, dim). y is (images, dim) forward, dx (tokens, dim)
@@ -33,10 +34,12 @@ inline void pooled_rows(const PoolArguments& a, int64_t image, int64_t* begin, i
 }
 
 }  // namespace
+}  // namespace revit
 
 #define KERNELS "pool/columns.h"
 #include "cpu/isa.h"
 
+namespace revit {
 namespace {
 
 constexpr int64_t kColumnsPerTask = 256;
@@ -104,6 +107,7 @@ Tensor pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>& x, con
 }
 
 }  // namespace
+}  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def("pool_cpu(Tensor x, Tensor cu_seqlens, str kind, int prefix, bool include_prefix) -> Tensor");
@@ -112,6 +116,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       " bool include_prefix) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
-  m.impl("pool_cpu", TORCH_BOX(&pool_cpu));
-  m.impl("pool_backward_cpu", TORCH_BOX(&pool_backward_cpu));
+  m.impl("pool_cpu", TORCH_BOX(&revit::pool_cpu));
+  m.impl("pool_backward_cpu", TORCH_BOX(&revit::pool_backward_cpu));
 }

@@ -37,6 +37,7 @@ struct ResizedRow {
 
 #define KERNELS "pos_embed/rows.h"
 #include "cpu/isa.h"
+#include "cpu/scratch.h"
 
 namespace revit {
 namespace {
@@ -83,7 +84,8 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
 
   static const auto resize_row = EVERY_ISA_PICK(resize_row);
   torch::stable::parallel_for(0, work.size(), 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> middle(columns * kBlock);
+    static thread_local Arena of_middle;
+    float* middle = of_middle.only<float>(columns * kBlock);
     for (int64_t i = begin; i < end; ++i) {
       const Grid& grid = grids[work[i].first];
       const int64_t r = work[i].second, cell = grid.start + r * grid.columns;
@@ -92,7 +94,7 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
         std::memcpy(to, static_cast<const char*>(table.data_ptr()) + r * columns * dim * item, columns * dim * item);
         continue;
       }
-      resize_row({grid, r, x, columns, dim}, bf16, to, middle.data());
+      resize_row({grid, r, x, columns, dim}, bf16, to, middle);
     }
   });
   return y;
@@ -111,14 +113,15 @@ Tensor pos_embed_backward_cpu(const Tensor& grad, int64_t rows, int64_t columns,
   static const auto spread_row = EVERY_ISA_PICK(spread_row);
   static const auto narrow = EVERY_ISA_PICK(copy<Bfloat16, float>);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> sum(rows * columns * block), middle(columns * block);
+    static thread_local Arena of_sums, of_middle;
+    float* sum = of_sums.only<float>(rows * columns * block);
+    float* middle = of_middle.only<float>(columns * block);
     for (int64_t b = begin; b < end; ++b) {
       const int64_t d = b * block, n = std::min(block, dim - d);
-      std::fill(sum.begin(), sum.end(), 0.0f);
+      std::fill_n(sum, rows * columns * n, 0.0f);
       for (const Grid& grid : grids)
         for (int64_t r = 0; r < grid.rows; ++r)
-          spread_row(grid, r, g + (grid.start + r * grid.columns) * dim + d, dim, columns, n, sum.data(),
-                     middle.data());
+          spread_row(grid, r, g + (grid.start + r * grid.columns) * dim + d, dim, columns, n, sum, middle);
       for (int64_t c = 0; c < rows * columns; ++c)
         if (bf16)
           narrow(static_cast<Bfloat16*>(dtable.data_ptr()) + c * dim + d, &sum[c * n], n);

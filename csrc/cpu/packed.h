@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
+namespace revit {
+
 enum class Kind : int64_t { kFloat, kBfloat16, kInt8 };
 enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu, kNone };
 
@@ -17,7 +19,7 @@ struct Span {
 constexpr int64_t kAlign = 64;
 inline int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
-// y = gamma * (x W^T + bias). The weight lies in panels of a few columns of W^T; see product.h.
+// y = gamma * (x W^T + bias). The weight lies in panels of a few columns of W^T; see matmul.h.
 struct Linear {
   char* panels;
   float *bias, *gamma;
@@ -43,3 +45,5 @@ struct Layout {
   int64_t lanes;  // columns are rounded up to these
   int64_t panel;  // columns that are read together
 };
+
+}  // namespace revit
