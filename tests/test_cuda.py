@@ -112,7 +112,7 @@ def test_tiles_on_hopper(shape, on_host):
 @pytest.mark.parametrize("order", ["", "reverse"])
 def test_what_hopper_would_not_forgive_shows_on_the_host(order):
     source = ROOT / "tests/cuda_on_host/hopper_faults.cpp"
-    parts = [path.read_bytes() for path in (source, *HEADERS, *sorted(ROOT.glob("csrc/common/*.h")))]
+    parts = [path.read_bytes() for path in (source, *HEADERS, *sorted(ROOT.glob("csrc/cuda/*.h")))]
     program = cached("hopper_faults", [*CXX, str(source), "-o"], parts)
     env = os.environ | {"REVIT_CUDA_ORDER": order}
     said = subprocess.run([program], capture_output=True, text=True, env=env, check=True).stdout

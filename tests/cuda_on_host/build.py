@@ -46,7 +46,8 @@ def cached(name: str, command: list[str], contents: list[bytes]) -> Path:
 
 def contents(source: Path) -> list[bytes]:
     """All of this repository that the source may include, and itself."""
-    headers = [*source.parent.glob("*.h"), *ROOT.glob("csrc/common/*.h")]
+    shared = [*ROOT.glob("csrc/cuda/*.h"), ROOT / "csrc/pos_embed/interpolation.h"]
+    headers = {*source.parent.glob("*.h"), *shared}
     return [path.read_bytes() for path in (source, *sorted(headers))]
 
 

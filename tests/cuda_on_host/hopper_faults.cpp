@@ -2,7 +2,7 @@
 // Prints the largest difference from the right product, or what was said, for each.
 #include <cstdio>
 
-#include "common/hopper.h"
+#include "cuda/hopper.h"
 
 namespace {
 
