@@ -10,7 +10,7 @@
 // 16, 32, 48 or 64 wide. A row's arithmetic is the same in all three: it depends on its image alone.
 #pragma once
 
-#include "common/hopper.h"
+#include "cuda/hopper.h"
 #include "cuda_tile.h"
 
 namespace revit_attention_cuda {

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstdint>
 
-#include "common/launch.h"
-#include "common/ptx.h"
-#include "common/segments.h"
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+#include "cuda/segments.h"
 
 namespace revit_attention_cuda {
 

@@ -3,8 +3,8 @@
 #include <optional>
 #include <tuple>
 
-#include "common/launch.h"
-#include "common/vectors.h"
+#include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 using torch::stable::Tensor;
 

@@ -7,7 +7,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/segments.h"
+#include "cuda/segments.h"
 #include "cuda_product.h"
 
 namespace {

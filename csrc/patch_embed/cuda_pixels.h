@@ -2,9 +2,9 @@
 // fit its grid, normalised, and rounded to the dtype of the weight.
 #pragma once
 
-#include "common/interpolation.h"
-#include "common/launch.h"
-#include "common/vectors.h"
+#include "pos_embed/interpolation.h"
+#include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 namespace revit_patch_embed_cuda {
 

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/interpolation.h"
+#include "pos_embed/interpolation.h"
 
 namespace revit {
 namespace {

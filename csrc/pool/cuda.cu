@@ -3,8 +3,8 @@
 #include <optional>
 #include <string>
 
-#include "common/launch.h"
-#include "common/vectors.h"
+#include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

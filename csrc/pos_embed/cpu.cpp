@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/interpolation.h"
+#include "pos_embed/interpolation.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;

@@ -5,8 +5,8 @@
 #include <climits>
 #include <vector>
 
-#include "common/launch.h"
-#include "common/vectors.h"
+#include "cuda/launch.h"
+#include "cuda/vectors.h"
 
 using torch::stable::Tensor;
 

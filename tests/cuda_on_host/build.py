@@ -46,7 +46,8 @@ def cached(name: str, command: list[str], contents: list[bytes]) -> Path:
 
 def contents(source: Path) -> list[bytes]:
     """All of this repository that the source may include, and itself."""
-    headers = [*source.parent.glob("*.h"), *ROOT.glob("csrc/common/*.h")]
+    shared = [*ROOT.glob("csrc/cuda/*.h"), ROOT / "csrc/pos_embed/interpolation.h"]
+    headers = {*source.parent.glob("*.h"), *shared}
     return [path.read_bytes() for path in (source, *sorted(headers))]
 
 
@@ -84,7 +85,7 @@ def build(checked: bool = False) -> Path:
 def faults() -> Path:
     """The program of kernels with faults, built with checks."""
     folder = Path(__file__).parent
-    headers = [*HEADERS, folder / "faults.h", *sorted(ROOT.glob("csrc/common/*.h"))]
+    headers = [*HEADERS, folder / "faults.h", *sorted(ROOT.glob("csrc/cuda/*.h"))]
 
     def compiled(name):
         source = folder / f"{name}.cpp"

@@ -387,7 +387,7 @@ inline int __popc(unsigned x) { return __builtin_popcount(x); }
 using std::max;
 using std::min;
 
-#include "common/ptx.h"
+#include "cuda/ptx.h"
 
 namespace revit {
 

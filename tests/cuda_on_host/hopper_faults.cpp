@@ -1,5 +1,5 @@
 // A small kernel for Hopper with one fault at a time, and maps of tensors that the driver refuses: see faults.h.
-#include "common/hopper.h"
+#include "cuda/hopper.h"
 #include "faults.h"
 
 namespace {

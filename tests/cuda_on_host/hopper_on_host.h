@@ -1,4 +1,4 @@
-// Hopper's instructions on a CPU, for kernels that use common/hopper.h: included by cuda_on_host.h.
+// Hopper's instructions on a CPU, for kernels that use cuda/hopper.h: included by cuda_on_host.h.
 //
 // A copy of a box lands when its barrier is waited for, and until then its place holds NaN; with
 // REVIT_CUDA_ORDER=reverse it lands at once. The sums of a product hold NaN until it is waited for, and an operand in

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "common/ptx.h"
-#include "common/tensor_map.h"
+#include "cuda/ptx.h"
+#include "cuda/tensor_map.h"
 
 // Whether this pass of the compiler can have the instructions: they are Hopper's alone, no newer GPU has them.
 #if defined(REVIT_CUDA_ON_HOST) || defined(__CUDA_ARCH_FEAT_SM90_ALL)

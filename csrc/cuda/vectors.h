@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "common/ptx.h"
+#include "cuda/ptx.h"
 
 namespace revit {
 

@@ -8,7 +8,7 @@
 
 #include <cuda.h>
 
-#include "common/launch.h"
+#include "cuda/launch.h"
 
 namespace revit {
 
