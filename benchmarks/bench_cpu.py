@@ -148,7 +148,7 @@ def ours_bf16(case):
 
 
 def openvino_int8(case):
-    """Quantised by NNCF, calibrated on 32 images of each length."""
+    """Quantized by NNCF, calibrated on 32 images of each length."""
     sizes = {tuple(batch.shape[2:]) for batch in case.batches}
     samples = {size: list(torch.randn(32, 1, 3, *size).numpy()) for size in sizes}
     batches = [batch.float() for batch in case.batches]
@@ -159,7 +159,7 @@ def openvino_int8(case):
 
 
 def onnxruntime_int8(case):
-    """Quantised dynamically."""
+    """Quantized dynamically."""
     batches = [batch.float() for batch in case.batches]
     found = rivals.onnxruntime(case.float32(), torch.float32, [batches], int8=True)
     run = found.prepare(batches)

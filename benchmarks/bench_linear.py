@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from revit_kernels.dispatch import refusal
 from revit_kernels.ops import linear, linear_fp8
 from revit_kernels.ops.linear import choice
-from revit_kernels.ops.linear.fp8 import quantise
+from revit_kernels.ops.linear.fp8 import quantize
 
 torch._functorch.config.donated_buffer = False  # a compiled backward is timed more than once
 
@@ -115,9 +115,9 @@ def bench_triton(duel, benchmark, rows, layer, dtype):
 @rows
 @layers
 def bench_fp8(duel, benchmark, rows, layer, rival):
-    """Triton's product in e4m3 against the vendor's, and e4m3 as chosen, its rows quantised before, against bf16."""
+    """Triton's product in e4m3 against the vendor's, and e4m3 as chosen, its rows quantized before, against bf16."""
     tensors, form, flops, key = make_inputs(rows, layer, torch.bfloat16)
-    eighth = tensors | {name: quantise(tensors[name]) for name in ("x", "weight")}
+    eighth = tensors | {name: quantize(tensors[name]) for name in ("x", "weight")}
     x, weight = eighth["x"], eighth["weight"]
     sample = (x.values, x.scale, weight.values, weight.scale[:, 0], tensors["bias"], None, None, *form.values())
     for backend in ("triton", "vendor"):

@@ -110,7 +110,7 @@ class Way(NamedTuple):
 
 
 class Converted:
-    """OpenVINO's form of timm's model, converted once for every shape; quantised to int8 by NNCF with `calibration`.
+    """OpenVINO's form of timm's model, converted once for every shape; quantized to int8 by NNCF with `calibration`.
 
     calibration: arrays (1, 3, height, width) by (height, width)
     """
@@ -131,7 +131,7 @@ class Converted:
             elif shapes == "batch":
                 found = self._convert(OneLength(self.vit, shape[2:]), (torch.zeros(2, *shape[1:]),), [key])
                 if self.calibration is not None:
-                    found = self._quantised(found, self.calibration[shape[2:]])
+                    found = self._quantized(found, self.calibration[shape[2:]])
             else:
                 example = torch.zeros(2, *shape[1:]), torch.from_numpy(self.any.positions(*shape[2:]))
                 found = self._convert(self.any, example, [key, (1, -1, self.vit.embed_dim)])
@@ -143,7 +143,7 @@ class Converted:
             return self.ov.convert_model(model, example_input=example, input=[self.ov.PartialShape(s) for s in shapes])
 
     @staticmethod
-    def _quantised(model, samples: list[np.ndarray]):
+    def _quantized(model, samples: list[np.ndarray]):
         nncf = pytest.importorskip("nncf", reason="nncf: pip install revit_kernels[bench]")
         transformer = nncf.ModelType.TRANSFORMER
         return nncf.quantize(model, nncf.Dataset(samples), model_type=transformer, subset_size=len(samples))
@@ -220,7 +220,7 @@ def openvino(vit: nn.Module, dtype: torch.dtype, shapes: str, sample: list[Batch
     """OpenVINO at the settings that take the least time for the sample.
 
     in_turn: a request begins when the one before is done, as for images that come one at a time
-    int8 (with `calibration`) computes what is not quantised in bf16 where the processor has it.
+    int8 (with `calibration`) computes what is not quantized in bf16 where the processor has it.
     """
     converted = Converted(vit, calibration)
     ways = openvino_ways(PRECISIONS[dtype], shapes)
@@ -237,7 +237,7 @@ class OnnxRuntime:
     """ONNX Runtime, a session for each size of image.
 
     fused: with its own optimiser's attention, GELU and LayerNorm for a ViT
-    int8:  weights and activations, quantised dynamically
+    int8:  weights and activations, quantized dynamically
     """
 
     def __init__(self, vit: nn.Module, threads: int, fused: bool, int8: bool = False):

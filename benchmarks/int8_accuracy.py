@@ -2,7 +2,7 @@
 
     python benchmarks/int8_accuracy.py [--limit N] [--root DIR]
 
-Ours in bf16 and in int8, and OpenVINO in float32 and in int8 (NNCF's quantisation after training, calibrated on
+Ours in bf16 and in int8, and OpenVINO in float32 and in int8 (NNCF's quantization after training, calibrated on
 training images). Points lost are against ours in bf16, with the standard error of the difference image by image.
 The rows go to this device's file in benchmarks/results; `python benchmarks/report.py` writes them into docs/.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What fp8 costs in accuracy: a ReViT on test images at each of its lengths, as it is and quantised to e4m3.
+"""What fp8 costs in accuracy: a ReViT on test images at each of its lengths, as it is and quantized to e4m3.
 
     python recipes/fp8.py [FILE.safetensors] [--data NAME] [--root DIR] [--dtype float32] [--output FOLDER]
 
@@ -64,7 +64,7 @@ def report(found: dict) -> str:
         "# What fp8 costs in accuracy",
         "",
         f"{about['images']:,} images of {about['data']}, {about['model']} in {about['dtype']}, {about['device']}, "
-        f"torch {about['torch']}, {about['date']}. {about['how']} Points lost are against the same model unquantised, "
+        f"torch {about['torch']}, {about['date']}. {about['how']} Points lost are against the same model unquantized, "
         "with the standard error of the difference image by image. Written by recipes/fp8.py.",
         "",
         f"| length | {about['dtype']}, % right | fp8, % right | points lost | same answer | logits off by |",

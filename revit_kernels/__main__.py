@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from revit_kernels import __version__, measured
-from revit_kernels.dispatch import BACKENDS, FORCED, OPS, refusal
+from revit_kernels.dispatch import BACKENDS, OPS, refusal, requested_backend
 from revit_kernels.ops.attention import flash_attn
 
 
@@ -80,8 +80,8 @@ def flash_attention(x: torch.Tensor) -> list[str]:
 def main() -> None:
     print(", ".join(versions()))
     print("\n".join(devices()))
-    if FORCED:
-        print(f"REVIT_BACKEND={FORCED}: that backend alone, whatever runs below")
+    if requested := requested_backend():
+        print(f"REVIT_BACKEND={requested}: that backend alone, whatever runs below")
     for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         tables = {}  # the dtypes, by what is said of them
         for dtype in (torch.float32, torch.bfloat16):

@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -10,7 +11,23 @@ import torch
 
 OPS = ("attention", "block", "layer_norm", "linear", "patch_embed", "pool", "pos_embed")
 BACKENDS = ("cuda", "flash_attn", "cudnn", "cpu", "vendor", "triton", "reference")  # tried in this order
-FORCED = os.environ.get("REVIT_BACKEND")
+_requested = os.environ.get("REVIT_BACKEND")
+
+
+def requested_backend() -> str | None:
+    """The backend that REVIT_BACKEND, or `use_backend`, asks for: for every op, without falling back."""
+    return _requested or None
+
+
+@contextmanager
+def use_backend(name: str | None):
+    """Run every op on this backend, in all threads, until the block ends. None: what was asked for before."""
+    global _requested
+    before, _requested = _requested, name or _requested
+    try:
+        yield
+    finally:
+        _requested = before
 
 
 def _disabled(names: str) -> frozenset[str]:
@@ -66,8 +83,8 @@ def choose(op: str, backend: str | None, *args, step: str = "forward", order: tu
 
 
 def _choose(op, backend, step, args, order) -> ModuleType:
-    if not backend and (FORCED in order or FORCED not in BACKENDS):
-        backend = FORCED
+    if not backend and (_requested in order or _requested not in BACKENDS):
+        backend = _requested
     if backend and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     refusals = {}

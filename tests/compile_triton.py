@@ -52,7 +52,7 @@ def layer_norm():
     for shape, options in cases:
         yield from ((kernel, shape, options) for kernel in ("forward", "backward", "reduce"))
     for dim, missing in ((768, ()), (1280, ("row", "branch", "gamma"))):  # e4m3 came with sm_89
-        yield "forward", {"bits": 16, "dim": dim}, {"quantised": True, "missing": missing, "ones": (), "since": 90}
+        yield "forward", {"bits": 16, "dim": dim}, {"quantized": True, "missing": missing, "ones": (), "since": 90}
 
 
 def linear():
@@ -74,13 +74,13 @@ def linear():
         for loads in (WORDS, TILES):
             shape = {"bits": 8, "parts": parts, "loads": loads, **layer}
             yield "forward", shape, {"since": 90}
-            yield "forward", shape, e4m3 | {"quantised": True}
-            yield "forward", shape, e4m3 | {"quantised": True, "grouped": True, "activation": "silu"}
+            yield "forward", shape, e4m3 | {"quantized": True}
+            yield "forward", shape, e4m3 | {"quantized": True, "grouped": True, "activation": "silu"}
             yield "forward", shape, e4m3 | {"grouped": True, "activation": None}
         for activation in ("gelu", "gelu_tanh", "silu"):
             yield "backward", {"parts": parts}, {"activation": activation, "missing": ()}
     for columns in (128, 256, 512, 768, 4096):
-        yield from (("quantise", {"columns": columns}, {"bits": bits, "since": 90}) for bits in (16, 32))
+        yield from (("quantize", {"columns": columns}, {"bits": bits, "since": 90}) for bits in (16, 32))
 
 
 def patch_embed():

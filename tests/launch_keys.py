@@ -93,7 +93,7 @@ def linear_without_tma(op, tokens, images, ahead):
 
 
 def linear_in_e4m3(op, tokens, images, ahead):
-    x, scale = op.quantise(numbers(tokens, DIM), DIM)
+    x, scale = op.quantize(numbers(tokens, DIM), DIM)
     weight, of_weight = numbers(DIM, DIM, dtype=torch.float8_e4m3fn), numbers(DIM, dtype=torch.float32)
     op.fp8(x, scale, weight, of_weight, None, None, None, "gelu", None, torch.bfloat16, True)
 

@@ -84,9 +84,9 @@ def test_options(dtype, activation):
 @pytest.mark.parametrize("case", ["menu", "tile edges", "odd widths", "long"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_int8(dtype, case):
-    """What is quantised is the reference's: a step may fall the other way here and there, no more.
+    """What is quantized is the reference's: a step may fall the other way here and there, no more.
 
-    In bf16 more of them do: the definition rounds what the kernel quantises from fp32.
+    In bf16 more of them do: the definition rounds what the kernel quantizes from fp32.
     """
     x, ends, weights, heads, row = make(*CASES[case], dtype=dtype)
     require_int8(x, ends, row, weights, heads)
@@ -95,9 +95,9 @@ def test_int8(dtype, case):
     rough = block(x, ends, weights, heads, kind="int8", backend="reference")[used].double()
     exact = block(x.double(), ends, cast(weights, torch.float64), heads, backend="reference")[used]
     assert not torch.isnan(actual).any()
-    assert (actual - exact).norm() <= 1.05 * (rough - exact).norm(), "quantised worse than the definition"
+    assert (actual - exact).norm() <= 1.05 * (rough - exact).norm(), "quantized worse than the definition"
     if dtype == torch.float32:
-        assert (actual - rough).norm() <= 0.5 * (rough - exact).norm(), "quantised otherwise than the definition"
+        assert (actual - rough).norm() <= 0.5 * (rough - exact).norm(), "quantized otherwise than the definition"
 
 
 def require_int8(x, ends, row, weights, heads):

@@ -365,7 +365,7 @@ def test_misuse_is_one_sentence_and_exit_2(model, photos, tmp_path, capsys, argu
     captured = capsys.readouterr()
     assert status == 2 and captured.out == "" and captured.err.count("\n") == 1
     assert re.search(message, captured.err) and "error:" in captured.err
-    assert dispatch.FORCED == os.environ.get("REVIT_BACKEND")
+    assert dispatch.requested_backend() == os.environ.get("REVIT_BACKEND")
 
 
 def test_an_empty_folder_among_others_is_a_warning(model, photos, tmp_path, capsys):

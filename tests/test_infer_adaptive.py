@@ -50,7 +50,7 @@ def test_records_say_what_each_image_cost(files, tmp_path, policy):
         assert record["cost"] >= round(lengths[tuple(record["grid"])] / 17, 4)
 
 
-def test_quantised(files, tmp_path, capsys):
+def test_quantized(files, tmp_path, capsys):
     model = ["--model", files / "model.safetensors", "--outcomes", files / "labels.parquet", "--policy", "fixed"]
     model += ["--output", tmp_path / "out.csv"]
 
@@ -59,11 +59,11 @@ def test_quantised(files, tmp_path, capsys):
         return done, [row["label_1"] for row in csv.DictReader(open(tmp_path / "out.csv"))][:40] if done < 2 else None
 
     _, plain = answers()
-    done, quantised = answers("--quantize", "int8")
+    done, quantized = answers("--quantize", "int8")
     if done == 2:  # a CPU without the instructions
         assert "--quantize int8: int8" in capsys.readouterr().err
     else:
-        assert sum(a == b for a, b in zip(plain, quantised)) >= 36
+        assert sum(a == b for a, b in zip(plain, quantized)) >= 36
 
 
 def test_answers_are_those_of_the_model(files, tmp_path):

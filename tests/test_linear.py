@@ -16,7 +16,7 @@ from revit_kernels.modules.fp8 import Fp8Linear
 from revit_kernels.modules.linear import linear_gated, linear_then
 from revit_kernels.ops import layer_norm, layer_norm_fp8, linear, linear_fp8
 from revit_kernels.ops.linear import ACTIVATIONS, GATES, choice, sample
-from revit_kernels.ops.linear.fp8 import E4M3, Quantised, quantise
+from revit_kernels.ops.linear.fp8 import E4M3, Quantized, quantize
 
 SHAPES = {  # rows, in, out
     "no row": (0, 16, 8),
@@ -286,12 +286,12 @@ def test_on_a_cpu_the_vendor_runs():
 
 
 def test_a_backend_forced_for_all_ops_is_passed_over_where_an_op_has_none_such(monkeypatch):
-    monkeypatch.setattr(dispatch, "FORCED", "cpu")
+    monkeypatch.setattr(dispatch, "_requested", "cpu")
     x = torch.ones(2, 8)
     assert torch.equal(linear(x, x), torch.full((2, 2), 8.0))
-    monkeypatch.setattr(dispatch, "FORCED", "reference")
+    monkeypatch.setattr(dispatch, "_requested", "reference")
     assert choose("linear", None, *sample(), order=choice.VENDOR_FIRST).__name__.endswith("reference")
-    monkeypatch.setattr(dispatch, "FORCED", "fast")
+    monkeypatch.setattr(dispatch, "_requested", "fast")
     with pytest.raises(ValueError, match="backend must be one of"):
         linear(x, x)
 
@@ -339,16 +339,16 @@ def test_the_way_of_a_gpu_gives_what_a_cpus_does(monkeypatch):
 # ------------------------------------------------------------------ e4m3
 
 
-def make_quantised(rows, inputs, out, group=None, gate=None, dtype=torch.float32):
+def make_quantized(rows, inputs, out, group=None, gate=None, dtype=torch.float32):
     tensors = make_inputs(rows, inputs, out, dtype, gate)
-    tensors["x"] = quantise(tensors["x"], group, "reference")
-    tensors["weight"] = quantise(tensors["weight"], None, "reference")
+    tensors["x"] = quantize(tensors["x"], group, "reference")
+    tensors["weight"] = quantize(tensors["weight"], None, "reference")
     return tensors
 
 
 def exactly(inputs, activation, gate):
-    """What the quantised numbers stand for, through `linear` in float64."""
-    wide = {k: v.dequantise(torch.float64) if isinstance(v, Quantised) else v.double() for k, v in inputs.items()}
+    """What the quantized numbers stand for, through `linear` in float64."""
+    wide = {k: v.dequantize(torch.float64) if isinstance(v, Quantized) else v.double() for k, v in inputs.items()}
     return linear(**wide, activation=activation, gate=gate, backend="reference")
 
 
@@ -363,14 +363,14 @@ def attempt(call):
 @backends
 @every_dtype
 @pytest.mark.parametrize("group", [None, 16, 128], ids=str)
-def test_quantised_rows_are_within_half_a_step(group, dtype, backend):
+def test_quantized_rows_are_within_half_a_step(group, dtype, backend):
     x = torch.randn(37, 256, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     x[3] *= 1e-4
     x[5] = 0
-    q = attempt(lambda: quantise(x, group, backend))
+    q = attempt(lambda: quantize(x, group, backend))
     assert q.values.dtype == E4M3 and q.scale.shape == (37, 256 // (group or 256)) and q.dtype == dtype
     step = torch.maximum(x.double().abs() * 2**-3, q.scale.double().repeat_interleave(group or 256, 1) * 2**-9)
-    assert ((q.dequantise(torch.float64) - x.double()).abs() <= 0.505 * step).all()
+    assert ((q.dequantize(torch.float64) - x.double()).abs() <= 0.505 * step).all()
     assert not q.values[5].float().any() and (q.scale[5] == 1).all()
     largest = q.values.float().abs().view(37, -1, group or 256).amax(2)
     assert ((largest == 448) | (largest == 0)).all()
@@ -382,7 +382,7 @@ def test_quantised_rows_are_within_half_a_step(group, dtype, backend):
 @gates
 @pytest.mark.parametrize("group", [None, 128], ids=str)
 def test_product_in_e4m3(group, gate, activation, dtype, backend):
-    inputs = make_quantised(20, 256, 96, group, gate, dtype)
+    inputs = make_quantized(20, 256, 96, group, gate, dtype)
     for names in ((), ("residual", "gamma"), ("bias", "residual", "gamma")):
         some = without(inputs, *names)
         whole = some | {"activation": activation, "gate": gate}
@@ -396,18 +396,18 @@ def test_product_in_e4m3(group, gate, activation, dtype, backend):
 @pytest.mark.parametrize("group", [None, 128], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 130])
 def test_the_result_may_be_e4m3(rows, group, gate, backend):
-    inputs = make_quantised(rows, 128, 512, group, gate)
+    inputs = make_quantized(rows, 128, 512, group, gate)
     form = {"activation": "gelu", "gate": gate}
-    y = attempt(lambda: linear_fp8(**inputs, **form, quantised=True, backend=backend))
+    y = attempt(lambda: linear_fp8(**inputs, **form, quantized=True, backend=backend))
     columns = 256 if gate else 512
     assert y.values.shape == (rows, columns) and y.values.dtype == E4M3 and y.scale.shape == (rows, columns // 128)
-    rough = linear_fp8(**inputs, **form, quantised=True, backend="reference")
+    rough = linear_fp8(**inputs, **form, quantized=True, backend="reference")
     exact = exactly(inputs, "gelu", gate)
     assert torch.isfinite(y.scale).all()
     if rows:
         largest = exact.unflatten(1, (-1, 128)).abs().amax(2) / 448
         assert_close("scale", y.scale, largest, rough.scale)
-        error, usual = ((q.dequantise(torch.float64) - exact).square().mean().sqrt() for q in (y, rough))
+        error, usual = ((q.dequantize(torch.float64) - exact).square().mean().sqrt() for q in (y, rough))
         assert error <= 1.01 * usual, f"{error} against {usual}"
 
 
@@ -415,7 +415,7 @@ def test_the_result_may_be_e4m3(rows, group, gate, backend):
 @every_dtype
 @pytest.mark.parametrize("rms", [False, True], ids=["layer", "rms"])
 @pytest.mark.parametrize("branch", [False, True], ids=["alone", "branch"])
-def test_layer_norm_quantises(branch, rms, dtype, backend):
+def test_layer_norm_quantizes(branch, rms, dtype, backend):
     generator = torch.Generator().manual_seed(0)
     x, other, weight, bias = (
         torch.randn(*s, generator=generator).to(DEVICE, dtype) for s in ((9, 48), (9, 48), (3, 48), (3, 48))
@@ -435,14 +435,14 @@ def test_layer_norm_quantises(branch, rms, dtype, backend):
 
 
 def test_e4m3_registration():
-    inputs = make_quantised(4, 128, 256)
+    inputs = make_quantized(4, 128, 256)
     x, weight, bias, residual, gamma = inputs.values()
     op = torch.ops.revit_kernels
     tests = ("test_faketensor", "test_autograd_registration")  # test_schema multiplies e4m3, which torch cannot
-    torch.library.opcheck(op.linear_quantise.default, (residual, 128, None), test_utils=tests)
+    torch.library.opcheck(op.linear_quantize.default, (residual, 128, None), test_utils=tests)
     scales = (x.values, x.scale, weight.values, weight.scale[:, 0].clone())
-    for quantised in (False, True):
-        args = (*scales, bias, residual, gamma, "gelu", None, torch.float32, quantised, None)
+    for quantized in (False, True):
+        args = (*scales, bias, residual, gamma, "gelu", None, torch.float32, quantized, None)
         torch.library.opcheck(op.linear_fp8.default, args, test_utils=tests)
     norm = (residual, gamma[None], None, None, residual, gamma, 1e-6, False, None)
     torch.library.opcheck(op.layer_norm_fp8.default, norm, test_utils=tests)
@@ -452,23 +452,23 @@ def test_e4m3_registration():
     "change, message",
     [
         (
-            dict(x=Quantised(torch.zeros(4, 256), torch.ones(4, 1))),
+            dict(x=Quantized(torch.zeros(4, 256), torch.ones(4, 1))),
             r"x must be of torch.float8_e4m3fn, got torch.float32",
         ),
-        (dict(x=Quantised(torch.zeros(4, 256).to(E4M3), torch.ones(4, 3))), r"scale of x must be \(4, 1\) or \(4, 2\)"),
+        (dict(x=Quantized(torch.zeros(4, 256).to(E4M3), torch.ones(4, 3))), r"scale of x must be \(4, 1\) or \(4, 2\)"),
         (
-            dict(weight=Quantised(torch.zeros(8, 256).to(E4M3), torch.ones(8, 2))),
+            dict(weight=Quantized(torch.zeros(8, 256).to(E4M3), torch.ones(8, 2))),
             r"scale of weight must be \(8, 1\), got",
         ),
-        (dict(quantised=True), r"a quantised result has a scale every 128 columns, got 8 columns"),
+        (dict(quantized=True), r"a quantized result has a scale every 128 columns, got 8 columns"),
     ],
 )
 def test_wrong_use_of_e4m3_says_so(change, message):
-    x, weight = (Quantised(torch.zeros(n, 256).to(E4M3), torch.ones(n, 1)) for n in (4, 8))
+    x, weight = (Quantized(torch.zeros(n, 256).to(E4M3), torch.ones(n, 1)) for n in (4, 8))
     with pytest.raises(ValueError, match=message):
         linear_fp8(**{"x": x, "weight": weight} | change)
     with pytest.raises(ValueError, match="multiple of the group"):
-        quantise(torch.zeros(3, 100), 64)
+        quantize(torch.zeros(3, 100), 64)
 
 
 # ------------------------------------------------------------------ whole models
@@ -487,7 +487,7 @@ def images(count=3):
 @pytest.mark.parametrize(
     "options", [{}, {"mlp_layer": modules.GluMlp}, {"block_fn": modules.ParallelScalingBlock}], ids=str
 )
-def test_a_quantised_model_answers_alike(options):
+def test_a_quantized_model_answers_alike(options):
     model = make_model(**options)
     with torch.no_grad():
         usual = model(images())
@@ -499,7 +499,7 @@ def test_a_quantised_model_answers_alike(options):
     assert not torch.equal(ours, usual)
 
 
-def test_which_layers_are_quantised():
+def test_which_layers_are_quantized():
     model = fp8(make_model())
     names = {name for name, module in model.named_modules() if isinstance(module, Fp8Linear)}
     parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -510,7 +510,7 @@ def test_which_layers_are_quantised():
         fp8(model)
 
 
-def test_a_quantised_model_is_moved_copied_and_stored():
+def test_a_quantized_model_is_moved_copied_and_stored():
     model = fp8(make_model())
     with torch.no_grad():
         usual = model(images())
@@ -521,7 +521,7 @@ def test_a_quantised_model_is_moved_copied_and_stored():
         other = fp8(make_model())
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(images()), usual)
-    inner = half.blocks[0].norm1.__dict__["quantises_for"][0][0]
+    inner = half.blocks[0].norm1.__dict__["quantizes_for"][0][0]
     assert inner is half.blocks[0].attn
 
 
@@ -530,7 +530,7 @@ def test_activations_go_from_kernel_to_kernel_in_e4m3(monkeypatch):
     seen = []
     real = Fp8Linear.forward
     monkeypatch.setattr(
-        Fp8Linear, "forward", lambda self, x, *a, **k: seen.append(isinstance(x, Quantised)) or real(self, x, *a, **k)
+        Fp8Linear, "forward", lambda self, x, *a, **k: seen.append(isinstance(x, Quantized)) or real(self, x, *a, **k)
     )
     with torch.no_grad():
         model(images())
@@ -547,7 +547,7 @@ def test_a_hooked_layer_sees_numbers_not_their_bits():
     assert seen and all(isinstance(t, torch.Tensor) and t.dtype == torch.float32 for t in seen)
 
 
-def test_a_quantised_model_is_for_inference_only():
+def test_a_quantized_model_is_for_inference_only():
     model = fp8(make_model())
     x = images().requires_grad_()
     with pytest.raises(NotImplementedError, match="no gradients"):
@@ -555,7 +555,7 @@ def test_a_quantised_model_is_for_inference_only():
     model(images())  # gradients may be recorded, where nothing needs one
 
 
-def test_nothing_to_quantise():
+def test_nothing_to_quantize():
     with pytest.raises(ValueError, match="nothing to quantize"):
         fp8(make_model(embed_dim=36, num_heads=2, mlp_ratio=1.0))
 

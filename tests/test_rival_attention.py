@@ -300,7 +300,7 @@ def test_torch_takes_the_arguments_of_cudnn(monkeypatch):
 
 
 def test_a_measured_length_is_where_dispatch_changes(monkeypatch):
-    monkeypatch.setattr(dispatch, "FORCED", None)
+    monkeypatch.setattr(dispatch, "_requested", None)
     found = {"attention": {"forward": {"flash_attn": 20}, "backward": {"cudnn": 20}}}
     monkeypatch.setattr(measured, "of", lambda device: found)
     reference, called = dispatch.load("attention", "reference"), []

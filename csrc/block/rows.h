@@ -12,27 +12,27 @@ template <class Math, class T>
 struct Rows {
   using Unit = typename Math::Unit;
   using Number = typename Math::Number;
-  static constexpr bool kQuantised = std::is_same_v<Unit, uint8_t>;
-  using Hidden = std::conditional_t<kQuantised, T, Unit>;
+  static constexpr bool kQuantized = std::is_same_v<Unit, uint8_t>;
+  using Hidden = std::conditional_t<kQuantized, T, Unit>;
 
   const Problem& p;
   int64_t first, count;
   Unit* left;      // (count, inputs of the next product)
   Hidden* hidden;  // (count, hidden)
-  float* scale;    // (count,), where quantised: a row of x is scale * (left - zero)
+  float* scale;    // (count,), where quantized: a row of x is scale * (left - zero)
   int32_t* zero;
   float* line;  // one row, of this thread
 
   static int64_t widest(const Problem& p) {
     const int64_t inputs = std::max(p.dim, p.attended_dim);
-    return kQuantised ? std::max(inputs, p.hidden) : inputs;
+    return kQuantized ? std::max(inputs, p.hidden) : inputs;
   }
   static Shape shape(const Problem& p) {
     const int64_t fitting = kHiddenBytes / (p.hidden * static_cast<int64_t>(sizeof(Hidden))) / kRows * kRows;
     const int64_t inputs = widest(p) * static_cast<int64_t>(sizeof(Unit));
     return {.rows = std::clamp<int64_t>(fitting, 2 * kRows, kMostRows / kRows * kRows),
             .panel = kWidth,
-            .stages = {!std::is_same_v<T, Unit>, kQuantised},
+            .stages = {!std::is_same_v<T, Unit>, kQuantized},
             .per_row = inputs + p.hidden * static_cast<int64_t>(sizeof(Hidden)) + 8,  // scale and zero
             .line = aligned(std::max(widest(p), p.hidden) * 4)};
   }
@@ -53,7 +53,7 @@ struct Rows {
 #ifdef BFLOAT16_INSTRUCTIONS
   // The row in 256 steps from its least to its largest number, of which zero is one exactly.
   template <class From>
-  void quantise(const From* x, int64_t n, int64_t r) {
+  void quantize(const From* x, int64_t n, int64_t r) {
     Floats least[4] = {}, most[4] = {};
     each_vector(n, [&](int64_t i, auto part, int k) {
       const Floats v = load(x + i, part);
@@ -86,12 +86,12 @@ struct Rows {
   void stage(const T* x, int64_t inputs, Span rows) {
     for (int64_t r = rows.begin; r < rows.end; ++r) {
 #ifdef BFLOAT16_INSTRUCTIONS
-      if constexpr (kQuantised) {
-        quantise(x + r * inputs, inputs, r);
+      if constexpr (kQuantized) {
+        quantize(x + r * inputs, inputs, r);
         continue;
       }
 #endif
-      if constexpr (!kQuantised)
+      if constexpr (!kQuantized)
         each_vector(inputs, [&](int64_t i, auto n, int) {
           store(left + r * inputs + i, load(x + r * inputs + i, n), n);
         });
@@ -116,20 +116,20 @@ struct Rows {
       const Floats inverse = splat(rstd);
       each_vector(dim, [&](int64_t i, auto n, int) {
         const Floats y = fma((load(line + i, n) + shift) * inverse, load(weight + i, n), load(bias + i, n));
-        if constexpr (kQuantised)
+        if constexpr (kQuantized)
           store(line + i, y, n);
         else
           store(left + r * dim + i, y, n);
       });
 #ifdef BFLOAT16_INSTRUCTIONS
-      if constexpr (kQuantised) quantise(line, dim, r);
+      if constexpr (kQuantized) quantize(line, dim, r);
 #endif
     }
   }
 
   Floats value(const Linear& weight, const Number* sums, int64_t r, int64_t column) const {
     const Floats bias = load(weight.bias + column, Full{});
-    if constexpr (kQuantised) {
+    if constexpr (kQuantized) {
       typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
       Ints exact, of_weights;
       std::memcpy(&exact, sums, sizeof exact);
@@ -231,10 +231,10 @@ struct Rows {
             return;
         }
       case Step::kStageHidden:
-        if constexpr (kQuantised) stage(hidden, p.hidden, rows);
+        if constexpr (kQuantized) stage(hidden, p.hidden, rows);
         return;
       case Step::kDown:
-        if constexpr (kQuantised)
+        if constexpr (kQuantized)
           return add_product(p.fc2, left, output(), rows, columns, next);
         else
           return add_product(p.fc2, hidden, output(), rows, columns, next);

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from revit_kernels.modules.fp8 import Fp8Linear, fits
-from revit_kernels.modules.layer_norm import PLAIN, quantise_for
+from revit_kernels.modules.layer_norm import PLAIN, quantize_for
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.ops.e4m3 import E4M3_SINCE
 
@@ -56,7 +56,7 @@ def fp8(model: nn.Module) -> nn.Module:
         if not is_plain(block, "Block"):
             continue
         if is_plain(block.norm1, *PLAIN) and is_plain(block.attn, "Attention") and block.attn.gate is None:
-            quantise_for(block.norm1, block.attn, block.attn.qkv)
+            quantize_for(block.norm1, block.attn, block.attn.qkv)
         if is_plain(block.norm2, *PLAIN) and is_plain(block.mlp, "Mlp"):
-            quantise_for(block.norm2, block.mlp, block.mlp.fc1)
+            quantize_for(block.norm2, block.mlp, block.mlp.fc1)
     return model

@@ -1,4 +1,4 @@
-"""Linear layers in e4m3 for inference: see ops/linear/fp8.py for where the numbers are quantised."""
+"""Linear layers in e4m3 for inference: see ops/linear/fp8.py for where the numbers are quantized."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.ops.e4m3 import GROUP
-from revit_kernels.ops.linear.fp8 import Quantised, linear_fp8, quantise
+from revit_kernels.ops.linear.fp8 import Quantized, linear_fp8, quantize
 
 
 class Fp8Linear(nn.Module):
-    """A Linear whose weight is e4m3 with a scale per output, and whose inputs are quantised per row as they come.
+    """A Linear whose weight is e4m3 with a scale per output, and whose inputs are quantized per row as they come.
 
     weight: (out, in) float8_e4m3fn
     scale:  (out, 1) float32
     """
 
-    def __init__(self, weight: Quantised, bias: Tensor | None):
+    def __init__(self, weight: Quantized, bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight.values)
@@ -27,7 +27,7 @@ class Fp8Linear(nn.Module):
     @torch.no_grad()
     def from_linear(cls, module: nn.Linear) -> Fp8Linear:
         bias = None if module.bias is None else module.bias.detach()
-        return cls(quantise(module.weight.detach()), bias).train(module.training)
+        return cls(quantize(module.weight.detach()), bias).train(module.training)
 
     def _apply(self, fn, recurse=True):
         """Behind .to(dtype), .half() and the like: values and scales are bits, not numbers, to change the dtype of."""
@@ -39,24 +39,24 @@ class Fp8Linear(nn.Module):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
-    def forward(self, x: Tensor | Quantised, activation: str | None = None, quantised: bool = False):
-        """activation(x @ weight.T + bias). x: (..., in), perhaps quantised already
+    def forward(self, x: Tensor | Quantized, activation: str | None = None, quantized: bool = False):
+        """activation(x @ weight.T + bias). x: (..., in), perhaps quantized already
 
-        quantised: whether the result is, with a scale for every 128 columns of a row
+        quantized: whether the result is, with a scale for every 128 columns of a row
         """
-        if not isinstance(x, Quantised):
+        if not isinstance(x, Quantized):
             if torch.is_grad_enabled() and x.requires_grad:
-                raise NotImplementedError("a model quantised to fp8 gives no gradients: call it in torch.no_grad()")
-            rows = quantise(x.reshape(-1, x.shape[-1]))._replace(dtype=product_dtype(x))
+                raise NotImplementedError("a model quantized to fp8 gives no gradients: call it in torch.no_grad()")
+            rows = quantize(x.reshape(-1, x.shape[-1]))._replace(dtype=product_dtype(x))
         else:
             rows = x._replace(values=x.values.reshape(-1, x.shape[-1]))
-        weight = Quantised(self.weight, self.scale)
-        y = linear_fp8(rows, weight, self.bias, activation=activation, quantised=quantised)
+        weight = Quantized(self.weight, self.scale)
+        y = linear_fp8(rows, weight, self.bias, activation=activation, quantized=quantized)
         shape = (*x.shape[:-1], self.out_features)
-        return y._replace(values=y.values.view(shape)) if quantised else y.view(shape)
+        return y._replace(values=y.values.view(shape)) if quantized else y.view(shape)
 
     @property
-    def quantises_groups(self) -> bool:
+    def quantizes_groups(self) -> bool:
         """Whether its result can have a scale for every 128 columns."""
         return self.out_features % GROUP == 0
 

@@ -10,7 +10,7 @@ from revit_kernels import ops
 from revit_kernels.modules.fp8 import product_dtype
 from revit_kernels.modules.lengths import Grid, join, select, whole_table
 from revit_kernels.modules.linear import is_plain
-from revit_kernels.ops.linear.fp8 import Quantised
+from revit_kernels.ops.linear.fp8 import Quantized
 from revit_kernels.packing import Packing
 
 
@@ -167,24 +167,24 @@ def normalise_plain(norm, x: Tensor, packing: Packing, branch=None, gamma=None, 
     args = (x.reshape(-1, dim), weight, bias, row)
     branch = None if branch is None else branch.reshape(-1, dim)
     options = {"branch": branch, "gamma": gamma, "eps": norm.eps, "rms": rms}
-    if _quantises(norm):
+    if _quantizes(norm):
         values, scale, total = ops.layer_norm_fp8(*args, **options)
-        return Quantised(values.view_as(x), scale, product_dtype(x)), total.view_as(x)
+        return Quantized(values.view_as(x), scale, product_dtype(x)), total.view_as(x)
     result = ops.layer_norm(*args, **options)
     y, total = (result, x) if branch is None else result
     return y.view_as(x), total.view_as(x)
 
 
-def quantise_for(norm: nn.Module, *layers: nn.Module) -> None:
+def quantize_for(norm: nn.Module, *layers: nn.Module) -> None:
     """Let the norm give e4m3, while each of the layers, through which all goes that it gives, is as plain as it is now.
 
     layers: as they are called one inside the other, ending in an Fp8Linear
     """
-    norm.__dict__["quantises_for"] = [(layer, type(layer).__name__) for layer in layers]  # not as its submodules
+    norm.__dict__["quantizes_for"] = [(layer, type(layer).__name__) for layer in layers]  # not as its submodules
 
 
-def _quantises(norm: nn.Module) -> bool:
-    layers = norm.__dict__.get("quantises_for")
+def _quantizes(norm: nn.Module) -> bool:
+    layers = norm.__dict__.get("quantizes_for")
     return layers is not None and not torch.is_grad_enabled() and all(is_plain(*layer) for layer in layers)
 
 

@@ -55,15 +55,15 @@ class Mlp(nn.Module):
         linears = is_plain(self.fc1, "Linear") and is_plain(self.fc2, "Linear")
         return linears and is_plain(self.act, "GELU", "GELUTanh")
 
-    def _quantises_between(self) -> bool:
+    def _quantizes_between(self) -> bool:
         """Whether fc1 may hand its result to fc2 in e4m3: nothing stands between them, and nobody watches."""
-        layers = is_plain(self.fc1, "Fp8Linear") and is_plain(self.fc2, "Fp8Linear") and self.fc1.quantises_groups
+        layers = is_plain(self.fc1, "Fp8Linear") and is_plain(self.fc2, "Fp8Linear") and self.fc1.quantizes_groups
         nothing = is_plain(self.norm, "Identity") and is_plain(self.drop1, "Dropout") and not self.drop1.training
         return layers and nothing and activation_name(self.act) is not None
 
     def _forward(self, x: Tensor) -> Tensor:
-        if self._quantises_between():
-            return self.drop2(self.fc2(self.fc1(x, activation_name(self.act), quantised=True)))
+        if self._quantizes_between():
+            return self.drop2(self.fc2(self.fc1(x, activation_name(self.act), quantized=True)))
         x = self.norm(self.drop1(linear_then(self.fc1, self.act, x)))
         return self.drop2(linear(self.fc2, x))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.dispatch import FORCED, load
+from revit_kernels.dispatch import load, requested_backend
 from revit_kernels.modules.layer_norm import PER_LENGTH, _PerLength, _rows
 from revit_kernels.modules.linear import is_plain, name_of
 from revit_kernels.ops.block import BlockWeights
@@ -80,8 +80,8 @@ def unable(module: nn.Module, dtype: torch.dtype, kind: str | None = None) -> st
 
     kind: "int8", if its products are to be
     """
-    if FORCED not in (None, "", "cpu"):
-        return f"another backend is asked for, {FORCED}"
+    if (requested := requested_backend()) not in (None, "cpu"):
+        return f"another backend is asked for, {requested}"
     if isinstance(backend := load("block", "cpu"), str):
         return backend
     return structure(module) or _unlike(module, dtype) or backend.unable(widths(module), kind)

@@ -1,4 +1,4 @@
-"""How a Triton kernel quantises a row to e4m3."""
+"""How a Triton kernel quantizes a row to e4m3."""
 
 import os
 
@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
-def quantise_rows(x):
+def quantize_rows(x):
     """x [rows, columns] as e4m3 over a scale per row, which brings its largest number to LARGEST, and the scale."""
     scale = tl.max(tl.abs(x), 1) / LARGEST
     scale = tl.where(scale == 0, 1.0, scale)

@@ -35,7 +35,7 @@ def run(args) -> int:
         raise ValueError("; ".join(problems + none) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
-    with _backend(args.backend), warnings.catch_warnings():
+    with dispatch.use_backend(args.backend), warnings.catch_warnings():
         # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
@@ -146,16 +146,6 @@ def _check_options(args) -> None:
         raise ValueError("--labels names classes; with --features there are none")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
-
-
-@contextmanager
-def _backend(name: str | None):
-    previous = dispatch.FORCED
-    dispatch.FORCED = name or previous
-    try:
-        yield
-    finally:
-        dispatch.FORCED = previous
 
 
 def _columns(args, model, adaptive: bool) -> Columns:

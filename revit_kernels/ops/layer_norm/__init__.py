@@ -172,10 +172,10 @@ def layer_norm_fp8(
     rms: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`layer_norm` with y quantised before it leaves the chip, for a product in e4m3: no gradients.
+    """`layer_norm` with y quantized before it leaves the chip, for a product in e4m3: no gradients.
 
     Returns y (tokens, dim) in float8_e4m3fn, its scale (tokens, 1) in float32, by which y is to be multiplied, and
-    the sum, which is x itself where there is no branch. y is quantised from its wide dtype.
+    the sum, which is x itself where there is no branch. y is quantized from its wide dtype.
     """
     _check(x, weight, bias, row, branch, gamma)
     weight, bias = (p[None] if p is not None and p.ndim == 1 else p for p in (weight, bias))

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from revit_kernels import measured
 from revit_kernels.ops.e4m3 import E4M3
-from revit_kernels.ops.e4m3_triton import quantise_rows
+from revit_kernels.ops.e4m3_triton import quantize_rows
 from revit_kernels.ops.layer_norm.tiles import columns
 
 TOKENS_PER_PROGRAM = 16  # at least, in the backward pass
@@ -65,7 +65,7 @@ def _forward_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + affine[:, None] + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if scale_ptr is not None:
-        y, scale = quantise_rows(tl.where(inside, y, 0.0))
+        y, scale = quantize_rows(tl.where(inside, y, 0.0))
         tl.store(scale_ptr + token, scale, mask=exists)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=whole)
     if mean_ptr is not None:
@@ -247,12 +247,12 @@ def backward(dy, dsum, sum, weight, bias, row, branch, gamma, mean, rstd, rms):
 
 def specification(
     kernel, tiles, bits=16, dim=768, dtype=None, branch=None, affine=None, missing=("row",), rms=False,
-    ones=("lengths",), is_aligned=True, quantised=False,
+    ones=("lengths",), is_aligned=True, quantized=False,
 ):  # fmt: skip
     """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
     branch, affine: dtypes, by default dtype's; missing: arguments that are None; ones: those that are 1
-    quantised: y is e4m3
+    quantized: y is e4m3
     """
     dtype = dtype or ("fp32" if bits == 32 else "bf16")
     branch, affine = branch or dtype, affine or dtype
@@ -262,8 +262,8 @@ def specification(
     types |= {"row_ptr": "*i32", "touched_ptr": "*i32", "branch_ptr": f"*{branch}", "dbranch_ptr": f"*{branch}"}
     types |= {f"{name}_ptr": "*fp32" for name in ("mean", "rstd", "partial", "out")}
     types |= dict.fromkeys(ints, "i32") | {"eps": "fp32"}
-    types |= {"scale_ptr": "*fp32"} | ({"y_ptr": "*fp8e4nv"} if quantised else {})
-    missing = (*missing, *(("mean", "rstd") if quantised and kernel == "forward" else ("scale",)))
+    types |= {"scale_ptr": "*fp32"} | ({"y_ptr": "*fp8e4nv"} if quantized else {})
+    missing = (*missing, *(("mean", "rstd") if quantized and kernel == "forward" else ("scale",)))
     absent = {f"{name}_ptr": None for name in missing} | dict.fromkeys(ones, 1)  # Triton makes a constant of a 1
     function = {"forward": _forward_kernel, "backward": _backward_kernel, "reduce": _reduce_kernel}[kernel]
     constexprs = {name: value for name, value in absent.items() if name in function.arg_names}

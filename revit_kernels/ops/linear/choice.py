@@ -66,7 +66,7 @@ def backward_order(dy, x, weight, bias, gamma, kept, activation, gate, need_x, n
     return TRITON_FIRST if one_pass else VENDOR_FIRST
 
 
-def fp8_order(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised) -> tuple:
+def fp8_order(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized) -> tuple:
     if not x.is_cuda:
         return ("reference", "triton", "vendor")
     order = _lookup(x.device, "fp8", dtype, weight.shape, activation, gate, residual is not None)

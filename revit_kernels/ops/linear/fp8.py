@@ -1,6 +1,6 @@
-"""Linear layers on e4m3 numbers, for inference: rows quantised as they come, the weight once, per output.
+"""Linear layers on e4m3 numbers, for inference: rows quantized as they come, the weight once, per output.
 
-A number is its e4m3 value times a scale. Where a whole row is at hand (LayerNorm, `quantise`) it has one scale. A
+A number is its e4m3 value times a scale. Where a whole row is at hand (LayerNorm, `quantize`) it has one scale. A
 GELU's result is wide and spread over many blocks of a product, none of which sees a whole row: there every 128 columns
 of a row have a scale of their own, taken from the block that holds them, and the next product applies it every 128
 inputs. The other way, a bf16 result, the rows' maxima, and a pass to divide by them, reads and writes the widest tensor
@@ -17,7 +17,7 @@ from revit_kernels.ops.e4m3 import E4M3, GROUP
 from revit_kernels.ops.linear import check, choice
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     """Numbers in e4m3, of which each stands for itself times its scale.
 
     values: (..., columns) float8_e4m3fn
@@ -40,35 +40,35 @@ class Quantised(NamedTuple):
     def numel(self) -> int:
         return self.values.numel()
 
-    def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
         rows = self.values.reshape(-1, self.scale.shape[1], self.shape[-1] // self.scale.shape[1]).to(wide)
         return (rows * self.scale.to(wide)[:, :, None]).to(dtype).view(self.shape)
 
 
-def _fake_quantise(x, group, backend):
+def _fake_quantize(x, group, backend):
     return torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
 
 
-def _fake_fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised, backend):
+def _fake_fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized, backend):
     rows, columns = x.shape[0], weight.shape[0] // (2 if gate else 1)
-    if quantised:
+    if quantized:
         return x.new_empty(rows, columns), x_scale.new_empty(rows, columns // GROUP)
     return x.new_empty(rows, columns, dtype=dtype if residual is None else residual.dtype), x_scale.new_empty(0)
 
 
-_quantise = register("linear", "quantise", "(Tensor x, int group, str? backend) -> (Tensor, Tensor)", _fake_quantise)
+_quantize = register("linear", "quantize", "(Tensor x, int group, str? backend) -> (Tensor, Tensor)", _fake_quantize)
 _fp8 = register(
     "linear",
     "fp8",
     "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, Tensor? gamma,"
-    " str? activation, str? gate, ScalarType dtype, bool quantised, str? backend) -> (Tensor, Tensor)",
+    " str? activation, str? gate, ScalarType dtype, bool quantized, str? backend) -> (Tensor, Tensor)",
     _fake_fp8,
     lambda args: choice.fp8_order(*args),
 )
 
 
-def quantise(x: Tensor, group: int | None = None, backend: str | None = None) -> Quantised:
+def quantize(x: Tensor, group: int | None = None, backend: str | None = None) -> Quantized:
     """x (rows, columns) in e4m3, with a scale for each row, or for every `group` columns of it.
 
     A scale brings the largest number among its own to 448, e4m3's largest; it is 1 where all are zero.
@@ -79,26 +79,26 @@ def quantise(x: Tensor, group: int | None = None, backend: str | None = None) ->
     group = x.shape[1] if group is None else group
     if group < 1 or x.shape[1] % group:
         raise ValueError(f"the columns must be a multiple of the group, got {x.shape[1]} and {group}")
-    return Quantised(*_quantise(x, group, backend), x.dtype)
+    return Quantized(*_quantize(x, group, backend), x.dtype)
 
 
 def linear_fp8(
-    x: Quantised,
-    weight: Quantised,
+    x: Quantized,
+    weight: Quantized,
     bias: Tensor | None = None,
     *,
     activation: str | None = None,
     gate: str | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
-    quantised: bool = False,
+    quantized: bool = False,
     backend: str | None = None,
-) -> Tensor | Quantised:
-    """`linear` of quantised numbers: no gradients.
+) -> Tensor | Quantized:
+    """`linear` of quantized numbers: no gradients.
 
     x:      values (rows, in), with one scale a row, or one for every 128 inputs of it
     weight: values (out, in), with one scale a row, which is an output
-    quantised: give the result in e4m3 with a scale for every 128 columns of a row, in place of the dtype of x
+    quantized: give the result in e4m3 with a scale for every 128 columns of a row, in place of the dtype of x
     Other arguments are those of `linear`.
 
     Returns (rows, columns), accumulated in fp32 (on Hopper, whose tensor cores keep about 14 bits of an e4m3 sum: exact
@@ -116,10 +116,10 @@ def linear_fp8(
         if numbers.scale.dtype != torch.float32:
             raise ValueError(f"the scale of {name} must be of torch.float32, got {numbers.scale.dtype}")
     columns = weight.shape[0] // (2 if gate else 1)
-    if quantised and columns % GROUP:
-        raise ValueError(f"a quantised result has a scale every {GROUP} columns, got {columns} columns")
+    if quantized and columns % GROUP:
+        raise ValueError(f"a quantized result has a scale every {GROUP} columns, got {columns} columns")
     y, scale = _fp8(
         x.values, x.scale, weight.values, weight.scale[:, 0], bias, residual, gamma, activation, gate,
-        x.dtype, quantised, backend,
+        x.dtype, quantized, backend,
     )  # fmt: skip
-    return Quantised(y, scale, x.dtype) if quantised else y
+    return Quantized(y, scale, x.dtype) if quantized else y

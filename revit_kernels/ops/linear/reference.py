@@ -86,7 +86,7 @@ def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_we
     return dx, dweight, none if bias is None else dh.sum(0).to(bias.dtype), dgamma
 
 
-def quantise(x, group):
+def quantize(x, group):
     grouped = x.to(_wide(x.dtype)).unflatten(1, (-1, group))
     scale = grouped.abs().amax(2) / E4M3_MAX
     scale = torch.where(scale == 0, 1, scale)
@@ -94,13 +94,13 @@ def quantise(x, group):
     return values.to(E4M3), scale.float()
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised):
+def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
     wide = _wide(dtype)
     values = x.to(wide).unflatten(1, (x_scale.shape[1], -1)) * x_scale.to(wide)[:, :, None]
     h = values.flatten(1) @ (weight.to(wide) * weight_scale.to(wide)[:, None]).T
     if bias is not None:
         h = h + bias.to(wide)
     y = _finish(h, residual, gamma, activation, gate)
-    if quantised:
-        return quantise(y, 128)
+    if quantized:
+        return quantize(y, 128)
     return y.to(dtype if residual is None else residual.dtype), x_scale.new_empty(0)

@@ -12,7 +12,7 @@ def rule(
     kernel: str, bits: int = 16, parts: int = 1, loads: int = WORDS, out: int = 1024, columns: int = 768, **_
 ) -> dict[str, int]:
     """The most that every epilogue gets along with on sm_80, sm_90 and sm_100 without spills: nothing is measured."""
-    if kernel == "quantise":  # about 16 numbers a thread at 4 warps
+    if kernel == "quantize":  # about 16 numbers a thread at 4 warps
         return {"BLOCK_ROWS": max(1, min(16, 2048 // power_of_two(columns))), "num_warps": 4}
     if kernel == "backward":
         return {"BLOCK_ROWS": 16, "BLOCK_COLUMNS": 128, "num_warps": 8}

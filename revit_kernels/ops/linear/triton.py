@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from revit_kernels import measured
 from revit_kernels.ops.e4m3 import E4M3, E4M3_SINCE, GROUP
-from revit_kernels.ops.e4m3_triton import quantise_rows
+from revit_kernels.ops.e4m3_triton import quantize_rows
 from revit_kernels.ops.linear.products import derivative_products
 from revit_kernels.ops.linear.tiles import NUMBERS, TILES, WORDS, power_of_two
 
@@ -202,7 +202,7 @@ def _forward_kernel(
         at = down_tile[:, None] * residual_row + across_tile[None, :]
         total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if y_scale_ptr is not None:
-        total, scale = quantise_rows(tl.where(inside, total, 0.0))
+        total, scale = quantize_rows(tl.where(inside, total, 0.0))
         of_row = y_scale_ptr + wide_row * across + column // BLOCK_COLUMNS
         tl.store(of_row + down_tile * across, scale, mask=exists)
     y = y_ptr + wide_row * columns + column
@@ -217,7 +217,7 @@ def _columns(ptr, cols, wanted):
 
 
 @triton.jit(do_not_specialize=("rows",))
-def _quantise_kernel(
+def _quantize_kernel(
     x_ptr, y_ptr, scale_ptr, rows, columns, group, x_row, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
     at = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -225,7 +225,7 @@ def _quantise_kernel(
     inside = (at < rows)[:, None] & (cols < group)[None, :]
     cols += tl.program_id(1) * group
     x = tl.load(x_ptr + at[:, None] * x_row + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    x, scale = quantise_rows(x)  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    x, scale = quantize_rows(x)  # [BLOCK_ROWS, BLOCK_COLUMNS]
     tl.store(y_ptr + at[:, None] * columns + cols[None, :], x.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(scale_ptr + at * tl.num_programs(1) + tl.program_id(1), scale, mask=at < rows)
 
@@ -332,27 +332,27 @@ def forward(x, weight, bias, residual, gamma, activation, gate, keep):
     return y, x.new_empty(0) if kept is None else kept
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised):
+def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
     rows, out = x.shape[0], weight.shape[0]
     columns = out // 2 if gate else out
-    dtype = E4M3 if quantised else dtype if residual is None else residual.dtype
+    dtype = E4M3 if quantized else dtype if residual is None else residual.dtype
     y = x.new_empty(rows, columns, dtype=dtype)
-    y_scale = x_scale.new_empty(rows, columns // GROUP) if quantised else None
+    y_scale = x_scale.new_empty(rows, columns // GROUP) if quantized else None
     scales = x_scale.contiguous(), weight_scale.contiguous()
     _product(x, weight, bias, residual, gamma, *scales, y, y_scale, None, activation, gate)
     return y, x_scale.new_empty(0) if y_scale is None else y_scale
 
 
-def quantise(x, group):
+def quantize(x, group):
     rows, columns = x.shape
     x = _rows_apart(x)
     y = x.new_empty(rows, columns, dtype=E4M3)
     scale = x.new_empty(rows, columns // group, dtype=torch.float32)
-    tiles = measured.tiles("linear", "quantise", x.device, columns=group)
+    tiles = measured.tiles("linear", "quantize", x.device, columns=group)
     if rows:
         grid = triton.cdiv(rows, tiles["BLOCK_ROWS"]), columns // group
         launch = tiles | {"BLOCK_COLUMNS": power_of_two(group)}
-        _quantise_kernel[grid](x, y, scale, rows, columns, group, x.stride(0), **launch)
+        _quantize_kernel[grid](x, y, scale, rows, columns, group, x.stride(0), **launch)
     return y, scale
 
 
@@ -381,11 +381,11 @@ def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_we
 
 def specification(
     kernel, tiles, bits=16, parts=1, loads=TILES, inputs=768, out=3072, columns=768, dtype=None, activation="gelu",
-    missing=("residual", "gamma", "kept"), quantised=False, grouped=False,
+    missing=("residual", "gamma", "kept"), quantized=False, grouped=False,
 ):  # fmt: skip
     """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
-    missing: arguments that are None; quantised: the result is e4m3; grouped: x has a scale for every 128 inputs
+    missing: arguments that are None; quantized: the result is e4m3; grouped: x has a scale for every 128 inputs
     """
     half = dtype or {8: "bf16", 16: "bf16", 32: "fp32"}[bits]
     operand = "fp8e4nv" if bits == 8 else half
@@ -394,15 +394,15 @@ def specification(
     types |= {f"{name}_ptr": "*fp32" for name in "x_scale weight_scale y_scale partial scale".split()}
     ints = "rows columns inputs x_row weight_row residual_row rows_per_program group"
     types |= dict.fromkeys(ints.split(), "i32")
-    function = {"forward": _forward_kernel, "backward": _backward_kernel, "quantise": _quantise_kernel}[kernel]
+    function = {"forward": _forward_kernel, "backward": _backward_kernel, "quantize": _quantize_kernel}[kernel]
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages") if name in tiles}
     if kernel == "forward":
         for name, block in (("x", "ROWS"), ("weight", "COLUMNS")):
             tile = f"[{tiles[f'BLOCK_{block}']}, {tiles['BLOCK_INPUTS']}]"
             types[name] = f"tensordesc<{operand}{tile}>" if loads == TILES else f"*{operand}"
         constexprs = {"ACTIVATION": activation, "GATE": gate, "GROUPED": grouped, "TMA": loads == TILES, "WIDEN": False}
-        missing = (*missing, *(() if bits == 8 else ("x_scale", "weight_scale")), *(() if quantised else ("y_scale",)))
-        if quantised:
+        missing = (*missing, *(() if bits == 8 else ("x_scale", "weight_scale")), *(() if quantized else ("y_scale",)))
+        if quantized:
             types["y_ptr"] = "*fp8e4nv"
     elif kernel == "backward":
         constexprs = {"ACTIVATION": activation, "GATE": gate}

@@ -24,7 +24,7 @@ def _fp8_refusal(args):
         return "an e4m3 product needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, x.device, *found)
     if args.x_scale.shape[1] != 1:
         return f"takes one scale a row, got {args.x_scale.shape[1]}"
-    if args.quantised:
+    if args.quantized:
         return "gives no e4m3"
     if args.dtype != torch.bfloat16:
         return f"with a scale a row it gives torch.bfloat16 alone, wanted {args.dtype}"
@@ -97,7 +97,7 @@ def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_we
     return *derivative_products(dh, x, weight, need_x, need_weight), dbias, dgamma
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantised):
+def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
     bias = None if bias is None else bias.to(dtype)
     scales = {"scale_a": x_scale, "scale_b": weight_scale[None]}
     h = torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
