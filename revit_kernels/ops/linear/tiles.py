@@ -20,6 +20,8 @@ def rule(
         rows, across, inputs, warps, stages = 64, 32, 32, 8, 2
     elif bits == 8:  # a scale is of 128 inputs, and of 128 columns
         rows, across, inputs, warps, stages = 64 if parts == 2 else 128, 128, 128, 8, 2 if parts == 2 else 3
+    elif parts == 2 and loads == NUMBERS:  # every number has an address of its own
+        rows, across, inputs, warps, stages = 64, 64, 32, 8, 3
     elif parts == 2 or loads == NUMBERS or out <= 64:
         rows, across, inputs, warps, stages = 128, 64, 64 if loads == TILES else 32, 8, 3
     else:
