@@ -266,7 +266,7 @@ def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):
         "oracle ",
     ]
     text = (tmp_path / "report" / "report.md").read_text()
-    for title in ("## Lengths", "## Accuracy by label", "## The assigner", "## Calibration", "not attainable"):
+    for title in ("## Lengths", "## Accuracy by label", "## The assigner", "## Calibration", "an upper bound"):
         assert title in text
     assert "images.png" in text and (tmp_path / "report" / "accuracy_speed.png").exists() == plots.available()
     with Image.open(tmp_path / "report" / "images.png") as sheet:
