@@ -16,6 +16,7 @@ import torch
 from revit_kernels.gemm import linear
 
 CUDA = torch.cuda.is_available()
+TINY = bool(os.environ.get("REVIT_BENCH_TINY"))  # to see that all of it runs: the ceilings mean nothing then
 DEVICE = "cuda" if CUDA else "cpu"
 PACKAGES = ("torch", "triton", "timm", "openvino", "nncf", "onnxruntime", "zentorch", "flash_attn", "numpy")
 
@@ -55,7 +56,7 @@ def _best(call, rounds=7) -> float:
 @cache
 def copy_ceiling() -> float:
     """Bytes a second, read and written, of a copy far larger than any cache."""
-    source = torch.ones((1 << 31 if CUDA else 1 << 28) // 4, device=DEVICE)
+    source = torch.ones((1 << 31 if CUDA else 1 << (20 if TINY else 28)) // 4, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() * 4 / _best(lambda: target.copy_(source))
 
@@ -63,7 +64,7 @@ def copy_ceiling() -> float:
 @cache
 def matmul_ceiling(dtype: torch.dtype) -> float:
     """Operations a second of a large square matrix product, by the fastest library there is."""
-    size = 8192 if CUDA else 2048
+    size = 8192 if CUDA else 128 if TINY else 2048
     if dtype == torch.int8:
         a, b = (torch.randint(-128, 128, (size, size), dtype=dtype, device=DEVICE) for _ in range(2))
         return 2 * size**3 / _best(lambda: torch._int_mm(a, b), rounds=15)

@@ -28,6 +28,7 @@ STAGES="${STAGES:-}"
 export PYTHONUNBUFFERED=1 CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH="$PWD:$PWD/tests:$PWD/benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 WORK="$OUT/$call"
 [ $list = 1 ] || { rm -rf "$WORK" && mkdir -p "$WORK"; }
+[ $tiny = 0 ] || export REVIT_BENCH_TINY=1
 export REVIT_FAILURES="$WORK/failures.jsonl"
 
 wanted() { [ -z "$STAGES" ] || case " $STAGES " in *" $1 "*) ;; *) return 1 ;; esac; }

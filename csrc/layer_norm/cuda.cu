@@ -396,15 +396,17 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceGroups) reduce_kernel(c
   __syncthreads();
   if (group || column >= a.dim) return;
   for (int i = 1; i < kReduceGroups; ++i) sum += sums[i * kReduceColumns + threadIdx.x];
-  const Parameter<void>& out = row < a.weight_rows ? a.dweight : row < affine_rows ? a.dbias : a.dgamma;
+  // Member by member: a reference to one of three would put all of them into local memory.
+  void* data = row < a.weight_rows ? a.dweight.data : row < affine_rows ? a.dbias.data : a.dgamma.data;
+  const Kind kind = row < a.weight_rows ? a.dweight.kind : row < affine_rows ? a.dbias.kind : a.dgamma.kind;
   const int first = row < a.weight_rows ? 0 : row < affine_rows ? a.weight_rows : affine_rows;
   const int64_t at = static_cast<int64_t>(row - first) * a.dim + column;
-  if (out.kind == Kind::kFloat32)
-    revit::store_one(static_cast<float*>(out.data) + at, sum);
-  else if (out.kind == Kind::kBFloat16)
-    revit::store_one(static_cast<revit::bfloat16*>(out.data) + at, sum);
+  if (kind == Kind::kFloat32)
+    revit::store_one(static_cast<float*>(data) + at, sum);
+  else if (kind == Kind::kBFloat16)
+    revit::store_one(static_cast<revit::bfloat16*>(data) + at, sum);
   else
-    revit::store_one(static_cast<revit::float16*>(out.data) + at, sum);
+    revit::store_one(static_cast<revit::float16*>(data) + at, sum);
 }
 
 int threads_for(int64_t dim) {
