@@ -8,6 +8,7 @@ import cpu_rivals
 import gpu_vit_rivals
 import pytest
 import torch
+from conftest import TINY
 
 from revit_kernels import Packing, VarLenViT
 
@@ -16,7 +17,7 @@ timm = pytest.importorskip("timm", reason="the rivals are timm's models: pip ins
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MENU = [(4, 4), (7, 7), (10, 10), (14, 14)]
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
-IMAGES = [32] if DEVICE == "cpu" else [4, 32, 256, 1024]
+IMAGES = [2] if TINY else [32] if DEVICE == "cpu" else [4, 32, 256, 1024]
 ROUNDS = 11 if DEVICE == "cpu" else 30
 
 

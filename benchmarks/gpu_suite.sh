@@ -137,12 +137,12 @@ measure() {
   local rounds=() few=() attention="bfloat16 and not loop" linear="(bench_triton or bench_fp8) and (50432 or 1576) and 768"
   local vit="small and bfloat16 and (32 or 256) and not loop and not compiled and not one_length"
   local compiled="bfloat16 and (small and 32 or small and 256 or base and 256) and compiled and not one_length"
-  local captured="not host" norm="bfloat16 and 50432" pool="bfloat16"
+  local patch="not none" captured="not host" norm="bfloat16 and 50432" pool="bfloat16"
   if [ $tiny = 1 ]; then
-    attention="forward and 50 and bfloat16 and bucketed" vit="small and bfloat16 and bucketed and not one_length"
-    captured="small and 1 and captured and not host" linear="bench_forward and bfloat16 and gelu and not compiled"
-    norm="bench_forward and 2920-384 and bfloat16" pool="bench_forward and avg and 384 and bfloat16"
-    compiled="$vit" rounds=(--rounds 3) few=(--tiny) smoke=(pool.reference)
+    attention="forward and 50 and float32 and bucketed" vit="small and float32 and bucketed and not one_length"
+    captured="small and 1 and captured and not host" linear="bench_forward and float32 and gelu and not compiled"
+    norm="bench_forward and 2920-384 and float32" pool="bench_forward and avg and 384 and float32"
+    patch="photographs and planes and float32" compiled="$vit" rounds=(--rounds 3) few=(--tiny) smoke=(pool.reference)
   fi
   libraries 40
   # A kernel that is wrong, hangs or crashes is switched off by name, and the rest is measured.
@@ -155,7 +155,7 @@ measure() {
   bench bench_captured 20 bench_captured -k "$captured" "${rounds[@]}"
   bench bench_layer_norm 20 bench_layer_norm -k "$norm" "${rounds[@]}"
   bench bench_linear 20 bench_linear -k "$linear" "${rounds[@]}"
-  bench bench_patch_embed 15 bench_patch_embed "${rounds[@]}"
+  bench bench_patch_embed 15 bench_patch_embed -k "$patch" "${rounds[@]}"
   bench bench_pool 10 bench_pool -k "$pool" "${rounds[@]}"
   bench bench_pos_embed 10 bench_pos_embed "${rounds[@]}"
   if tool ncu ncu; then
