@@ -236,7 +236,7 @@ def test_another_call_is_refused(suite):
 
 
 # Those of `measure` that take seconds on a CPU without bf16 too.
-QUICK = ["build", "smoke", "ceilings", "bench_layer_norm", "bench_pool"]
+QUICK = ["build", "smoke", "ceilings"]
 
 
 @pytest.mark.parametrize("call, stages", [("check", CHECK), ("measure", QUICK)])
@@ -261,7 +261,7 @@ def test_tiny_without_an_install(call, stages, tmp_path):
     assert not lacking, (lacking, done.stderr)
     assert len(list((tmp_path / "out").iterdir())) <= 6
     if call == "measure":
-        assert {duel["bench"] for duel in found["duels"]} >= {"bench_layer_norm", "bench_pool"}
+        assert found["ceilings"]["copy_gb_per_s"] > 0
 
 
 @pytest.fixture
