@@ -69,10 +69,13 @@ def _ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x @ weight.T + bias by oneDNN. Nothing is recorded for a backward."""
+    rows = x.shape[0]
+    if rows == 1:  # one row alone would take oneDNN's matrix-vector path, which adds in another order
+        x = x.expand(2, -1).contiguous()
     weight, bias = weight.detach(), None if bias is None else bias.detach().to(x.dtype)
     if x.dtype == torch.float32:
         weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
-    return torch.ops.mkldnn._linear_pointwise(x.detach(), weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x.detach(), weight, bias, "none", [], "")[:rows]
 
 
 class _Linear(torch.autograd.Function):

@@ -94,6 +94,13 @@ def test_a_head_that_is_no_linear(head):
     torch.testing.assert_close(m.engine()(images), m(images))
 
 
+def test_a_dropout_that_stays_in_training_mode_drops():
+    m = made(drop_rate=0.5)
+    m.head_drop.train()
+    engine, images = m.engine(), torch.randn(2, 3, 64, 64, device=DEVICE)
+    assert not torch.equal(engine(images), engine(images))
+
+
 @cpu_only
 def test_images_without_tokens_are_answered_with_zeros(calls):
     engine, packing = made().engine(), Packing.from_choice(torch.tensor([0, -1, 1, 0]), MENU, 1, capacity=30)

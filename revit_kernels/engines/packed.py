@@ -74,11 +74,12 @@ class PackedBlocks:
     def __init__(self, model: nn.Module, kind: str | None):
         backend = load("block", "cpu")
         self.options, self.widths = whole_block.options(model.blocks[0]), whole_block.widths(model.blocks[0])
-        self._run, self._kind, self._affine = backend.run, kind, backend.affine
+        self._run, self._kind = backend.run, kind
         self._norms = [(Table(block.norm1), Table(block.norm2)) for block in model.blocks]
         self._products = [backend.pack(whole_block.weights(block, _own), kind) for block in model.blocks]
-        self._per_length = any(table.menu for pair in self._norms for table in pair)
         self.patch, self.head = _packed_patch(model), _packed_head(model)
+        tables = [table for pair in self._norms for table in pair] + ([self.head[0]] if self.head else [])
+        self._per_length = any(table.menu for table in tables)
         self._kept, self._lock = OrderedDict(), Lock()
 
     def _keep(self, key, make):
@@ -151,6 +152,8 @@ def _packed_head(model: nn.Module) -> tuple | None:
     if not plain or not model.answers_first_token() or not is_plain(head, "Linear"):
         return None
     if not is_plain(model.fc_norm, "Identity") or not is_plain(drop, "Dropout", "Identity"):
+        return None
+    if drop.training and whole_block.drops(drop):  # as for Monte Carlo dropout
         return None
     dtype = model.blocks[0].norm1.weight.dtype
     if any(type(w) is not nn.Parameter or w.dtype != dtype for w in (norm.weight, head.weight)) or head.in_features % 4:

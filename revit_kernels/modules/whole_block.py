@@ -30,7 +30,7 @@ MLP = (
 DROPS = ("drop_path1", "drop_path2")
 
 
-def _drops(part: nn.Module) -> bool:
+def drops(part: nn.Module) -> bool:
     own = part.__dict__
     return bool(own.get("p") or own.get("drop_prob"))
 
@@ -50,7 +50,7 @@ def structure(module: nn.Module) -> str | None:
             part = within[name]
             if not is_plain(part, *classes):
                 return f"{name}, a {type(part).__name__}, is no plain {' or '.join(classes)}"
-            if part.training and (classes is DROPOUT or name in DROPS) and _drops(part):
+            if part.training and (classes is DROPOUT or name in DROPS) and drops(part):
                 return f"{name} drops, as in training"
     for norm in (parts["norm1"], parts["norm2"]):
         if norm.weight is None or norm.bias is None:
