@@ -179,7 +179,8 @@ def headline() -> str:
     for row in sorted(rows, key=lambda row: row["speedup"]):
         cells = [RIVALS.get(row["rival"], row["rival"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
         text.append("| " + " | ".join([*cells, f"**{row['speedup']:.2f}x**"]) + " |")
-    return "\n".join([*text, ""])
+    dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
+    return "\n".join([*text, "", f"{results['device']}; {dates}, commit {commits}.", ""])
 
 
 def performance() -> str:
