@@ -196,7 +196,7 @@ def bench_int8(duel, benchmark, name, rival):
 def bench_int8_shipped(duel, rival):
     """The model that comes with the package, on 256 images over its menu."""
     from revit_kernels import create_model
-    from revit_kernels.serving.adapt import SHIPPED
+    from revit_kernels.models.registry import SHIPPED
 
     wide = create_model(str(SHIPPED)).eval().to(torch.bfloat16).engine()
     model = quantized(create_model(str(SHIPPED)).eval().to(torch.bfloat16))

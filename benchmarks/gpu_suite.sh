@@ -80,8 +80,9 @@ tool() { # program, stage: whether the program is there; else says so
 
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -p gpu_guard)
 ops=(attention layer_norm patch_embed pool pos_embed linear)
-contracts=() && for op in "${ops[@]}"; do contracts+=("tests/test_$op.py"); done
-models=() && for name in vit resizable packing captured device_cache timm_api training adaptive; do models+=("tests/test_$name.py"); done
+contracts=() && for op in "${ops[@]}"; do contracts+=("tests/ops/test_$op.py"); done
+models=(tests/test_packing.py tests/test_device_cache.py tests/engines/test_captured.py tests/training/test_training.py tests/adaptive/test_adaptive.py)
+models+=(tests/models/test_{vit,resizable,timm_api}.py)
 slow="not compiles and not registration and not every_instruction_set and not instruction"
 
 libraries() { # those carried here, if they load; else built, file by file on all cores
@@ -101,7 +102,7 @@ check() {
   local others="triton and not torch.float16 or flash_attn or cudnn or vendor"
   for kernel in "${smoke[@]}"; do case $kernel in *.cuda) sanitized+=("$kernel") ;; esac; done
   if [ $tiny = 1 ]; then
-    workers=2 contracts=(tests/test_pool.py) models=(tests/test_grids.py) model="not none" sanitized=(pool.reference)
+    workers=2 contracts=(tests/ops/test_pool.py) models=(tests/test_grids.py) model="not none" sanitized=(pool.reference)
     cuda="contract and cuda and menu" others="contract and float32 and one and (triton or vendor)"
   fi
   libraries 40

@@ -20,7 +20,7 @@ from report import results_file
 
 from revit_kernels import create_model
 from revit_kernels.data.datasets import open_set
-from revit_kernels.serving.adapt import SHIPPED
+from revit_kernels.models.registry import SHIPPED
 
 BATCH = 250
 CALIBRATION = 300  # training images at each length: NNCF's default

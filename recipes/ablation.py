@@ -24,7 +24,7 @@ from revit_kernels import create_model
 from revit_kernels.adaptive.budgets import solve
 from revit_kernels.adaptive.costs import Costs, device_name
 from revit_kernels.data.datasets import open_set
-from revit_kernels.models.checkpoints import write_whole
+from revit_kernels.files import write_whole
 from revit_kernels.modules.lengths import cells
 from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 from revit_kernels.training.distillation import Objective

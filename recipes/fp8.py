@@ -19,8 +19,8 @@ import torch
 
 from revit_kernels import create_model
 from revit_kernels.data.datasets import open_set, read_batches
-from revit_kernels.serving.adapt import SHIPPED
-from revit_kernels.training.label_command import fit_images
+from revit_kernels.models.registry import SHIPPED
+from revit_kernels.training.labels import fit_images
 
 BATCH = 250
 

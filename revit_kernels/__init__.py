@@ -1,8 +1,8 @@
 """Vision Transformers on images of different token lengths: one packed batch, no padding."""
 
 from revit_kernels import ops
+from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.model import AdaptiveViT
-from revit_kernels.models.assigner import TokenLengthAssigner
 from revit_kernels.models.registry import create_model, list_models
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.packing import Packing

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import Costs, check_resizable, confidence_of, device_name, measure_costs, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Assign, AssignedCascade, Cascade, Fixed, Oracle, Policy, Random
 from revit_kernels.engines import Engine
-from revit_kernels.models.assigner import TokenLengthAssigner
+from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells
@@ -119,8 +120,6 @@ class AdaptiveViT(nn.Module):
         cls, model, assigner=None, labels=None, *, policy="cascade", budget="full", device=None, dtype=None, **options
     ) -> AdaptiveViT:
         """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
-        from revit_kernels.training.label_command import load_resizable
-
         model = load_resizable(str(model), device, dtype)
         parameter = next(model.parameters())
         if assigner is not None:

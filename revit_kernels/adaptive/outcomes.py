@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
-from revit_kernels.models.checkpoints import fingerprint, write_whole
+from revit_kernels.models.checkpoints import fingerprint
 
 METADATA = b"revit_kernels"
 UNSOLVED = ("smallest", "largest", "drop")

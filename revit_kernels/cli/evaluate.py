@@ -1,6 +1,19 @@
-"""`revit evaluate`: its arguments."""
+"""`revit evaluate`."""
 
+import shlex
+import sys
+from functools import partial
+
+from tqdm import tqdm
+
+from revit_kernels.adaptive.assigner import TokenLengthAssigner
+from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
+from revit_kernels.data.datasets import open_set
+from revit_kernels.evaluation import plots, report
+from revit_kernels.evaluation.evaluate import evaluate
+from revit_kernels.models.registry import load_resizable
+from revit_kernels.training.labels import fit_images
 
 
 def _words(text: str) -> list[str]:
@@ -48,19 +61,6 @@ def add(commands):
 
 
 def run(args) -> int:
-    import shlex
-    import sys
-    from functools import partial
-
-    from tqdm import tqdm
-
-    from revit_kernels.adaptive import plots, report
-    from revit_kernels.adaptive.evaluate import evaluate
-    from revit_kernels.adaptive.outcomes import Outcomes
-    from revit_kernels.data.datasets import open_set
-    from revit_kernels.models.assigner import TokenLengthAssigner
-    from revit_kernels.training.label_command import fit_images, load_resizable
-
     images = open_set(args.data, args.split, root=args.root)
     if args.limit and args.limit < len(images):
         images = images.split(args.limit, 0)[1]

@@ -1,8 +1,18 @@
-"""`revit label`: its arguments."""
+"""`revit label`."""
 
 import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
 
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
+from revit_kernels.data.datasets import open_set
+from revit_kernels.data.division import folds
+from revit_kernels.models.registry import load_resizable
+from revit_kernels.training.labels import collect, fit_images, join
 
 EXAMPLES = """\
 examples:
@@ -64,6 +74,51 @@ def add(commands):
 
 
 def run(args) -> int:
-    from revit_kernels.training.label_command import run
+    """`revit label`; returns the exit status."""
+    output = Path(args.output)
+    if output.suffix != ".parquet":
+        raise ValueError(f"--output must end in .parquet, got {args.output}")
+    if not output.resolve().parent.is_dir():
+        raise ValueError(f"the folder of --output {output} does not exist")
+    images = open_set(args.data, args.split, root=args.root)
+    files = [args.model, *args.fold_models]
+    parts = [images]
+    if len(files) > 1:
+        if args.held_out:
+            raise ValueError("--held-out and --fold-models are two ways to keep images apart: give one")
+        of_fold = folds(images.targets, len(files), args.seed)
+        parts = [images.subset(np.flatnonzero(of_fold == fold)) for fold in range(len(files))]
+    elif args.held_out:
+        parts = [images.split(args.held_out, args.seed)[1]]
+    options = {name: getattr(args, name) for name in ("unsolved", "rule", "against", "probabilities", "batch_tokens")}
+    found = []
+    folders = [output.with_name(f".{output.name}.partial{number}") for number in range(len(files))]
+    with tqdm(total=sum(map(len, parts)), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
+        for file, part, folder in zip(files, parts, folders):
+            model = load_resizable(file, args.device, args.dtype)
+            found.append(
+                collect(
+                    model,
+                    fit_images(part, model, args.against == "truth"),
+                    progress=bar.update,
+                    partial=folder,
+                    **options,
+                )
+            )
+    outcomes = found[0] if len(found) == 1 else join(found)
+    outcomes.save(output)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not args.quiet:
+        print("\n".join(summary(outcomes)), file=sys.stderr)
+    return 0
 
-    return run(args)
+
+def summary(outcomes) -> list[str]:
+    """A line per length: how many images it recognises, and how many have it as their label."""
+    lines = []
+    for row, (h, w) in enumerate(outcomes.menu):
+        share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
+        lines.append(f"revit: {h}x{w} is right on {share:.2%}, and the label of {labels:.2%}")
+    dropped = int((outcomes.label < 0).sum())
+    return lines + ([f"revit: {dropped:,} images that no length gets right have no label"] if dropped else [])

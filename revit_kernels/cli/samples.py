@@ -1,4 +1,6 @@
-"""`revit samples`: its arguments."""
+"""`revit samples`."""
+
+from revit_kernels.data.samples import gather
 
 
 def add(commands):
@@ -16,6 +18,4 @@ def add(commands):
 
 
 def run(args) -> int:
-    from revit_kernels.data.samples import gather
-
     return gather(args.folder, weights=not args.no_weights, fashion=not args.no_fashion)

@@ -1,6 +1,17 @@
-"""`revit train-assigner`: its arguments."""
+"""`revit train-assigner`."""
 
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from revit_kernels.adaptive.costs import measure_costs
+from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count
+from revit_kernels.data.datasets import open_set
+from revit_kernels.models.registry import load_resizable
+from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
+from revit_kernels.training.labels import fit_images
 
 
 def add(commands):
@@ -38,17 +49,6 @@ def add(commands):
 
 
 def run(args) -> int:
-    import sys
-    from pathlib import Path
-
-    from tqdm import tqdm
-
-    from revit_kernels.adaptive.costs import measure_costs
-    from revit_kernels.adaptive.outcomes import Outcomes
-    from revit_kernels.data.datasets import open_set
-    from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
-    from revit_kernels.training.label_command import fit_images, load_resizable
-
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise ValueError(f"--output must end in .safetensors, got {args.output}")

@@ -6,13 +6,14 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from revit_kernels.files import write_whole
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what training scripts put a state_dict under
@@ -346,21 +347,3 @@ def save_checkpoint(model: nn.Module, path) -> None:
     metadata = {"format": "pt", METADATA: json.dumps(_describe(model))}
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def write_whole(path: Path, write) -> None:
-    """Let `write` write a file under a temporary name, which then takes its own: whole or not at all.
-
-    Raises RuntimeError, in one sentence, where the disk is full or the folder cannot be written to; what was there
-    before is then still there.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except Exception as error:  # of the disk, but writers have exceptions of their own for it
-        why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
-        kept = " (the file of before is unharmed)" if path.exists() else ""
-        raise RuntimeError(f"{path} could not be written: {why}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import torch
 
+from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.models.checkpoints import description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.vit import VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
+SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
+SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
 ROPE = ("eva", "rope", "dinov3")  # what timm's eva.py calls its models
 
 
@@ -156,3 +159,14 @@ def _timm_model(name: str, kwargs: dict):
             "or pass checkpoint_path"
         ) from None
     return timm.create_model(name, pretrained=True, **kwargs)
+
+
+def load_resizable(path: str, device_name: str | None, dtype: str | None):
+    """A ReViT from its file, in eval mode. Raises ValueError for a file of another kind of model."""
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(f"{path} is no .safetensors file of a ReViT: train one with `revit train`")
+    device = choose_device(device_name)
+    model = create_model(path)
+    if model.menu is None:
+        raise ValueError(f"{path} knows one length only: make it a ReViT with `revit train {path} --menu ...`")
+    return model.to(device, choose_dtype(dtype, device)).eval()

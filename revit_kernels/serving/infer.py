@@ -248,3 +248,30 @@ def full_length(model) -> int:
         return model.model.num_prefix_tokens + full_length(model.model)
     rows, columns = model.patch_embed.grid_size
     return rows * columns
+
+
+def images_text(count: int) -> str:
+    return "1 image" if count == 1 else f"{count:,} images"
+
+
+def closing_line(totals: Totals, length: int) -> str:
+    """What the run came to, in one line."""
+    seconds = max(totals.seconds, 1e-9)
+    line = f"{images_text(totals.images)} in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
+    line += f", {totals.tokens / seconds:,.0f} tokens/s"
+    if totals.full:
+        share = totals.tokens / totals.full - 1
+        change = "saved" if share <= 0 else "added"
+        line += f", {abs(share):.0%} of tokens {change} against {length} an image"
+    return f"{line}. {found}" if (found := bottleneck(totals)) else line
+
+
+def bottleneck(totals: Totals) -> str | None:
+    """Whether decoding or the model was the slower, each measured while the other stood still; None where either was
+    not measured."""
+    if totals.decoded is None or totals.answered is None:
+        return None
+    decoded, answered = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in (totals.decoded, totals.answered))
+    if totals.decoded < totals.answered:
+        return f"Decoding was the bottleneck: {decoded} images/s could be decoded, the model could take {answered}."
+    return f"The model was the bottleneck: it could take {answered} images/s, {decoded} could be decoded."

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.calibration import calibration_error, fit_temperature
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
-from revit_kernels.models.assigner import TokenLengthAssigner
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.modules.lengths import cells
 

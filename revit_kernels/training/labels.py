@@ -16,7 +16,8 @@ from torch import Tensor
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.engines import engine_of
-from revit_kernels.models.checkpoints import fingerprint, write_whole
+from revit_kernels.files import write_whole
+from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.training.distillation import packed_logits
 
 SHARD = 1024  # images after which what was found is written, to go on from
@@ -170,3 +171,12 @@ def join(parts: list[Outcomes]) -> Outcomes:
     }
     about = parts[0].about | {"folds": [part.fingerprint for part in parts]}
     return Outcomes(menu=parts[0].menu, keys=keys, fingerprint="", about=about, **arrays)
+
+
+def fit_images(images, model, by_class: bool = True):
+    """The images with targets numbered as the model's classes are, and large JPEGs decoded no larger than it needs."""
+    names = model.pretrained_cfg.get("label_names") if by_class else None
+    if names and len(names) == model.num_classes:
+        images = images.with_classes(names)
+    longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
+    return images.reduced(lambda size: longest)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from revit_kernels.models.checkpoints import write_whole
+from revit_kernels.files import write_whole
 
 STATE, SETTINGS, LOG = "state.pt", "settings.json", "log.csv"
 

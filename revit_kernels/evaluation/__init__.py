@@ -1,0 +1,1 @@
+"""What a ReViT and its policies are worth: measurements, comparisons, reports, plots."""

@@ -1,0 +1,259 @@
+"""Measures policies on test images: answers, and time from uint8 images in memory to logits, everything counted."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+from revit_kernels.adaptive.assigner import model_macs
+from revit_kernels.adaptive.budgets import Budget
+from revit_kernels.adaptive.costs import Costs, device_name, measure_costs
+from revit_kernels.adaptive.model import AdaptiveViT
+from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.adaptive.policies import POLICIES, Fixed, Oracle
+from revit_kernels.data.datasets import ImageSet
+from revit_kernels.engines import engine_of
+from revit_kernels.evaluation.measured import Bench, Measured
+from revit_kernels.modules.lengths import cells
+from revit_kernels.training.labels import collect
+
+BATCH_TOKENS = 16384  # of a batch, were all its images at full length
+BUDGETS = ("1.5x", "2x", "3x", "full-0.3")
+
+
+@dataclass
+class Evaluation:
+    """Everything that a report says. `static` holds every length alone, the longest first; macs are of each."""
+
+    menu: tuple
+    static: list[Measured]
+    policies: list[Measured]
+    outcomes: Outcomes
+    held_out: Outcomes | None
+    costs: Costs
+    macs: list[float]
+    assigner_macs: float
+    temperature: float
+    images: str
+    classes: tuple[str, ...]
+    about: dict
+
+    @property
+    def full(self) -> Measured:
+        return self.static[0]
+
+    @property
+    def random(self) -> list[Measured]:
+        """All that was measured of lengths by lot: at budgets, and at the mixes of policies."""
+        lots = [one.lot for one in self.policies if one.lot is not None]
+        return [one for one in self.policies if one.name == "random"] + lots
+
+    def assigner_probabilities(self) -> np.ndarray | None:
+        """(images, lengths): what the assigner takes for the probability that each length is the label."""
+        if self.outcomes.assigner is None:
+            return None
+        z = self.outcomes.assigner.astype(np.float64) / self.temperature
+        p = np.exp(z - z.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    def calibration(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """(name, probability, right), (images,) each, of every length and of the assigner: what was claimed, and held.
+
+        The assigner is right where it gives the label the most.
+        """
+        o = self.outcomes
+        found = [(f"{h}x{w}", o.confidence[:, row], o.correct[:, row]) for row, (h, w) in enumerate(self.menu)]
+        if (p := self.assigner_probabilities()) is not None:
+            found.append(("assigner", p.max(1), p.argmax(1) == o.label))
+        return found
+
+
+def reliability(probability: np.ndarray, right: np.ndarray, bins: int = 10) -> list[tuple[int, float, float]]:
+    """For each of equally wide bins: images, mean probability and share that is right (NaN where there is no image)."""
+    place = np.clip((np.asarray(probability, np.float64) * bins).astype(int), 0, bins - 1)
+    found = []
+    for number in range(bins):
+        there = place == number
+        means = (probability[there].mean(), right[there].mean()) if there.any() else (np.nan, np.nan)
+        found.append((int(there.sum()), float(means[0]), float(means[1])))
+    return found
+
+
+def check_apart(outcomes: Outcomes | None, images: ImageSet, use: str) -> None:
+    """Raise ValueError where some of the images are among those of the outcomes. use: what these are for"""
+    both = set(outcomes.keys) & set(images.keys) if outcomes is not None else ()
+    if both:
+        raise ValueError(f"{len(both)} of the test images are among those {use} ({min(both)}, ...): take others")
+
+
+def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes | None, say=None) -> tuple[str, ...]:
+    """The policies to measure: those named, or all that can be had; `say` is told which are left out.
+
+    Raises ValueError for a policy or budget that is none, and for a policy named that lacks an assigner or outcomes.
+    """
+    for budget in budgets:
+        Budget.parse(budget)
+    lacking = {}
+    for name in POLICIES:
+        if "assigner" in name and assigner is None:
+            lacking[name] = "an assigner"
+        elif "assigner" in name and held_out is not None and held_out.assigner is None:
+            lacking[name] = "held-out outcomes with the assigner's answers: those in the assigner's file have them"
+        elif name not in ("fixed", "oracle") and held_out is None:
+            lacking[name] = "held-out outcomes to solve its budgets from: an assigner's, or labels"
+    if policies is None:
+        for name in lacking if say else ():
+            say(f"{name} is left out: it needs {lacking[name]}")
+        return tuple(name for name in POLICIES if name not in lacking)
+    for name in policies:
+        if name not in POLICIES:
+            raise ValueError(f"a policy is one of {', '.join(POLICIES)}, got {name!r}")
+        if name in lacking:
+            raise ValueError(f"the policy {name!r} needs {lacking[name]}")
+    return tuple(policies)
+
+
+class NoBar:
+    """What stands in for a progress bar."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, count=1):
+        pass
+
+
+def evaluate(
+    model,
+    images: ImageSet,
+    *,
+    assigner=None,
+    held_out: Outcomes | None = None,
+    policies: Sequence[str] | None = None,
+    budgets: Sequence[str] = BUDGETS,
+    configurations: Sequence[tuple[str, AdaptiveViT]] = (),
+    rounds: int = 3,
+    timed: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    say: Callable[[str], None] | None = None,
+    bar: Callable | None = None,
+) -> Evaluation:
+    """Every length alone, every policy at every budget, and lots of the same mix of lengths as each policy gave.
+
+    model:     resizable, in eval mode; assigner: of it, or None
+    held_out:  outcomes to solve budgets from; the assigner's, if not given
+    policies:  of adaptive.policies.POLICIES; all that can be had, if not given. "random" is by lot: the best mix of two
+               lengths at each budget, and the mix that each other policy gave
+    configurations: (name, AdaptiveViT) of the same model, to measure as well
+    rounds:    how often each configuration is timed, all in turn
+    timed:     on how many of the images, every class alike; on all, if not given
+    say:       called with a sentence where a policy cannot meet a budget and is left out
+    bar:       makes a progress bar, like tqdm
+
+    Raises ValueError where the test images are among those that budgets are solved from, and for what `choose` does.
+    """
+    held_out = assigner.outcomes if held_out is None and assigner is not None else held_out
+    check_apart(held_out, images, "that budgets are solved from")
+    check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner has learnt from")
+    if held_out is not None:
+        held_out.require(model)
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    for name, adaptive in configurations:
+        if adaptive.model is not model:
+            raise ValueError(f"the configuration {name!r} is of another model than the one that is evaluated")
+        if name in ("fixed", "random", "oracle"):
+            raise ValueError(f"a configuration cannot be named {name!r}: that is what it is compared with")
+    say = say or (lambda text: None)
+    engine = engine_of(model)
+    chosen = choose(policies, budgets, assigner, held_out, say)
+    bar = bar or (lambda **_: NoBar())
+    batch = max(1, batch_tokens // (model.num_prefix_tokens + cells(model.menu[0])))
+    with bar(total=len(images), desc="every length", unit=" images") as progress:
+        outcomes = collect(engine, images, progress=progress.update)
+    bench = Bench(model, images, outcomes, batch, rounds, timed, bar)
+    sample = bench.batches[0][1][: min(batch, 256)]
+    costs = measure_costs(engine, assigner, sample, rounds=5)
+    made = [("fixed", "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
+    made += _policies(engine, assigner, held_out, costs, chosen, budgets, say)
+    made += [(name, "", adaptive) for name, adaptive in configurations]
+    found = bench.measure(made, "random" in chosen)
+    if assigner is not None:
+        outcomes = _with_assigner(outcomes, assigner, engine, bench.batches)
+    return Evaluation(
+        menu=model.menu,
+        static=found[: len(model.menu)],
+        policies=found[len(model.menu) :],
+        outcomes=outcomes,
+        held_out=held_out,
+        costs=costs,
+        macs=[float(model_macs(model, grid)) for grid in model.menu],
+        assigner_macs=0.0 if assigner is None else float(assigner.macs(model)),
+        temperature=1.0 if assigner is None else float(assigner.temperature),
+        images=images.name,
+        classes=images.classes,
+        about=_about(model, assigner, images, batch, rounds, bench.timed),
+    )
+
+
+def _policies(model, assigner, held_out, costs, policies, budgets, say):
+    made = []
+    for name in policies:
+        if name == "oracle":
+            made.append(("oracle", "", AdaptiveViT(model, Oracle())))
+        if name in ("oracle", "fixed"):  # every length alone is measured anyway
+            continue
+        for budget in budgets:
+            try:
+                adaptive = AdaptiveViT(model, name, assigner=assigner, outcomes=held_out, budget=budget, costs=costs)
+            except ValueError as unreachable:
+                say(str(unreachable))
+                continue
+            made.append((name, str(budget), adaptive))
+    return made
+
+
+@torch.inference_mode()
+def _with_assigner(outcomes: Outcomes, assigner, model, batches) -> Outcomes:
+    parts = [assigner(pixels, model=model, channels_last=True).float().cpu() for _, pixels in batches]
+    return replace(outcomes, assigner=torch.cat(parts).numpy())
+
+
+def _weights(module) -> str:
+    """The sha256 of a module's weights."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _about(model, assigner, images: ImageSet, batch: int, rounds: int, timed: int) -> dict:
+    parameter = next(model.parameters())
+    versions = {"python": platform.python_version()}
+    for package in ("revit_kernels", "torch", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": date.today().isoformat(),
+        "device": device_name(parameter.device),
+        "threads": torch.get_num_threads() if parameter.device.type == "cpu" else None,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "versions": versions,
+        "batch": batch,
+        "rounds": rounds,
+        "timed": timed,
+        "images": images.fingerprint(),
+        "assigner": None if assigner is None else _weights(assigner),
+    }

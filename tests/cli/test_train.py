@@ -1,0 +1,132 @@
+"""`revit train`: from its command line to a file that infers, resuming after a kill, and wrong use in one sentence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_revit import make_images
+
+from revit_kernels import cli, create_model
+from revit_kernels.data import datasets
+from revit_kernels.models.checkpoints import save_checkpoint
+
+ARGS = "img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=2"
+TRAIN = [
+    "vit_tiny_patch16_224",
+    "--model-args",
+    ARGS,
+    "--menu",
+    "4x4,2x2",
+    "--batch",
+    "16",
+    "--quiet",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images in a folder per class."""
+    root, images = tmp_path_factory.mktemp("images"), make_images(96)
+    for i in range(len(images)):
+        inside = root / images.classes[images.targets[i]].replace(" ", "_")
+        inside.mkdir(exist_ok=True)
+        Image.fromarray(images.pixels(i)).save(inside / f"{i}.png")
+    return root
+
+
+def train(folder, output, *arguments):
+    return cli.main(["train", *TRAIN, "--data", str(folder), "--output", str(output), *map(str, arguments)])
+
+
+def test_trains_and_infers(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--epochs", 2, "--held-out", 0.2, "--ema", 0.9, "--drop-path", 0.1) == 0
+    model = create_model(str(tmp_path / "run" / "model.safetensors"))
+    assert model.menu == ((4, 4), (2, 2)) and model.pretrained_cfg["label_names"][0] == "flat"
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert log[0].startswith("step,epoch,lr,images_per_s,loss_4x4,loss_2x2,accuracy_4x4") and len(log) == 3
+    image = next(folder.rglob("*.png"))
+    assert cli.main(["infer", str(image), "--model", str(tmp_path / "run" / "model.safetensors"), "-q"]) == 0
+    # from there on, as a file
+    again = ["train", str(tmp_path / "run" / "model.safetensors"), "--data", str(folder), "--epochs", "1", "--quiet"]
+    assert cli.main([*again, "--output", str(tmp_path / "more"), "--batch", "16"]) == 0
+    assert cli.main([*again, "--output", str(tmp_path / "other"), "--menu", "4x4,3x3"]) == 2
+    assert "has the menu 4x4,2x2 already" in capsys.readouterr().err
+
+
+def test_killed_process_resumes_to_the_same_weights(folder, tmp_path):
+    """A real kill -9, whenever it comes."""
+    command = [sys.executable, "-m", "revit_kernels.cli", "train", *TRAIN, "--data", str(folder), "--epochs", "12"]
+    command += ["--save-every", "0", "--drop-path", "0.1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, env=env, capture_output=True)
+    killed = [*command, "--output", str(tmp_path / "killed"), "--resume"]
+    process = subprocess.Popen(killed, env=env, stderr=subprocess.PIPE)
+    log, until = tmp_path / "killed" / "log.csv", time.monotonic() + 120
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3):
+        assert time.monotonic() < until, "it never wrote its log"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(killed, check=True, env=env, capture_output=True)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_starts_from_a_checkpoint(folder, tmp_path):
+    kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    plain = create_model("vit_tiny_patch16_224", **kwargs)
+    save_checkpoint(plain, tmp_path / "plain.safetensors")
+    arguments = ("--checkpoint", tmp_path / "plain.safetensors", "--epochs", 0.2, "--lr", 1e-9)
+    assert train(folder, tmp_path / "run", *arguments) == 0
+    trained = create_model(str(tmp_path / "run" / "model.safetensors"))
+    assert (trained.blocks[0].attn.qkv.weight - plain.blocks[0].attn.qkv.weight).abs().max() < 1e-6
+
+
+def test_wrong_use(folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.safetensors").write_bytes(b"broken")
+    (tmp_path / "file").write_text("no folder")
+    cases = [
+        (tmp_path / "empty", [], "no folders of images"),
+        (folder, ["--menu", "20x20,4x4", "--size", "16"], "400 patches, more than an image of 16 x 16 pixels"),
+        (folder, ["--menu", "2x2,4x4"], "fewer and fewer patches"),
+        (folder, ["--checkpoint", tmp_path / "broken.safetensors"], "cannot be read"),
+        (folder, ["--batch", "500"], "give a smaller batch"),
+        (folder, ["--held-out", "1000"], "can be held out"),
+        (folder, ["--fold", "3/2"], "--fold must be I/K"),
+        (folder, ["--output", tmp_path / "file"], "is not a folder"),
+        (folder, ["--epochs", "0"], "epochs must be above 0"),
+    ]
+    for data, arguments, said in cases:
+        assert train(data, tmp_path / "run", *arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert said in error and error.startswith("revit: error:") and error.count("\n") == 1, error
+        assert not (tmp_path / "run").exists(), f"{said}: a folder was left behind"
+    assert cli.main(["train", "vit_tiny_patch16_224", "--data", str(folder), "--output", str(tmp_path / "r")]) == 2
+    assert "--menu must name the lengths" in capsys.readouterr().err
+
+
+def test_full_disk_while_training(folder, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert train(folder, tmp_path / "run", "--epochs", 1) == 1
+    assert "state.pt could not be written: No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+def test_folds_leave_out_each_image_once(folder, tmp_path, monkeypatch):
+    from revit_kernels.cli.train import _divide
+
+    images = datasets.open_set(str(folder))
+    parts = [_divide(images, 0, f"{i}/3", 0) for i in (1, 2, 3)]
+    assert sorted(key for _, held in parts for key in held.keys) == sorted(images.keys)
+    assert all(not set(rest.keys) & set(held.keys) for rest, held in parts)
