@@ -17,6 +17,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 def refusal(step, args):
     x = args.q
+    if args.cos is not None:
+        return "does not turn queries and keys by a rotary table yet"
     if why := native.gpu_refusal(DTYPES, x):
         return why
     if x.shape[2] % 8 or x.shape[2] > 128:
@@ -24,9 +26,9 @@ def refusal(step, args):
     return None
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     return _forward(*tail.aligned(q, k, v), cu_seqlens, cu_seqlens_k, scale)
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     return _backward(*tail.aligned(grad, q, k, v), out, lse, cu_seqlens, cu_seqlens_k, scale)
