@@ -12,7 +12,7 @@ from revit_kernels import modules, ops
 from revit_kernels.models import adopt
 from revit_kernels.models.embedding import Embedding
 from revit_kernels.models.intermediates import Intermediates
-from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
+from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, PACKED, STREAMING, layer
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules.attention import by_length, dense_packing
@@ -232,7 +232,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
         Raises NotImplementedError for a model of another family (Eva, NaFlexVit, ...), by name.
         """
-        return adopt.adopt_model(model)
+        return adopt.from_timm(model)
 
     def engine(self, *, quantize: str | None = None, stale: str = "raise"):
         """The model made ready to answer, a snapshot of its weights: see `revit_kernels.engines.Engine`."""
@@ -281,9 +281,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
         visit:  called with each block's number, its output (capacity, dim), and the packing
         """
-        blocks = list(self.blocks)[start:stop]
+        blocks, positions = list(self.blocks)[start:stop], self._block_positions(packing)
         for i, block in enumerate(blocks, start):
-            stream = self._run_block(block, stream, packing, mask or {})
+            own = positions[i % len(positions)] if positions else {}
+            stream = self._run_block(block, stream, packing, mask or {}, own)
             if visit is not None:
                 stream = [add(*stream), None, None]
                 visit(i, stream[0], packing)
@@ -305,16 +306,22 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
         return own and self.attn_pool is None and self.global_pool == "token"
 
-    def _run_block(self, block, stream: list, packing: Packing, mask: dict) -> list:
-        if not isinstance(block, tuple(BLOCKS.values())):
+    def _block_positions(self, packing: Packing) -> list[dict]:
+        """Keyword arguments that give a block the positions of its tokens: for each block, one for all, or none."""
+        return []
+
+    def _run_block(self, block, stream: list, packing: Packing, mask: dict, positions: dict) -> list:
+        if not isinstance(block, PACKED):
+            if positions:
+                raise ValueError(f"rotary positions need the model's own blocks, got {type(block).__name__}")
             return [by_length(block, add(*stream), packing, mask), None, None]
         if is_plain(block, *STREAMING):
             if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
-                return checkpoint(block.stream, stream, packing, use_reentrant=False)
-            return block.stream(stream, packing, **mask)
+                return checkpoint(block.stream, stream, packing, **positions, use_reentrant=False)
+            return block.stream(stream, packing, **mask, **positions)
         if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
-            return [checkpoint(block, add(*stream), packing=packing, use_reentrant=False), None, None]
-        return [block(add(*stream), packing=packing, **mask), None, None]
+            return [checkpoint(block, add(*stream), packing=packing, **positions, use_reentrant=False), None, None]
+        return [block(add(*stream), packing=packing, **mask, **positions), None, None]
 
     def forward_features(
         self,

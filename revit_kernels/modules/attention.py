@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from revit_kernels import ops
 from revit_kernels.modules.layer_norm import RmsNorm, apply_norm
 from revit_kernels.modules.linear import linear
+from revit_kernels.ops.attention.rotary import Rotary, rotate
 from revit_kernels.packing import Packing
 
 
@@ -46,15 +47,19 @@ def attend(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
+    rope: Rotary | None = None,
 ) -> Tensor:
     """Attention inside each image. q, k, v: (capacity, heads, head_dim). Returns (capacity, heads, head_dim).
 
+    rope: angles by which q and k are turned, or None
     A mask (as F.scaled_dot_product_attention takes it), causality and dropout are no matter of the packed kernels:
     they run on torch's, and a mask and causality only for a dense batch. ValueError otherwise.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
-        return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale)
+        return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale, rotary=rope)
+    if rope is not None:
+        q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
 
     def dense(q, k, v):  # (images, length, heads, head_dim)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -110,12 +115,21 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, (capacity, heads, head_dim) each."""
+        return linear(self.qkv, x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        packing: Packing | None = None,
+        rope: Rotary | None = None,
     ) -> Tensor:
         packing = packing or dense_packing(x)
-        qkv = linear(self.qkv, x).view(-1, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(1)
+        q, k, v = self.project(x)
         y = attend(
             apply_norm(self.q_norm, q, packing),
             apply_norm(self.k_norm, k, packing),
@@ -125,8 +139,9 @@ class Attention(nn.Module):
             attn_mask=attn_mask,
             is_causal=is_causal,
             dropout=self.attn_drop.p if self.training else 0.0,
+            rope=rope,
         )
-        y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.attn_dim), packing)
+        y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
         if self.gate is not None:
             y = y * linear(self.gate, x).sigmoid()
         return self.proj_drop(linear(self.proj, y))

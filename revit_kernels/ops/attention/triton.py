@@ -51,53 +51,29 @@ def _split(
 
 
 @triton.jit
-def _partners(main, rest, partner, MAIN: tl.constexpr, REST: tl.constexpr, COLS: tl.constexpr):
-    """The columns `partner` [COLS] of rows in two pieces."""
-    index = tl.broadcast_to(partner[None, :], [main.shape[0], COLS])
-    y = tl.gather(main, tl.minimum(index, MAIN - 1), 1)
-    if REST > 0:
-        beyond = tl.gather(rest, tl.minimum(tl.maximum(index - MAIN, 0), REST - 1), 1)
-        y = tl.where(index < MAIN, y, beyond)
-    return y
-
-
-@triton.jit
-def _turned(
-    x, main, rest, first_column, cos_ptr, sin_ptr, at, stays,
-    MAIN: tl.constexpr, REST: tl.constexpr, COLS: tl.constexpr,
-    PAIRS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+def _rotate(
+    x, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+    COLS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """The piece x of rows (main, rest), turned by the angles at `at` [rows], in fp32."""
-    cols = first_column + tl.arange(0, COLS)
+    """Rows x [rows, COLS], each turned by the angles of its token, or back by them; in fp32."""
+    row = tl.load(row_ptr + rows, mask=inside, other=-1)
+    stays = (row < 0) | (row >= positions)
+    at = tl.where(stays, 0, row).to(tl.int64) * angle_row + head * angle_head
+    cols = tl.arange(0, COLS)
     if HALF:
         second = cols >= PAIRS
         pair, partner = tl.where(second, cols - PAIRS, cols), tl.where(second, cols - PAIRS, cols + PAIRS)
     else:
         second = cols % 2 == 1
         pair, partner = cols // 2, tl.where(second, cols - 1, cols + 1)
-    inside = cols < 2 * PAIRS
-    partner = tl.where(inside, partner, cols)
-    mask = inside[None, :] & (stays == 0)[:, None]
+    turns = cols < 2 * PAIRS
+    partner = tl.broadcast_to(tl.where(turns, partner, cols)[None, :], [x.shape[0], COLS])
+    mask = turns[None, :] & (stays == 0)[:, None]
     cos = tl.load(cos_ptr + at[:, None] + pair[None, :], mask=mask, other=1.0)
     sin = tl.load(sin_ptr + at[:, None] + pair[None, :], mask=mask, other=0.0)
     sin = tl.where((second != BACK)[None, :], -sin, sin)  # the first of a pair takes the second's away
-    return x.to(tl.float32) * cos - _partners(main, rest, partner, MAIN, REST, COLS).to(tl.float32) * sin
-
-
-@triton.jit
-def _rotate(
-    main, rest, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
-    MAIN: tl.constexpr, REST: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
-):  # fmt: skip
-    """Rows in two pieces, each turned by the angles of its token, or back by them; in fp32."""
-    row = tl.load(row_ptr + rows, mask=inside, other=-1)
-    stays = (row < 0) | (row >= positions)
-    at = tl.where(stays, 0, row).to(tl.int64) * angle_row + head * angle_head
-    y = _turned(main, main, rest, 0, cos_ptr, sin_ptr, at, stays, MAIN, REST, MAIN, PAIRS, HALF, BACK)
-    y_rest = y
-    if REST > 0:
-        y_rest = _turned(rest, main, rest, MAIN, cos_ptr, sin_ptr, at, stays, MAIN, REST, REST, PAIRS, HALF, BACK)
-    return y, y_rest
+    x = x.to(tl.float32)
+    return x * cos - tl.gather(x, partner, 1) * sin
 
 
 @triton.jit
@@ -109,11 +85,11 @@ def _split_turned(
     """`_split`, with the rows turned by their angles and rounded, where there are any."""
     main, rest = _split(x_ptr, rows, inside, stride, DIM, MAIN, REST, ALIGNED)
     if PAIRS > 0:
-        y, y_rest = _rotate(
-            main, rest, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
-            MAIN, REST, PAIRS, HALF, False,
+        y = _rotate(
+            main, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, False,
         )  # fmt: skip
-        main, rest = y.to(main.dtype), y_rest.to(main.dtype)
+        main = y.to(main.dtype)
     return main, rest
 
 
@@ -285,9 +261,9 @@ def _backward_q_kernel(
         if REST > 0:
             dq_rest = tl.dot(slopes, k_rest, dq_rest, input_precision="ieee")
     if PAIRS > 0:
-        dq, dq_rest = _rotate(
-            dq, dq_rest, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
-            MAIN, REST, PAIRS, HALF, True,
+        dq = _rotate(
+            dq, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, True,
         )  # fmt: skip
     _store(dq_ptr + head * DIM, rows, inside, y_row, dq * scale, dq_rest * scale, DIM, MAIN, REST, ALIGNED)
 
@@ -350,9 +326,9 @@ def _backward_kv_kernel(
             dk_rest = tl.dot(slopes, q_rest, dk_rest, input_precision="ieee")
     y_row = heads * DIM
     if PAIRS > 0:
-        dk, dk_rest = _rotate(
-            dk, dk_rest, keys, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
-            MAIN, REST, PAIRS, HALF, True,
+        dk = _rotate(
+            dk, keys, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, True,
         )  # fmt: skip
     _store(dk_ptr + head * DIM, keys, inside, y_row, dk * scale, dk_rest * scale, DIM, MAIN, REST, ALIGNED)
     _store(dv_ptr + head * DIM, keys, inside, y_row, dv, dv_rest, DIM, MAIN, REST, ALIGNED)
@@ -372,9 +348,10 @@ def _angles(cos, sin, row):
 
 def _launch(step, x, cos, half):
     dim, bits = x.shape[2], 8 * x.element_size()
-    main, rest = pieces(dim)
+    main, rest = pieces(dim, cos is not None)
     launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(dim, bits), "TAIL": TAIL_PROGRAMS}
     launch |= {"PAIRS": 0 if cos is None else cos.shape[-1], "HALF": half}
+    step = step if cos is None else f"{step}_turned"
     return launch | measured.tiles("attention", step, x.device, bits=bits, head_dim=dim)
 
 
@@ -439,8 +416,9 @@ def backward(
 
 def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), pairs=0, half=False, **_):
     """A kernel as it is launched, for the compiler alone: see tests/machine_code.py."""
-    kernel = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}[step]
-    dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim)
+    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
+    kernel = kernels[step.removesuffix("_turned")]
+    dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim, pairs > 0)
     constexprs = {"DIM": head_dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(head_dim, bits)} | tiles
     options = {key: constexprs.pop(key) for key in ("num_warps", "num_stages")}
     constexprs |= {"TAIL": TAIL_PROGRAMS, "PAIRS": pairs, "HALF": half} | dict.fromkeys(ones, 1)
