@@ -28,7 +28,8 @@ def rule(kernel: str, bits: int, head_dim: int) -> dict[str, int]:
     if kernel.endswith("_turned"):
         step, wide = kernel.removesuffix("_turned"), main + rest > 64
         if bits == 32:
-            tiles = (16, 16, 8, 1) if wide else (32, 32, 8, 1) if step == "forward" else (16, 32, 8, 1)
+            narrow = (32, 32, 8, 1) if step == "forward" else (16, 32, 8, 1)
+            tiles = (16, 16, 8, 2 if step == "forward" else 1) if wide else narrow
         elif not aligned(head_dim, bits) or main + rest > 128:
             tiles = 16, 32, 8, 1
         else:
