@@ -32,7 +32,7 @@ def ready(name, dtype, quantize):
     packed = create_model(name).eval().requires_grad_(False).to(getattr(torch, dtype))
     packed.load_state_dict(model.state_dict())
     if quantize:
-        packed.quantize(quantize)
+        packed.quantise(quantize)  # as it was called then
     packed.prepack()
     return model, packed
 def made(name, dtype, quantize, images, way):

@@ -193,9 +193,9 @@ inline void pack_words(const void* weight, const Linear& to, Span columns) {
   for (int64_t column = columns.begin; column < columns.end; column += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, (to.out - column + kLanes - 1) / kLanes * kLanes);
     float* panel = panels + column * words;
-    for (int64_t first = 0; first < words; first += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, words - first);
-      for (int64_t left = 0; left < width; left += kLanes) {
+    for (int64_t left = 0; left < width; left += kLanes) {
+      for (int64_t first = 0; first < words; first += kLanes) {  // along few rows, as fetching ahead wants it
+        const int64_t count = std::min<int64_t>(kLanes, words - first);
         const float* corner = rows + (column + left) * words + first;
         Floats square[kLanes];
         for (int64_t n = 0; n < kLanes; ++n) {
