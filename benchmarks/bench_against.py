@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Duels of this checkout against another commit, on a CPU: forwards of ViT-S and ViT-B, as engines and as modules.
+"""Duels of this checkout against another commit, on a CPU: ViT-S and ViT-B, as engines, as modules, and in training.
 
     python benchmarks/bench_against.py COMMIT [--rounds 15] [--models vit_small_patch16_224] [--output FILE.json]
 
@@ -37,11 +37,20 @@ def ready(name, dtype, quantize):
     return model, packed
 def made(name, dtype, quantize, images, way):
     key = name, dtype, quantize
+    if way == "training":  # leaves another model behind
+        key = *key, way
     if key not in calls:
         calls.clear()
-        calls[key] = ready(*key)
+        calls[key] = ready(name, dtype, quantize)
     grids = [menu[i * len(menu) // images] for i in range(images)] if images > 1 else [menu[-1]]
     x = [torch.randn(3, 16 * h, 16 * w).to(getattr(torch, dtype)) for h, w in grids]
+    if way == "training":
+        model = calls[key][0].train().requires_grad_(True)
+        def step():
+            model.zero_grad()
+            with torch.enable_grad():
+                model(x, grids=grids).float().square().mean().backward()
+        return step
     run = calls[key][way == "engine"]
     return lambda: run(x, grids=grids)
 call = None
@@ -93,7 +102,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     parser.add_argument("--images", nargs="+", type=int, default=[32, 8, 1])
-    parser.add_argument("--ways", nargs="+", default=["engine", "module"])
+    parser.add_argument("--ways", nargs="+", default=["engine", "module", "training"])
     parser.add_argument("--keep", type=Path, help="a folder for the other commit's checkout, used again where it is")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
