@@ -19,7 +19,7 @@
 #include "attention/attention.h"
 #include "block/problem.h"
 #include "block/share.h"
-#include "gemm/gemm.h"
+#include "linear/linear.h"
 
 #define KERNELS "block/rows.h"
 #include "cpu/isa.h"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from revit_kernels import native
 from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
-from revit_kernels.panels import KINDS, has_kernel, pack_weight
+from revit_kernels.ops.linear.panels import KINDS, has_kernel, pack_weight
 
 native.load("cpu")
 _forward = torch.ops.revit_kernels.blocks_cpu.default

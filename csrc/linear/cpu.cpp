@@ -12,9 +12,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "gemm/gemm.h"
+#include "linear/linear.h"
 
-#define KERNELS "gemm/rows.h"
+#define KERNELS "linear/rows.h"
 #include "cpu/isa.h"
 
 using torch::headeronly::ScalarType;
