@@ -33,7 +33,7 @@ def rule(kernel: str, bits: int, head_dim: int) -> dict[str, int]:
         elif not aligned(head_dim, bits) or main + rest > 128:
             tiles = 16, 32, 8, 1
         else:
-            tiles = {"forward": (64, 32, 8, 2), "backward_q": (32 if wide else 64, 32, 8, 2)}.get(step, (16, 32, 8, 1))
+            tiles = (16, 32, 8, 1) if step == "backward_kv" else (32 if wide else 64, 32, 8, 2)
     elif bits == 32:
         if main + rest > 128:
             tiles = 16, 16, 8, 1
