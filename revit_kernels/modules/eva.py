@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from revit_kernels import gemm
+from revit_kernels import ops
 from revit_kernels.modules.attention import Attention, dense_packing
 from revit_kernels.modules.block import DropPath, Stream, drop_path, run_attention, take
 from revit_kernels.modules.layer_norm import LayerNorm, add, normalise
@@ -111,7 +111,7 @@ class EvaAttention(_Projected):
             return linear(self.qkv, x)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         if is_plain(self.qkv, "Linear"):
-            return gemm.linear(x.reshape(-1, x.shape[-1]), self.qkv.weight, bias)
+            return ops.linear(x.reshape(-1, x.shape[-1]), self.qkv.weight, bias)
         return self.qkv(x) + bias
 
 

@@ -7,7 +7,9 @@ from timm_pairs import assert_near, batch, gradients, liven, make_timm, mixed, p
 
 import revit_kernels
 from revit_kernels.models import adopt
+from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.registry import create_model
 from revit_kernels.models.rotary import rows
 from revit_kernels.packing import Packing
 
@@ -206,3 +208,13 @@ def test_blocks_of_others_are_refused_beside_rotary_positions():
     theirs = sincos.RotaryEmbeddingCat(24, in_pixels=True)
     with pytest.raises(NotImplementedError, match="RotaryEmbeddingCat normalizes its positions"):
         adopt._adopt_rope(theirs)
+
+
+def test_saved_and_read_again(tmp_path):
+    made = liven(create_model("vit_small_patch16_dinov3", depth=2, num_classes=5))
+    made.make_resizable([(5, 4), (2, 2)])
+    save_checkpoint(made, tmp_path / "eva.safetensors")
+    again = create_model(str(tmp_path / "eva.safetensors"))
+    assert isinstance(again, VarLenEva) and again.menu == made.menu
+    for key, value in made.state_dict().items():
+        assert torch.equal(again.state_dict()[key], value), key

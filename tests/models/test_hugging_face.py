@@ -7,7 +7,9 @@ from timm_pairs import assert_near, liven
 
 import revit_kernels
 from revit_kernels.models import hugging_face
+from revit_kernels.models.checkpoints import load_checkpoint
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.registry import create_model
 from revit_kernels.models.vit import VarLenViT
 
 transformers = pytest.importorskip("transformers")
@@ -134,6 +136,23 @@ def test_keys_of_files_of_old_and_of_whole_models():
     assert alone.keys() == both.keys() and all(torch.equal(alone[key], both[key]) for key in alone)
     assert hugging_face.is_hugging_face(state) and hugging_face.is_hugging_face(whole)
     assert not hugging_face.is_hugging_face(new)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("old", [False, True], ids=["names of 5", "names of 4"])
+def test_a_file_into_a_model_made_by_name(tmp_path, old):
+    from safetensors.torch import save_file
+
+    config = transformers.ViTConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768)
+    model = liven(transformers.ViTForImageClassification(config)).eval()
+    state = old_names(model.state_dict()) if old else model.state_dict()
+    save_file({key: x.contiguous() for key, x in state.items()}, tmp_path / "model.safetensors")
+    ours = create_model("vit_tiny_patch16_224", depth=2, num_classes=config.num_labels).eval()
+    load_checkpoint(ours, tmp_path / "model.safetensors")
+    ours.blocks.apply(lambda m: setattr(m, "eps", 1e-12) if isinstance(m, torch.nn.LayerNorm) else None)
+    ours.norm.eps = 1e-12
+    x = torch.randn(1, 3, 224, 224)
+    assert_near("logits", ours(x), model(x).logits)
 
 
 def test_constants_of_its_image_processor():
