@@ -94,7 +94,8 @@ Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tenso
   r.pairs = cos->size(-1), r.half = half, r.position = cos->stride(0), r.head = cos->dim() == 3 ? cos->stride(1) : 0;
   const int64_t tokens = row->size(0), positions = cos->size(0);
   for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ", r.row[t]);
+    STD_TORCH_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ",
+                    r.row[t]);
   return r;
 }
 
@@ -204,9 +205,10 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                           const Tensor& v, const Tensor& lse, const Tensor& cu_seqlens,
-                                                          const Tensor& cu_seqlens_k, double scale, const std::optional<Tensor>& cos,
-                                         const std::optional<Tensor>& sin, const std::optional<Tensor>& row,
-                                         bool half) {
+                                                          const Tensor& cu_seqlens_k, double scale,
+                                                          const std::optional<Tensor>& cos,
+                                                          const std::optional<Tensor>& sin,
+                                                          const std::optional<Tensor>& row, bool half) {
   const Rotation rotation = rotation_of(cos, sin, row, half);
   const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
   Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});

@@ -129,8 +129,8 @@ bool forward_on_hopper(const revit::Stream& stream, const Tensor& q, const Tenso
 
 // q, y: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                          const Tensor& cu_seqlens_k, double scale, const Table& cos,
-                                          const Table& sin, const Table& row, bool half) {
+                                          const Tensor& cu_seqlens_k, double scale, const Table& cos, const Table& sin,
+                                          const Table& row, bool half) {
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   if (!y.numel()) return {y, lse};

@@ -142,7 +142,7 @@ __device__ inline void turn(float& a, float& b, const Rotary& r, int64_t at, int
   a = first;
 }
 
-// Turns a row of which a thread has two neighbouring channels in every 8: read(block) and write(block, pair of channels).
+// Turns a row of which a thread has two neighbouring channels in every 8: read(block) and write(block, both).
 template <int kDim, bool kBack, class Read, class Write>
 __device__ __forceinline__ void turn_row(const Rotary& r, int64_t at, Read read, Write write) {
   const int own = threadIdx.x % 4 * 2;

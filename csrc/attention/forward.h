@@ -40,8 +40,9 @@ struct Forward {
 
   Forward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
     const int64_t turned_rows = p.rotation.cos ? std::max<int64_t>(keys, kRows) : 0;
-    scratch.reserve(Arena::bytes<T>(turned_rows * dim) + Arena::bytes<Unit>(row * depth) + Arena::bytes<Unit>(dim_panels * kLanes * key_units) +
-                    Arena::bytes<Unit>(kRows * width) + Arena::bytes<float>(kRows * row) * 2);
+    scratch.reserve(Arena::bytes<T>(turned_rows * dim) + Arena::bytes<Unit>(row * depth) +
+                    Arena::bytes<Unit>(dim_panels * kLanes * key_units) + Arena::bytes<Unit>(kRows * width) +
+                    Arena::bytes<float>(kRows * row) * 2);
     packed_k = scratch.take<Unit>(row * depth);
     packed_v = scratch.take<Unit>(dim_panels * kLanes * key_units);
     query = scratch.take<Unit>(kRows * width);
