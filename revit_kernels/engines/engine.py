@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from revit_kernels.engines.packed import TRAINING, PackedBlocks, refusal
 from revit_kernels.models.quantize import fp8
-from revit_kernels.modules.layer_norm import add, normalise
+from revit_kernels.modules.layer_norm import add
 
 QUANTIZE = (None, "int8", "fp8")
 STALE = ("raise", "refresh")
@@ -173,8 +173,7 @@ def _without_blocks(model: nn.Module) -> nn.Module:
 
 def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
     positions = blocks.positions(running, packing.menu)
-    x, packing = running._embed(images, packing, channels_last, positions, blocks.patch)
-    return normalise(running.norm_pre, x, packing)[0]
+    return running._tokens(images, packing, False, channels_last, positions, blocks.patch)[0]
 
 
 def _dense(x: Tensor, packing) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.modules.linear import linear
 
 
@@ -47,13 +47,17 @@ class VarLenViTDistilled(VarLenViT):
 
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes): the mean of both heads, or both apart in distilled training."""
-        tokens, packing = self._packed(x)
-        # an image without tokens, in a packing made on the device, must not read beyond the last row
-        first = packing.cu_seqlens[:-1].long().clamp(max=tokens.shape[0] - 2)
-        features = (self.head_drop(tokens[first]), self.head_drop(tokens[first + 1]))
-        if pre_logits:
-            return self._answered(sum(features) / 2, packing)
-        heads = [h(y) if isinstance(h, nn.Identity) else linear(h, y) for h, y in zip(self.get_classifier(), features)]
-        if self.distilled_training and self.training:
-            return tuple(self._answered(y, packing) for y in heads)
-        return self._answered(sum(heads) / 2, packing)
+        if isinstance(x, PackedTokens):
+            tokens, packing = x
+            # an image without tokens, in a packing made on the device, must not read beyond the last row
+            first = packing.cu_seqlens[:-1].long().clamp(max=tokens.shape[0] - 2)
+            features = tokens[first], tokens[first + 1]
+        else:
+            features, packing = (x[:, 0], x[:, 1]), None
+        features = [self.head_drop(y) for y in features]
+        if not pre_logits:
+            features = [linear(head, y) for head, y in zip(self.get_classifier(), features)]
+        both = not pre_logits and self.distilled_training and self.training
+        answers = features if both else [(features[0] + features[1]) / 2]
+        answers = [y if packing is None else self._answered(y, packing) for y in answers]
+        return tuple(answers) if both else answers[0]
