@@ -152,13 +152,16 @@ class Embedding:
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
         """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
-        tokens = self.cls_token, self._parameters.get("dist_token"), self.reg_token
+        if self.pos_embed is None:
+            return None, self._prefix(None)
+        return self._position_rows(menu), self._prefix(self._table()[1])
+
+    def _prefix(self, own: Tensor | None) -> Tensor | None:
+        """The prefix tokens, with positions of their own where there are some."""
+        tokens = self.cls_token, getattr(self, "dist_token", None), self.reg_token
         parts = [token[0] for token in tokens if token is not None]
         prefix = torch.cat(parts) if parts else None
-        if self.pos_embed is None:
-            return None, prefix
-        _, own = self._table()
-        return self._position_rows(menu), prefix if own is None else prefix + own
+        return prefix if own is None else prefix + own
 
     def _tokens(
         self,
@@ -238,10 +241,14 @@ class Embedding:
     def _pos_embed(self, x: Tensor) -> Tensor:
         """timm's step of this name, on dense patches (images, patches, dim) or (images, rows, columns, dim)."""
         flat = getattr(self.patch_embed, "flatten", True) if isinstance(x, Proxy) else x.ndim == 3
-        grid = self.patch_embed.grid_size if flat else (x.shape[1], x.shape[2])
-        grid = tuple(map(int, grid)) if torch.jit.is_tracing() else grid
-        pos, prefix = self._positions((grid,))
-        x = x if flat else x.flatten(1, 2)
+        if flat:  # of the table's own grid
+            skip = 0 if self.no_embed_class else self.num_prefix_tokens
+            pos = None if self.pos_embed is None else self.pos_embed[0, skip:]
+            prefix = self._prefix(self.pos_embed[0, :skip] if skip and pos is not None else None)
+        else:
+            grid = x.shape[1], x.shape[2]
+            pos, prefix = self._positions((tuple(map(int, grid)) if torch.jit.is_tracing() else grid,))
+            x = x.flatten(1, 2)
         x = x if pos is None else x + pos
         x = x if prefix is None else torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
         return x if pos is None else self.pos_drop(x)

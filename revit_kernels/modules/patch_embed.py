@@ -128,7 +128,7 @@ class PatchEmbed(nn.Module):
         conv = self.proj
         fused = (
             is_plain(conv, "Conv2d")
-            and isinstance(self.norm, nn.Identity)
+            and is_plain(self.norm, "Identity")
             and is_plain(self, "PatchEmbed")
             and conv.stride == conv.kernel_size == self.patch_size
             and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
@@ -163,7 +163,8 @@ class PatchEmbed(nn.Module):
                 x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
             parts.append(x.flatten(0, 1))
         if not parts:
-            return self.proj.weight.new_zeros(packing.capacity, self.proj.weight.shape[0])
+            parameter = next(self.parameters())
+            return parameter.new_zeros(packing.capacity, len(parameter))
         x = torch.cat(parts)
         return F.pad(x, (0, 0, 0, packing.capacity - len(x)))
 
@@ -176,5 +177,5 @@ class PatchEmbed(nn.Module):
         if mean is not None:
             mean, std = _statistics(tuple(mean), tuple(std), x)
             x = (x - mean) / std
-        x = self(x.to(self.proj.weight.dtype) if not batch.requires_grad else x)
+        x = self(x if batch.requires_grad else x.to(next(self.parameters()).dtype))
         return x.flatten(1, 2) if x.ndim == 4 and not self.flatten else x
