@@ -27,18 +27,22 @@ class VarLenViTDistilled(VarLenViT):
             self.init_weights(needs_reset=False)
 
     def set_distilled_training(self, enable: bool = True) -> None:
+        """Let training mode answer with both heads, as a pair, instead of their mean."""
         self.distilled_training = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
+        """As of VarLenViT."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed|dist_token",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def get_classifier(self):
+        """Both heads: of the class token and of the distillation token."""
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both heads."""
         if global_pool not in (None, "", "token"):
             raise ValueError(f"a distilled model pools by 'token', got global_pool {global_pool!r}")
         self.num_classes = num_classes

@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from revit_kernels import modules, ops
-from revit_kernels.models import adopt
+from revit_kernels.models import adopt, listed
 from revit_kernels.models.embedding import Embedding
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
@@ -23,6 +23,8 @@ from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.patch_dropout import PatchDropout
 from revit_kernels.packing import Packing
+
+SCRIPT = "TorchScript is deprecated and not supported: use torch.compile or torch.export"
 
 
 class PackedTokens(NamedTuple):
@@ -225,8 +227,12 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.register_load_state_dict_pre_hook(_start_lengths)
 
     def train(self, mode: bool = True):
-        self.times_trained += mode  # an engine of the model is stale then, whatever was done to the weights
+        """As of nn.Module. An engine of the model is stale after training mode."""
+        self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(SCRIPT)
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> VarLenViT:
@@ -467,9 +473,47 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if not self._own("forward_features", "forward_head", "pool"):
             return self._forward_in_parts(x, attn_mask, is_causal, options)
-        images, packing, dense = self._inputs(x, **options)
         mask = _mask(attn_mask, is_causal)
+        if not mask and self._listed(x, grids, packing):
+            return self._listed_answers(x, max_tokens, channels_last)
+        images, packing, dense = self._inputs(x, **options)
         return self._features(images, packing, dense, channels_last, mask, answers=True)[0]
+
+    def _listed(self, x, grids, packing) -> bool:
+        """Whether torch.compile may be kept from knowing the sizes of the images: nothing it sees depends on them."""
+        if not torch.compiler.is_compiling() or traced(x) or torch.is_grad_enabled() or not isinstance(x, list | tuple):
+            return False
+        plain_embed = is_plain(self.patch_embed, "PatchEmbed") and is_plain(self.patch_embed.norm, "Identity")
+        return (
+            len(x) > 0
+            and grids is packing is self.menu is self.attn_pool is None
+            and self.global_pool != ""
+            and self.patch_method == "resize"
+            and self._own("_pos_embed", "pool", "forward_head")
+            and plain_embed
+            and is_plain(self.patch_embed.proj, "Conv2d")
+            and isinstance(self.patch_drop, nn.Identity)
+            and not self.training
+            and all([takes_packing(block) for block in self.blocks])
+        )
+
+    def _listed_answers(self, images, max_tokens: int | None, channels_last: bool) -> Tensor:
+        """`forward` of images that `_listed` allows."""
+        proj, limit = self.patch_embed.proj, self.patch_embed.num_patches if max_tokens is None else max_tokens
+        table, own = (None, None) if self.pos_embed is None else self._table()
+        x, packing = listed.embedded(
+            list(images),
+            proj.weight,
+            proj.bias,
+            table,
+            self._prefix(own),
+            self._statistics() if images[0].dtype == torch.uint8 else {},
+            (self.pos_interpolation, self.pos_antialias),
+            (list(self.patch_embed.patch_size), limit, self.num_prefix_tokens, channels_last),
+        )
+        x = x if self.pos_embed is None else self.pos_drop(x)
+        x = normalise(self.norm_pre, x, packing)[0]
+        return self.finish(self.run_blocks([x, None, None], packing), packing)
 
     def _forward_in_parts(self, x, attn_mask, is_causal, options: dict):
         """`forward` as timm's: by `forward_features` and `forward_head`, of which somebody overrode one."""

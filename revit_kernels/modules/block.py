@@ -358,7 +358,7 @@ class ParallelThingsBlock(nn.Module):
             self._branch(b, lambda y, b=b: run_attention(b.attn, y, packing, mask), x, packing, mask)
             for b in self.attns
         )
-        return x + sum(self._branch(b, b.mlp, x, packing, {}) for b in self.ffns)
+        return x + sum(self._branch(b, lambda y, b=b: b.mlp(y), x, packing, {}) for b in self.ffns)
 
     @staticmethod
     def _branch(parts: nn.Sequential, core, x: Tensor, packing: Packing, mask: dict) -> Tensor:

@@ -158,7 +158,11 @@ def test_a_module_of_somebodys_own_is_called(configuration, edit):
             before = b.engine(stale="refresh")
             for model, seen in zip((a, b), shapes):
                 edit(model, name, seen)
-            expected = a(x)
+            try:
+                expected = a(x)
+            except AttributeError:  # timm's own asks the module for more than a forward
+                assert edit is replace
+                continue
             assert_near(f"{name}, the model", b(x), expected)
             assert shapes[0] == shapes[1], f"{name}: a hook saw {shapes[1]}, timm's {shapes[0]}"
             assert_near(f"{name}, an engine", b.engine()(x), expected)
