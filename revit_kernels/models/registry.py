@@ -14,7 +14,7 @@ import torch
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.models.checkpoints import description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.models.vit import SCRIPT, VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
@@ -98,19 +98,43 @@ def constructor_kwargs(name: str) -> dict:
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
 
 
-def create_model(name: str, pretrained: bool = False, checkpoint_path=None, **kwargs) -> VarLenViT:
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint_path=None,
+    *,
+    pretrained_cfg_overlay: dict | None = None,
+    cache_dir=None,
+    features_only: bool = False,
+    out_indices=3,
+    scriptable: bool | None = None,
+    exportable: bool | None = None,
+    **kwargs,
+):
     """The model that timm knows by this name, or the one that a file holds.
 
     name:            a name of timm's vision_transformer.py or deit.py, with or without a tag; or the path of a
                      .safetensors file that save_checkpoint wrote
     pretrained:      load timm's weights for this name; needs timm
     checkpoint_path: load these weights, see load_checkpoint
+    pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
+                     input_size
+    cache_dir:       where timm keeps pretrained weights
+    features_only:   return timm's FeatureGetterNet of the model instead, which gives the features after blocks
+                     `out_indices`, as `forward_intermediates` does without timm
+    exportable:      changes nothing: every model can be exported
     kwargs:          arguments of VarLenViT's constructor that replace the name's own; None is passed over
 
-    Raises ValueError for a name that is unknown or belongs to another family, and for weights that do not fit;
-    NotImplementedError for an Eva model.
+    Returns the VarLenViT. Raises ValueError for a name that is unknown or belongs to another family, and for weights
+    that do not fit; NotImplementedError for an Eva model, and for scriptable=True.
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    if scriptable:
+        raise NotImplementedError(SCRIPT)
+    if features_only:
+        options = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
+        return _feature_getter(create_model(name, pretrained, checkpoint_path, **options, **kwargs), out_indices)
+    overlay = pretrained_cfg_overlay or {}
+    kwargs = _of_overlay(overlay) | {key: value for key, value in kwargs.items() if value is not None}
     if Path(name).suffix == ".safetensors":
         if pretrained or checkpoint_path is not None:
             raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
@@ -124,15 +148,35 @@ def create_model(name: str, pretrained: bool = False, checkpoint_path=None, **kw
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
     if pretrained:
-        model = cls.from_timm(_timm_model(full, kwargs))
+        source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
+        model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
-    model.pretrained_cfg = model.default_cfg = pretrained_cfg(full)
+    model.pretrained_cfg = model.default_cfg = pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
     if checkpoint_path is not None:
         smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
         load_checkpoint(model, checkpoint_path, **smooth)
     return model
+
+
+def _of_overlay(overlay: dict) -> dict:
+    """The arguments of the constructor that a pretrained_cfg's fields stand for."""
+    arguments = {} if "num_classes" not in overlay else {"num_classes": overlay["num_classes"]}
+    if "input_size" in overlay:
+        arguments |= {"in_chans": overlay["input_size"][0], "img_size": tuple(overlay["input_size"][1:])}
+    return arguments
+
+
+def _feature_getter(model: VarLenViT, out_indices):
+    try:
+        from timm.models import FeatureGetterNet
+    except ImportError:
+        raise ValueError("features_only=True needs timm: without it, use model.forward_intermediates") from None
+    getter = FeatureGetterNet(model, out_indices=out_indices)
+    getter.pretrained_cfg = getter.default_cfg = model.pretrained_cfg
+    getter.in_chans = model.in_chans
+    return getter
 
 
 def _from_file(path: str, kwargs: dict) -> VarLenViT:
