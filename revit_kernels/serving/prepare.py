@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from revit_kernels.models.checkpoints import description
-from revit_kernels.models.registry import create_model, resolve
+from revit_kernels.models.registry import create_model, model_file, resolve
 
 WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
 
@@ -24,11 +24,12 @@ def load_model(
 ):
     """The model with its weights, in eval mode, on the device.
 
-    name:       of timm, or a .safetensors file that says what model it is for
+    name:       of timm, or a .safetensors file that says what model it is for, or the folder of a run
     checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
 
     Raises ValueError where there are no weights, or they do not fit, and for a model of other images than RGB.
     """
+    name = model_file(name)
     is_file = Path(name).suffix == ".safetensors"
     sources = sum((bool(checkpoint), pretrained, untrained, is_file))
     if sources > 1:

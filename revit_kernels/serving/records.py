@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from revit_kernels.files import whole
+
 
 @dataclass
 class Answer:
@@ -256,6 +258,9 @@ def check_output(path: str | None) -> None:
         raise ValueError(f"--output must end in {', '.join(WRITERS)}, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {path} is not a regular file")
+    path = Path(os.path.realpath(path))  # of a link, what it leads to is written
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --output {path} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -273,17 +278,11 @@ def open_records(path: str | None, columns: Columns):
     if path is None:
         yield JsonLines(None, columns)
         return
-    path = Path(path)
-    # In the same folder, so that the rename is one step of the file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer = WRITERS[path.suffix.lower()](temporary, columns)
+    with whole(Path(path)) as temporary:
+        writer = WRITERS[Path(path).suffix.lower()](temporary, columns)
         try:
             yield writer
         except BaseException:
             writer.discard()
             raise
         writer.close()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
