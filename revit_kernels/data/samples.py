@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from revit_kernels.data.image_set import class_folder
+from revit_kernels.data.class_names import class_folder
 from revit_kernels.data.onnx_weights import read_onnx
 from revit_kernels.files import write_whole
 

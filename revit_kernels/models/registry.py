@@ -173,9 +173,6 @@ def _check_described(found: dict, path: str) -> None:
             model = create_model(found["name"], **found["kwargs"])
             if "resizable" in found:
                 model.make_resizable(**found["resizable"])
-        for field in {"mean", "std"} & found.get("cfg", {}).keys():
-            if len(found["cfg"][field]) != model.in_chans:
-                raise ValueError(f"cfg.{field} is of other channels than the model's {model.in_chans}")
     except NotImplementedError:
         raise
     except Exception as error:  # a size that fits no other is noticed wherever it is first used

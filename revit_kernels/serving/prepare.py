@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from revit_kernels.data.class_names import read_class_names
 from revit_kernels.models.checkpoints import description
 from revit_kernels.models.registry import create_model, model_file, resolve
 
@@ -58,25 +58,14 @@ def make_engine(model, quantize: str | None):
 
 
 def read_labels(path: str | None, model) -> list[str] | None:
-    """The names of the model's classes: from a file (a name a line; or JSON, a list or {"0": name, ...}), or the
-    model's own. Raises ValueError for a file that cannot be read or has another number of names than there are classes.
+    """The names of the model's classes: from a file, see `read_class_names`, or the model's own.
+
+    Raises ValueError for a file that cannot be read or has another number of names than there are classes.
     """
     if path is None:
         names = model.pretrained_cfg.get("label_names")
         return [str(name) for name in names] if names and len(names) == model.num_classes else None
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.lower().endswith(".json") else text.rstrip("\n").split("\n")
-        if isinstance(names, dict):
-            names = [names[str(i)] for i in range(len(names))]
-    except OSError as error:
-        raise ValueError(f"--labels {path} cannot be read: {error.strerror}") from None
-    except KeyError as error:
-        raise ValueError(f"--labels {path} names no class {error.args[0]}") from None
+        return read_class_names(path, model.num_classes)
     except ValueError as error:
-        raise ValueError(f"--labels {path} cannot be read: {error}") from None
-    if not isinstance(names, list):
-        raise ValueError(f"--labels {path} must hold a list of names")
-    if len(names) != model.num_classes:
-        raise ValueError(f"--labels {path} has {len(names)} names, the model {model.num_classes} classes")
-    return [str(name).strip() for name in names]
+        raise ValueError(f"--labels {path} {error}") from None
