@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from revit_kernels.files import whole
+
+# Controls that JSON lets pass, but terminals and readers of lines may take for commands or for ends of lines.
+UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -76,6 +80,8 @@ class JsonLines:
 
     def __init__(self, path: Path | None, columns: Columns):
         self.columns = columns
+        if path is None and sys.stdout is None:
+            raise ValueError("standard output is closed: give --output FILE")
         self.file = sys.stdout.buffer if path is None else open(path, "wb")
 
     def write(self, answer: Answer) -> None:
@@ -91,7 +97,8 @@ class JsonLines:
             else:
                 best = self.columns.best(answer)
                 record["classes"] = [row | {"probability": short(row["probability"])} for row in best]
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        text = UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
+        self.file.write(text.encode() + b"\n")
         if self.file is sys.stdout.buffer:
             self.file.flush()
 
@@ -102,8 +109,22 @@ class JsonLines:
     discard = close
 
 
+def _cell(text: str) -> str:
+    """The text so that no spreadsheet takes it for a formula: an apostrophe comes before what would begin one."""
+    if text[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
 class Csv:
-    """One row an image; features or the best classes in numbered columns, empty where there is an error."""
+    """One row an image; features or the best classes in numbered columns, empty where there is an error.
+
+    A path or label that begins as a formula does (=, +, -, @) has an apostrophe before it.
+    """
 
     def __init__(self, path: Path, columns: Columns):
         self.columns = columns
@@ -119,15 +140,16 @@ class Csv:
 
     def write(self, answer: Answer) -> None:
         if answer.error is not None:
-            self.writer.writerow([answer.path, *[""] * (len(self.names) - 2), answer.error])
+            self.writer.writerow([_cell(answer.path), *[""] * (len(self.names) - 2), answer.error])
             return
-        row = [answer.path, answer.size[1], answer.size[0], *answer.grid, answer.tokens]
+        row = [_cell(answer.path), answer.size[1], answer.size[0], *answer.grid, answer.tokens]
         row += [round(answer.cost, 4)] if self.columns.adaptive else []
         if answer.features is not None:
             row += [short(value) for value in answer.features]
         else:
             for best in self.columns.best(answer):
-                row += [*list(best.values())[:-1], short(best["probability"])]
+                label = [_cell(best["label"])] if self.columns.labels else []
+                row += [best["class"], *label, short(best["probability"])]
         self.writer.writerow([*row, ""])
 
     def close(self) -> None:
