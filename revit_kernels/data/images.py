@@ -348,8 +348,8 @@ def _pixels(image: Image.Image, down: int, across: int) -> np.ndarray:
     rows = max(1, TILE // columns // down) * down
     for top in range(0, image.height, rows):
         for left in range(0, image.width, columns):
-            tile = image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height)))
-            tile = np.asarray(_to_rgb(tile).reduce((across, down)))
+            tile = _to_rgb(image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height))))
+            tile = np.asarray(tile if down == across == 1 else tile.reduce((across, down)))
             y, x = top // down, left // across
             pixels[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
     return pixels

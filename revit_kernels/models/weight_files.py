@@ -156,6 +156,7 @@ def _read_torch(path):
         raise ValueError("it is a tar archive, not a file of torch.save")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the sources of pickled modules, which are not there
+        # _Unpickler makes fewer objects than PyTorch's own of weights alone, and goes on where that one stops.
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
 
 
