@@ -184,7 +184,7 @@ def _of_overlay(overlay: dict) -> dict:
 
 def _feature_getter(model: VarLenViT, out_indices):
     try:
-        from timm.models import FeatureGetterNet
+        from timm.models._features import FeatureGetterNet
     except ImportError:
         raise ValueError("features_only=True needs timm: without it, use model.forward_intermediates") from None
     getter = FeatureGetterNet(model, out_indices=out_indices)
