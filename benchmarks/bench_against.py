@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Duels of this checkout against another commit, on a CPU: forwards of ViT-S and ViT-B, as engines and as modules.
+"""Duels of this checkout against another commit, on a CPU: ViT-S and ViT-B, as engines, as modules, and in training.
 
     python benchmarks/bench_against.py COMMIT [--rounds 15] [--models vit_small_patch16_224] [--output FILE.json]
 
@@ -32,16 +32,25 @@ def ready(name, dtype, quantize):
     packed = create_model(name).eval().requires_grad_(False).to(getattr(torch, dtype))
     packed.load_state_dict(model.state_dict())
     if quantize:
-        packed.quantize(quantize)
+        packed.quantise(quantize)  # as it was called then
     packed.prepack()
     return model, packed
 def made(name, dtype, quantize, images, way):
     key = name, dtype, quantize
+    if way == "training":  # leaves another model behind
+        key = *key, way
     if key not in calls:
         calls.clear()
-        calls[key] = ready(*key)
+        calls[key] = ready(name, dtype, quantize)
     grids = [menu[i * len(menu) // images] for i in range(images)] if images > 1 else [menu[-1]]
     x = [torch.randn(3, 16 * h, 16 * w).to(getattr(torch, dtype)) for h, w in grids]
+    if way == "training":
+        model = calls[key][0].train().requires_grad_(True)
+        def step():
+            model.zero_grad()
+            with torch.enable_grad():
+                model(x, grids=grids).float().square().mean().backward()
+        return step
     run = calls[key][way == "engine"]
     return lambda: run(x, grids=grids)
 call = None
@@ -77,9 +86,8 @@ class Side:
         return json.loads(self.process.stdout.readline())
 
 
-def checkout(commit: str, folder: Path) -> Path:
-    """The commit, built, in a folder of its own."""
-    root = folder / "theirs"
+def checkout(commit: str, root: Path) -> Path:
+    """The commit, built, in this folder."""
     subprocess.run(["git", "worktree", "add", "--detach", str(root), commit], cwd=ROOT, check=True, capture_output=True)
     env = os.environ | {"REVIT_CUDA_ARCHS": ""}
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -94,17 +102,21 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["vit_small_patch16_224", "vit_base_patch16_224"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "int8"])
     parser.add_argument("--images", nargs="+", type=int, default=[32, 8, 1])
+    parser.add_argument("--ways", nargs="+", default=["engine", "module", "training"])
+    parser.add_argument("--keep", type=Path, help="a folder for the other commit's checkout, used again where it is")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        root = checkout(args.commit, Path(folder))
+        root = args.keep or Path(folder) / "theirs"
+        if not root.exists():
+            checkout(args.commit, root)
         try:
             ours, theirs = Side(ROOT), Side(root)
             for name in args.models:
                 for kind in args.dtypes:
                     dtype, quantize = ("bfloat16", "int8") if kind == "int8" else (kind, None)
-                    for way in ("engine", "module") if quantize is None else ("engine",):
+                    for way in [way for way in args.ways if way == "engine" or quantize is None]:
                         for images in args.images:
                             case = (name, dtype, quantize, images, way)
                             said = [side.ask(do="make", case=case) for side in (ours, theirs)]
@@ -124,7 +136,8 @@ def main() -> int:
                                 flush=True,
                             )
         finally:
-            subprocess.run(["git", "worktree", "remove", "--force", str(root)], cwd=ROOT, capture_output=True)
+            if not args.keep:
+                subprocess.run(["git", "worktree", "remove", "--force", str(root)], cwd=ROOT, capture_output=True)
     if args.output:
         args.output.write_text(json.dumps({"against": args.commit, "rows": rows}, indent=1) + "\n")
     return 0

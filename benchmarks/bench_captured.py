@@ -12,7 +12,7 @@ import torch
 
 from revit_kernels import Packing, TokenLengthAssigner, create_model
 from revit_kernels.adaptive.policies import Assign
-from revit_kernels.serving import CapturedViT
+from revit_kernels.engines import CapturedEngine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MENU = ((14, 14), (10, 10), (7, 7), (4, 4))
@@ -41,7 +41,7 @@ class Case:
             mix = torch.bincount(choose(self.images).long(), minlength=len(MENU)).tolist()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the refusal is asked below
-            self.captured = CapturedViT(self.model, choose, images=images, mix=mix, channels_last=True)
+            self.captured = CapturedEngine(self.model, choose, images=images, mix=mix, channels_last=True)
         self.capacity = self.captured.budgets[-1]
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ class Case:
         return self.model(self.images, packing=packing, channels_last=True)
 
     def replay(self):
-        return self.captured(self.images).logits
+        return self.captured.answer(self.images).logits
 
     def require_graph(self):
         if self.captured.refusal:

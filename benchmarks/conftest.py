@@ -13,7 +13,7 @@ from statistics import mean, median, quantiles
 import pytest
 import torch
 
-from revit_kernels.gemm import linear
+from revit_kernels.ops import linear
 
 CUDA = torch.cuda.is_available()
 TINY = bool(os.environ.get("REVIT_BENCH_TINY"))  # to see that all of it runs: the ceilings mean nothing then

@@ -22,8 +22,6 @@ ORDER = (
     ("modules",),
     ("data",),
     ("ops",),
-    ("gemm",),
-    ("panels",),
     ("measured",),
     ("dispatch", "packing"),
     ("native", "device_cache", "grids"),

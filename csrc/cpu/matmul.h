@@ -137,7 +137,7 @@ constexpr int64_t kWidth = kVectors * kLanes;
 
 // How many steps are added up in one row: of fp32 no more, or the rounding of long sums shows.
 template <class Math>
-constexpr int64_t kMostSteps = std::is_same_v<Math, Singles> ? 256 : INT64_MAX / 2;
+constexpr int64_t kMostSteps = std::is_same_v<Math, Singles> ? 512 : INT64_MAX / 2;
 
 template <class Math, class G, class F>
 inline void product(const Linear& weight, const typename Math::Unit* x, Span rows, Span columns, const char* next,
@@ -183,23 +183,29 @@ inline void pack(const Linear& to, Span columns, F weight) {
 }
 
 // The same where the weight (out, in) is kept as it is, and a step of the product takes 4 bytes of it: a transpose of
-// words, some of each row at a time, so that what they are written to stays in the nearest cache.
+// words, a square of registers at a time.
 template <class Math>
 inline void pack_words(const void* weight, const Linear& to, Span columns) {
-  static_assert(sizeof(typename Math::Unit) * Math::kDepth == sizeof(uint32_t));
-  constexpr int64_t kAtOnce = 16;
+  static_assert(sizeof(typename Math::Unit) * Math::kDepth == sizeof(float));
   const int64_t words = to.in / Math::kDepth;
-  const char* rows = static_cast<const char*>(weight);
-  auto* panels = reinterpret_cast<uint32_t*>(to.panels);
+  const auto* rows = static_cast<const float*>(weight);
+  auto* panels = reinterpret_cast<float*>(to.panels);
   for (int64_t column = columns.begin; column < columns.end; column += kWidth) {
     const int64_t width = std::min<int64_t>(kWidth, (to.out - column + kLanes - 1) / kLanes * kLanes);
-    uint32_t* panel = panels + column * words;
-    for (int64_t first = 0; first < words; first += kAtOnce) {
-      const int64_t count = std::min(kAtOnce, words - first);
-      for (int64_t n = 0; n < width; ++n) {
-        uint32_t row[kAtOnce] = {};
-        if (column + n < to.out) std::memcpy(row, rows + ((column + n) * words + first) * 4, count * 4);
-        for (int64_t i = 0; i < count; ++i) panel[(first + i) * width + n] = row[i];
+    float* panel = panels + column * words;
+    for (int64_t left = 0; left < width; left += kLanes) {
+      for (int64_t first = 0; first < words; first += kLanes) {  // along few rows, as fetching ahead wants it
+        const int64_t count = std::min<int64_t>(kLanes, words - first);
+        const float* corner = rows + (column + left) * words + first;
+        Floats square[kLanes];
+        for (int64_t n = 0; n < kLanes; ++n) {
+          if (column + left + n >= to.out)
+            square[n] = Floats{};
+          else
+            square[n] = count == kLanes ? load(corner + n * words, Full{}) : load(corner + n * words, Part{count});
+        }
+        transpose(square);
+        for (int64_t i = 0; i < count; ++i) store(panel + (first + i) * width + left, square[i], Full{});
       }
     }
   }

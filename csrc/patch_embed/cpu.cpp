@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cpu/threads.h"
-#include "gemm/gemm.h"
+#include "linear/linear.h"
 #include "patch_embed/patches.h"
 
 using torch::headeronly::ScalarType;

@@ -1,5 +1,6 @@
 """Models made ready to answer: snapshots of their weights, laid out for one device and one way of answering."""
 
+from revit_kernels.engines.captured import Answers, CapturedEngine
 from revit_kernels.engines.engine import QUANTIZE, Engine, StaleEngine, engine_of
 
-__all__ = ["QUANTIZE", "Engine", "StaleEngine", "engine_of"]
+__all__ = ["QUANTIZE", "Answers", "CapturedEngine", "Engine", "StaleEngine", "engine_of"]

@@ -62,9 +62,7 @@ class Engine:
     def refresh(self) -> None:
         """Take the model's weights anew."""
         model = self.model
-        modules = list(model.modules())
-        watched = [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
-        watched += modules, [m.__dict__ for m in modules], [m.__dict__[name] for m in modules for name in HOOKS]
+        watched = watched_of(model)
         self.refusal = refusal(model, "int8" if self.quantize == "int8" else None)
         running, blocks = model, None
         if self.quantize == "fp8":
@@ -74,12 +72,12 @@ class Engine:
             running = _without_blocks(model)
         elif self.quantize:
             raise NotImplementedError(f"{self.quantize}: {self.refusal}")
-        self._snapshot = watched, _state(watched, model), running, blocks
+        self._snapshot = watched, state_of(watched, model), running, blocks
 
     def _current(self) -> tuple[nn.Module, PackedBlocks | None]:
         """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
         watched, state, running, _ = self._snapshot
-        if running is not self.model and _state(watched, self.model) != state:
+        if running is not self.model and state_of(watched, self.model) != state:
             if self.stale == "raise":
                 raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
             self.refresh()
@@ -158,12 +156,22 @@ def _remade(model, quantize, stale):
     return Engine(model, quantize=quantize, stale=stale)
 
 
-def _state(watched: tuple[list, ...], model) -> tuple:
-    """What shows a change: which modules and parameters there are, how often these were written to, where they lie; and
-    of what classes the modules are, how many attributes they have, and whether any is hooked."""
+def watched_of(model: nn.Module) -> tuple[list, ...]:
+    """What the model keeps its modules, parameters, attributes and hooks in, for `state_of`."""
+    modules = list(model.modules())
+    watched = [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
+    return *watched, modules, [m.__dict__ for m in modules], [m.__dict__[name] for m in modules for name in HOOKS]
+
+
+def state_of(watched: tuple[list, ...], model: nn.Module, written: bool = True) -> tuple:
+    """What shows a change: which modules and parameters there are, where these lie, and how often they were written to;
+    of what classes the modules are, how many attributes they have, and whether any is hooked.
+
+    written: False leaves out writes in place
+    """
     modules, parameters = (chain.from_iterable(map(dict.values, dicts)) for dicts in watched[:2])
     parameters = [p for p in parameters if p is not None]
-    versions = [0 if p.is_inference() else p._version for p in parameters]
+    versions = [0 if p.is_inference() else p._version for p in parameters] if written else []
     identities = [*map(id, modules)], [*map(id, parameters)]
     touched = [*map(type, watched[2])], [*map(len, watched[3])], any(watched[4])
     return model.times_trained, touched, identities, versions, [*map(Tensor.data_ptr, parameters)]

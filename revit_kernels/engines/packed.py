@@ -14,8 +14,8 @@ from revit_kernels.modules.layer_norm import PER_LENGTH, _PerLength, _rows
 from revit_kernels.modules.lengths import cells, exact_rows, weights
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.modules.patch_dropout import PatchDropout
+from revit_kernels.ops.linear.panels import pack_weight
 from revit_kernels.packing import Packing
-from revit_kernels.panels import pack_weight
 
 MOST_MENUS = 64  # whose positions and affines are kept: those of native aspects are many
 NORMS = ("LayerNorm", PER_LENGTH["LayerNorm"].__name__)

@@ -242,11 +242,20 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         """
         return adopt.adopt_model(model)
 
-    def engine(self, *, quantize: str | None = None, stale: str = "raise"):
-        """The model made ready to answer, a snapshot of its weights: see `revit_kernels.engines.Engine`."""
-        from revit_kernels.engines import Engine  # the one import that goes up
+    def engine(self, *, quantize: str | None = None, stale: str = "raise", images: int | None = None, **options):
+        """The model made ready to answer.
 
-        return Engine(self, quantize=quantize, stale=stale)
+        Without `images`, see `revit_kernels.engines.Engine`: a snapshot of the weights, for images of any sizes. With
+        it, see `revit_kernels.engines.CapturedEngine`, which also takes the options: CUDA graphs for at most so many
+        images of one size.
+        """
+        from revit_kernels.engines import CapturedEngine, Engine  # the one import that goes up
+
+        if images is None:
+            return Engine(self, quantize=quantize, stale=stale, **options)
+        if quantize is not None:
+            raise ValueError(f"CUDA graphs are captured of a model as it is: leave out quantize={quantize!r} or images")
+        return CapturedEngine(self, images=images, stale=stale, **options)
 
     # ------------------------------------------------------------------ tokens to features
 

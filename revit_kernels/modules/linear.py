@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
-from revit_kernels import gemm, ops
+from revit_kernels import ops
 
 PLAIN = ("torch.nn.modules.", "timm.", "revit_kernels.")
 
@@ -45,17 +45,12 @@ def takes_packing(module: nn.Module) -> bool:
 
 
 def _product(x: Tensor, module: nn.Linear, activation: str | None = None, gate: str | None = None) -> Tensor:
-    """The op on a GPU; the vendor's product where there is nothing to fuse, or a compiler fuses, and on a CPU."""
-    rows, weight, bias = x.reshape(-1, x.shape[-1]), module.weight, module.bias
-    if x.is_cuda and (activation or gate) and not torch.compiler.is_compiling():
-        y = ops.linear(rows, weight, bias, activation=activation, gate=gate)
-    else:
-        y = gemm.linear(rows, weight, bias, activation)
+    y = ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias, activation=activation, gate=gate)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x) for a Linear, through the vendor's fastest matrix product. x: (..., in)"""
+    """module(x) for a Linear, by the op where it is plain. x: (..., in)"""
     return _product(x, module) if is_plain(module, "Linear") and not traced(x) else module(x)
 
 
@@ -79,7 +74,7 @@ def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     name = None if traced(x) else activation_name(activation)
     if name is not None and is_plain(module, "Fp8Linear"):
         return module(x, name)
-    if name is None or not is_plain(module, "Linear") or (name == "silu" and not x.is_cuda):
+    if name is None or not is_plain(module, "Linear"):
         return activation(linear(module, x))
     return _product(x, module, name)
 
@@ -87,7 +82,7 @@ def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
 def linear_gated(module: nn.Module, activation: nn.Module, x: Tensor, gate: str) -> Tensor:
     """module(x) in two halves, of which `gate`, "first" or "last", goes through the activation and gates the other."""
     name = None if traced(x) else activation_name(activation)
-    if name is not None and is_plain(module, "Linear") and x.is_cuda and not torch.compiler.is_compiling():
+    if name is not None and is_plain(module, "Linear"):
         return _product(x, module, name, gate)
     first, second = linear(module, x).chunk(2, -1)
     return activation(first) * second if gate == "first" else first * activation(second)

@@ -1,4 +1,4 @@
-"""CapturedViT: graphs, budgets and overflow; no host on the path, and how much is launched on it.
+"""CapturedEngine: graphs, budgets and overflow; no host on the path, and how much is launched on it.
 
 Without a GPU a recorder stands in for torch.cuda's graphs: what was dispatched while capturing runs again at a replay,
 on the tensors of then. So whatever a capture would bake in shows here too.
@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from revit_kernels import create_model
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
+from revit_kernels.adaptive.captured import captured_engine
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.policies import Assign, Cascade, Fixed, Random
+from revit_kernels.engines import CapturedEngine, StaleEngine, captured
+from revit_kernels.engines.captured import ladder
 from revit_kernels.packing import Packing
-from revit_kernels.serving import CapturedViT, captured
-from revit_kernels.serving.captured import ladder
 
 LENGTHS = (17, 10, 5)
 EVEN = (1, 1, 1)
@@ -105,13 +106,13 @@ def cuda(monkeypatch):
 def capture(*args, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a graph there must be
-        made = CapturedViT(*args, **{"channels_last": True} | kwargs)
+        made = CapturedEngine(*args, **{"channels_last": True} | kwargs)
     assert made.refusal is None and set(made._graphs) == set(made.budgets)
     return made
 
 
 def capture_adaptive(adaptive, **options):
-    made = CapturedViT.from_adaptive(adaptive, **{"channels_last": True} | options)
+    made = captured_engine(adaptive, **{"channels_last": True} | options)
     assert made.refusal is None
     return made
 
@@ -120,10 +121,10 @@ def eager(*args, **kwargs):
     if DEVICE == "cuda":  # where there can be graphs, nobody is warned
         return eager_quietly(*args, **kwargs)
     with pytest.warns(RuntimeWarning, match="without CUDA graphs"):
-        return CapturedViT(*args, **{"channels_last": True} | kwargs)
+        return CapturedEngine(*args, **{"channels_last": True} | kwargs)
 
 
-def eager_quietly(*args, make=CapturedViT, **kwargs):
+def eager_quietly(*args, make=CapturedEngine, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = make(*args, **{"channels_last": True} | kwargs)
@@ -187,7 +188,7 @@ def test_realised_waste_is_bounded_and_told(waste):
     for seed in range(12):
         count = 1 + seed % 8
         chosen = rows_of(count, seed)
-        answers = made(images(count), chosen)
+        answers = made.answer(images(count), chosen)
         assert answers.rows in made.budgets and answers.tokens.tolist() == [LENGTHS[row] for row in chosen]
         assert answers.waste.item() == pytest.approx(1 - sum(answers.tokens.tolist()) / answers.rows)
         assert answers.waste.item() <= waste and answers.fits.all()
@@ -195,7 +196,7 @@ def test_realised_waste_is_bounded_and_told(waste):
     assert made.waste == pytest.approx(1 - tokens / rows) and made.waste <= waste
     made.model = model
     with pytest.warns(RuntimeWarning) if DEVICE == "cpu" else nullcontext():
-        made.recapture()
+        made.refresh()
     assert made.waste == 0
 
 
@@ -208,7 +209,7 @@ def test_rows_told_are_rows_computed(monkeypatch):
 
     monkeypatch.setattr(Packing, "from_choice", spied)
     for rows in ([2], [0, 1], [0] * 8):
-        assert made(images(len(rows)), rows).rows == capacities.pop() < sum(LENGTHS[row] for row in rows) * 4 / 3
+        assert made.answer(images(len(rows)), rows).rows == capacities.pop() < sum(LENGTHS[row] for row in rows) * 4 / 3
         assert not capacities
 
 
@@ -230,10 +231,10 @@ def test_one_graph_a_budget_answers_as_the_model_does(cuda):
     for seed in range(10):
         count = 1 + seed % 8
         x, rows = images(count, 8 * seed), rows_of(count, seed)
-        answers = made(x, torch.tensor(rows))
+        answers = made.answer(x, torch.tensor(rows))
         same(answers.logits, expected(model, x, rows))
         assert answers.choice.tolist() == rows
-    first, second = made(images(2), [0, 2]), made(images(2), [2, 0])
+    first, second = made.answer(images(2), [0, 2]), made.answer(images(2), [2, 0])
     assert first.rows == second.rows
     same(first.logits[0], expected(model, images(1), [0])[0])  # not overwritten by the second replay
     same(second.logits, expected(model, images(2), [2, 0]))
@@ -246,10 +247,10 @@ def test_what_does_not_fit_the_largest_budget_goes_to_the_next_graph(cuda):
     x, rows = images(30), rows_of(30)
     made = capture(model, images=8, budgets=[64, 20, 32])
     assert made.budgets == (20, 32, 64)
-    answers = made(x, rows)
+    answers = made.answer(x, rows)
     same(answers.logits, expected(model, x, rows))
     assert answers.fits.all() and answers.rows >= 64 * 3 and made._rows == answers.rows
-    assert len(made(x[:0], []).logits) == 0
+    assert len(made.answer(x[:0], []).logits) == 0
 
 
 def test_slots_without_an_image_and_the_tail_are_never_read(cuda):
@@ -259,7 +260,7 @@ def test_slots_without_an_image_and_the_tail_are_never_read(cuda):
         made = capture(model, choose, images=8, dtype=torch.float32)
         made._images.fill_(torch.nan)
         x = torch.randn(3, 16, 16, 3, device=DEVICE)
-        answers = made(x, [0, 0, 0] if choose is None else None)
+        answers = made.answer(x, [0, 0, 0] if choose is None else None)
         same(answers.logits, expected(model, x, [0, 0, 0]))
         assert made._tokens.tolist() == [17] * 3 + [0] * 5 and not made._logits[3:].any()
 
@@ -268,40 +269,67 @@ def test_slots_without_an_image_take_no_room(cuda):
     """Where the device chooses too, for fewer images after more, and where there is room left."""
     made = capture(tiny(), by_pixel, images=8)
     for count in (8, 3, 5, 1):
-        answers = made(images(count))
+        answers = made.answer(images(count))
         assert answers.rows >= 17 * count and answers.fits.all()
         assert made._tokens[:count].tolist() == answers.tokens.tolist() and not made._tokens[count:].any()
 
 
-def test_weights_written_in_place_are_seen_and_others_after_recapture(cuda):
+@pytest.mark.parametrize("stale", ["raise", "refresh"])
+def test_weights_written_in_place_are_seen_and_others_after_refresh(cuda, stale):
     model = make_model()
-    made = capture(model, images=4)
+    made = capture(model, images=4, stale=stale)
     x, rows = images(4), [0, 1, 2, 2]
-    before = made(x, rows).logits
+    before = made.answer(x, rows).logits
     with torch.no_grad():
         model.head.bias.add_(1)
-    same(made(x, rows).logits, expected(model, x, rows))
-    old = expected(model, x, rows)
+    same(made.answer(x, rows).logits, expected(model, x, rows))
     assert {p.data_ptr() for p in model.parameters()} <= {t.data_ptr() for t in made._held}
     model.head.weight = torch.nn.Parameter(model.head.weight.detach() * 2)
-    same(made(x, rows).logits, old)  # not garbage: what was captured is held
-    made.recapture()
-    same(made(x, rows).logits, expected(model, x, rows))
-    assert not torch.equal(made(x, rows).logits, before)
+    if stale == "raise":
+        for call in (lambda: made(x), lambda: made.answer(x, rows)):
+            with pytest.raises(StaleEngine, match="changed since its engine was made"):
+                call()
+        made.refresh()
+    same(made.answer(x, rows).logits, expected(model, x, rows))
+    assert not torch.equal(made.answer(x, rows).logits, before)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_an_engine_gives_what_its_model_gives(cuda, channels_last):
+    model = tiny()
+    x = images(6) if channels_last else images(6).permute(0, 3, 1, 2).contiguous()
+    made = model.engine(images=4, channels_last=channels_last)
+    grids = [MENU[row] for row in rows_of(6)]
+    packing = Packing.from_grids(grids, model.num_prefix_tokens, menu=MENU, device=DEVICE)
+    how = {"channels_last": channels_last}
+    same(made(x, grids=grids), model(x, grids=grids, **how))
+    same(made(x, packing=packing), model(x, grids=grids, **how))
+    same(made(x), model(x, **how))
+    same(made.features(x), model.forward_features(x, **how))
+    same(made.features(x, grids=grids).tokens, model.forward_features(x, grids=grids, **how).tokens)
+    with pytest.raises(ValueError, match=r"grids must be of the menu .*, got \(3, 1\)"):
+        made(x, grids=[(3, 1)] * 6)
+    on_device = Packing.from_choice(torch.zeros(6, dtype=torch.int32, device=DEVICE), MENU, 1, capacity=200)
+    with pytest.raises(ValueError, match="whose grids the host knows"):
+        made(x, packing=on_device)
+    with pytest.raises(ValueError, match="leave out quantize='int8' or images"):
+        model.engine(quantize="int8", images=4)
+    with pytest.raises(ValueError, match="stale must be one of"):
+        model.engine(images=4, stale="ignore")
 
 
 def test_another_stream_waits_for_the_last(cuda):
     made = capture(tiny(), images=2)
     x, rows = images(2), [0, 2]
-    made(x, rows)
+    made.answer(x, rows)
     if cuda:
         first, cuda.stream = cuda.stream, Stream()
-        made(x, rows)
-        made(x, rows)
+        made.answer(x, rows)
+        made.answer(x, rows)
         assert cuda.stream.waited_for == [first]
     else:
         with torch.cuda.stream(torch.cuda.Stream()):
-            answers = made(x, rows)
+            answers = made.answer(x, rows)
         torch.cuda.synchronize()
         same(answers.logits, expected(tiny(), x, rows))
 
@@ -310,11 +338,11 @@ def test_autocast_and_inference_mode_stay_outside(cuda):
     model = tiny()
     with torch.inference_mode():
         made = capture(model, images=4)
-        inside = made(images(3), [0, 1, 2]).logits
+        inside = made.answer(images(3), [0, 1, 2]).logits
     with torch.autocast(DEVICE, torch.bfloat16):
-        outside = made(images(3), [0, 1, 2]).logits
+        outside = made.answer(images(3), [0, 1, 2]).logits
         made._graphs.clear()
-        same(made(images(3), [0, 1, 2]).logits, outside)
+        same(made.answer(images(3), [0, 1, 2]).logits, outside)
     same(outside, expected(model, images(3), [0, 1, 2]))
     assert torch.equal(inside, outside) and outside.dtype == torch.float32
 
@@ -328,13 +356,13 @@ def test_eager_is_the_same_with_a_reason():
         made = eager(model, images=8)
         assert made.refusal == "CUDA graphs need a CUDA device, the model is on cpu"
     else:
-        made = CapturedViT(model, images=8, channels_last=True)
+        made = CapturedEngine(model, images=8, channels_last=True)
         made._graphs.clear()
     x, rows = images(20), rows_of(20)
-    same(made(x, rows).logits, expected(model, x, rows))
+    same(made.answer(x, rows).logits, expected(model, x, rows))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it was said, once
-        made(x, rows)
+        made.answer(x, rows)
 
 
 @pytest.mark.parametrize("where", ["model", "block", "choose"])
@@ -346,14 +374,14 @@ def test_hooks_are_called_so_there_is_no_graph(where, cuda):
     handle = roots[where].register_forward_hook(lambda *_: calls.append(1))
     try:
         with pytest.warns(RuntimeWarning, match="hooks, and a graph calls none"):
-            made = CapturedViT.from_adaptive(adaptive, images=4, channels_last=True, mix=EVEN)
+            made = captured_engine(adaptive, images=4, channels_last=True, mix=EVEN)
         assert "hooks" in made.refusal and ("blocks.1" in made.refusal) == (where == "block")
         calls.clear()
-        made(images(4))
+        made.answer(images(4))
         assert calls
     finally:
         handle.remove()
-    made.recapture()
+    made.refresh()
     assert made.refusal is None
 
 
@@ -363,7 +391,7 @@ def test_training_mode_is_refused(cuda):
     made = eager(model, images=2)
     assert made.refusal == "VarLenViT.blocks.0.mlp is in training mode"
     with torch.enable_grad():
-        assert not made(images(2), [0, 1]).logits.requires_grad
+        assert not made.answer(images(2), [0, 1]).logits.requires_grad
 
 
 def test_a_failed_capture_says_why_and_runs_eagerly(cuda, monkeypatch):
@@ -373,13 +401,13 @@ def test_a_failed_capture_says_why_and_runs_eagerly(cuda, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(captured, "WARMUP", 0)
     model = tiny()
-    monkeypatch.setattr(CapturedViT, "_step", fails)
+    monkeypatch.setattr(CapturedEngine, "_step", fails)
     made = eager(model, images=4)
     monkeypatch.undo()
     assert made.refusal == "the capture failed: operation not permitted when stream is capturing"
     assert made._graphs == {} and (cuda is None or cuda.log == ["set_stream"])
     if DEVICE == "cpu":
-        same(made(images(4), [0, 1, 2, 0]).logits, expected(model, images(4), [0, 1, 2, 0]))
+        same(made.answer(images(4), [0, 1, 2, 0]).logits, expected(model, images(4), [0, 1, 2, 0]))
 
 
 def test_what_the_model_cannot_do_is_no_refusal(cuda):
@@ -387,17 +415,17 @@ def test_what_the_model_cannot_do_is_no_refusal(cuda):
     small = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
     model = create_model("vit_tiny_patch16_224", **small).to(DEVICE).make_resizable(MENU, embedding="patch").eval()
     with pytest.raises(ValueError, match="needs grids that the host knows"):
-        CapturedViT(model)
+        CapturedEngine(model)
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):  # then nothing is fused
         with pytest.raises(ValueError, match="needs grids that the host knows"):
-            CapturedViT(tiny())
+            CapturedEngine(tiny())
     plain = create_model("vit_tiny_patch16_224", **small).to(DEVICE).eval()
     made = capture(plain, images=3, menu=MENU)
-    same(made(images(3), [0, 2, 1]).logits, expected(plain, images(3), [0, 2, 1]))
+    same(made.answer(images(3), [0, 2, 1]).logits, expected(plain, images(3), [0, 2, 1]))
     assert capture(plain, images=2).menu == ((4, 4),)
     plain.global_pool = ""
     with pytest.raises(ValueError, match="must pool its tokens"):
-        CapturedViT(plain)
+        CapturedEngine(plain)
 
 
 # ---------------------------------------------------------------------- a choice on the device
@@ -406,10 +434,10 @@ def test_what_the_model_cannot_do_is_no_refusal(cuda):
 def test_images_beyond_the_budget_are_told(cuda):
     model = tiny()
     made = capture(model, lambda x: torch.zeros(len(x), dtype=torch.int32, device=x.device), images=8, budgets=[40])
-    answers = made(images(8))
+    answers = made.answer(images(8))
     assert answers.fits.tolist() == [True] * 2 + [False] * 6 and not answers.logits[2:].any()
     same(answers.logits[:2], expected(model, images(2), [0, 0]))
-    answers = made(images(20))  # three replays
+    answers = made.answer(images(20))  # three replays
     assert answers.fits.sum() == 6 and answers.rows == 120
     assert made.waste == pytest.approx(1 - 8 * 17 / 160)
 
@@ -475,12 +503,12 @@ def test_policies_of_one_pass(cuda):
     fixed = AdaptiveViT(tiny(), Fixed(1))
     made = capture_adaptive(fixed, images=8)
     assert made.expected(8) == 80 and made.budgets[-1] == 80  # its mix is known
-    same(made(images(8)).logits, fixed.predict(images(8), channels_last=True).logits)
+    same(made.answer(images(8)).logits, fixed.predict(images(8), channels_last=True).logits)
     own = capture_adaptive(AdaptiveViT(tiny(), by_pixel), images=8, mix=EVEN)
-    assert torch.equal(own(images(5)).choice, by_pixel(images(5)).long())
+    assert torch.equal(own.answer(images(5)).choice, by_pixel(images(5)).long())
     for policy in (Cascade((2, 0), (0.5,)), Random(EVEN)):
         with pytest.raises(ValueError, match="asks the host"):
-            CapturedViT.from_adaptive(AdaptiveViT(tiny(), policy))
+            captured_engine(AdaptiveViT(tiny(), policy))
 
 
 # ---------------------------------------------------------------------- no host, and few launches
@@ -559,7 +587,7 @@ def test_launches_do_not_grow_with_images_or_grids():
     for choose in (None, by_pixel):
         small, large = (eager_quietly(deep(2), choose, images=n, mix=EVEN) for n in (2, 50))
         few, many = ([0, 1], rows_of(50)) if choose is None else (None, None)
-        assert launches(partial(small, images(2), few)) == launches(partial(large, images(50), many))
+        assert launches(partial(small.answer, images(2), few)) == launches(partial(large.answer, images(50), many))
 
 
 def test_a_call_launches_no_more_than_its_copies(cuda):
@@ -572,11 +600,11 @@ def test_a_call_launches_no_more_than_its_copies(cuda):
     for depth in (1, 3):
         made = capture(deep(depth), images=8)
         made._graphs = dict.fromkeys(made.budgets, Quiet())
-        assert launches(lambda made=made: made(images(8), rows_of(8))).count("aten::copy_") <= 5
+        assert launches(lambda made=made: made.answer(images(8), rows_of(8))).count("aten::copy_") <= 5
         made = capture(deep(depth), by_pixel, images=8)
         made._graphs = dict.fromkeys(made.budgets, Quiet())
         x = images(8)
-        assert launches(lambda made=made, x=x: made(x)) == ["aten::copy_"] * 4
+        assert launches(lambda made=made, x=x: made.answer(x)) == ["aten::copy_"] * 4
 
 
 class NoDevice(NoHost):
@@ -595,9 +623,9 @@ class NoDevice(NoHost):
 def test_from_the_images_to_the_logits_nothing_asks_the_device(adaptive, monkeypatch):
     x = images(16)
     known = eager_quietly(tiny(), images=16)
-    chosen = eager_quietly(adaptive, make=CapturedViT.from_adaptive, images=16)
-    wanted = chosen(x)
-    known(x, rows_of(16))
+    chosen = eager_quietly(adaptive, make=captured_engine, images=16)
+    wanted = chosen.answer(x)
+    known.answer(x, rows_of(16))
 
     def refused(*args, **kwargs):
         raise AssertionError("the host asks for values of a tensor")
@@ -606,7 +634,7 @@ def test_from_the_images_to_the_logits_nothing_asks_the_device(adaptive, monkeyp
         for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
             patched.setattr(torch.Tensor, name, refused)
         patched.setattr(known, "_known", lambda choice, images: choice)
-        found = chosen(x), known(x, rows := [0, 1, 2, 2] * 4)
+        found = chosen.answer(x), known.answer(x, rows := [0, 1, 2, 2] * 4)
     assert torch.equal(found[0].logits, wanted.logits) and found[1].choice.tolist() == rows
 
 
@@ -628,17 +656,20 @@ def test_wrong_use_says_so():
     ]
     for options, match in cases:
         with pytest.raises(ValueError, match=match):
-            CapturedViT(tiny(), **options)
+            CapturedEngine(tiny(), **options)
     made, chooses = eager_quietly(tiny(), images=4), eager_quietly(tiny(), by_pixel, images=4)
     calls = [
-        (lambda: made(images(2).float(), [0, 1]), r"images must be \(images, 16, 16, 3\) torch.uint8, got .*float32"),
-        (lambda: made(images(2)[:, :8], [0, 1]), r"got \(2, 8, 16, 3\)"),
-        (lambda: made(images(2)), "choice must be 2 rows"),
-        (lambda: made(images(2), [0, 3]), "0 to 2 of the menu, got"),
-        (lambda: made(images(2), [0, -1]), "0 to 2 of the menu"),
-        (lambda: made(images(2), [0]), "choice must be 2 rows"),
-        (lambda: made(images(2), torch.zeros(2, dtype=torch.int64, device="meta")), "known to the host"),
-        (lambda: chooses(images(2), [0, 1]), "give no choice"),
+        (
+            lambda: made.answer(images(2).float(), [0, 1]),
+            r"images must be \(images, 16, 16, 3\) torch.uint8, got .*float32",
+        ),
+        (lambda: made.answer(images(2)[:, :8], [0, 1]), r"got \(2, 8, 16, 3\)"),
+        (lambda: made.answer(images(2)), "choice must be 2 rows"),
+        (lambda: made.answer(images(2), [0, 3]), "0 to 2 of the menu, got"),
+        (lambda: made.answer(images(2), [0, -1]), "0 to 2 of the menu"),
+        (lambda: made.answer(images(2), [0]), "choice must be 2 rows"),
+        (lambda: made.answer(images(2), torch.zeros(2, dtype=torch.int64, device="meta")), "known to the host"),
+        (lambda: chooses.answer(images(2), [0, 1]), "give no choice"),
         (lambda: list(made.answers([])), "chosen on the device"),
         (lambda: list(chooses.answers([], ahead=-1)), "ahead must be at least 0"),
     ]

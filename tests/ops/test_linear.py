@@ -17,6 +17,7 @@ from revit_kernels.modules.linear import linear_gated, linear_then
 from revit_kernels.ops import layer_norm, layer_norm_fp8, linear, linear_fp8
 from revit_kernels.ops.linear import ACTIVATIONS, GATES, choice, sample
 from revit_kernels.ops.linear.fp8 import E4M3, Quantized, quantize
+from revit_kernels.ops.linear.products import rows_are_independent
 
 SHAPES = {  # rows, in, out
     "no row": (0, 16, 8),
@@ -280,9 +281,14 @@ def test_duels_make_the_table():
     assert module.winners(duels) == {"GPU": {"a": "triton", "b": "vendor"}}
 
 
-def test_on_a_cpu_the_vendor_runs():
-    args = [t.cpu() if torch.is_tensor(t) else t for t in sample()]
-    assert choose("linear", None, *args, order=choice.forward_order(*args)).__name__.endswith("vendor")
+def test_on_a_cpu_our_product_runs_at_inference_and_the_vendors_in_training():
+    *args, _ = (t.cpu() if torch.is_tensor(t) else t for t in sample())
+
+    def chosen(recorded):
+        return choose("linear", None, *args, recorded, order=choice.forward_order(*args, recorded)).__name__
+
+    assert chosen(False).endswith(".cpu") or isinstance(dispatch.load("linear", "cpu"), str)
+    assert chosen(True).endswith(".vendor" if rows_are_independent() else ".cpu")
 
 
 def test_a_backend_forced_for_all_ops_is_passed_over_where_an_op_has_none_such(monkeypatch):

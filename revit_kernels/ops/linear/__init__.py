@@ -11,17 +11,19 @@ and SiLU but not erf. To be taken up where it can be measured.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import PLAIN, one_device, register
 from revit_kernels.ops.linear import choice
+from revit_kernels.ops.linear.products import finish, keeps
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "silu")
 GATES = (None, "first", "last")
 
 
-def _fake_forward(x, weight, bias, residual, gamma, activation, gate, keep, backend):
-    out = weight.shape[0]
+def _fake_forward(x, weight, bias, residual, gamma, activation, gate, recorded, backend):
+    out, keep = weight.shape[0], keeps(recorded, activation, gate, gamma)
     y = x.new_empty(x.shape[0], out // 2 if gate else out, dtype=x.dtype if residual is None else residual.dtype)
     return y, x.new_empty(x.shape[0], out) if keep else x.new_empty(0)
 
@@ -37,8 +39,8 @@ def _fake_backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, n
 _forward = register(
     "linear",
     "forward",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, str? activation, str? gate, bool keep,"
-    " str? backend) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? gamma, str? activation, str? gate,"
+    " bool recorded, str? backend) -> (Tensor, Tensor)",
     _fake_forward,
     lambda args: choice.forward_order(*args),
 )
@@ -55,8 +57,7 @@ _backward = register(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, residual, gamma, activation, gate, backend):
-        keep = activation is not None or gate is not None or gamma is not None
-        y, kept = _forward(x, weight, bias, residual, gamma, activation, gate, keep, backend)
+        y, kept = _forward(x, weight, bias, residual, gamma, activation, gate, True, backend)
         ctx.save_for_backward(x, weight, bias, gamma, kept)
         ctx.form = activation, gate, backend
         return y
@@ -111,6 +112,16 @@ def check(x, weight, bias, residual, gamma, activation, gate) -> None:
     one_device(x=x, weight=weight, bias=bias, residual=residual, gamma=gamma)
 
 
+def _is_pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None, fused: tuple) -> bool:
+    """Whether PyTorch's own functions are the better: a compiler fuses them itself, subclasses know them alone."""
+    return (
+        torch.compiler.is_compiling()
+        or any(type(t) not in PLAIN for t in (x, weight, bias) if t is not None)
+        or (x.is_cuda and all(step is None for step in fused))
+        or (not x.is_cuda and torch.is_autocast_enabled(x.device.type))
+    )
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -133,12 +144,16 @@ def linear(
     residual: (rows, columns) of any floating-point dtype, or None
     gamma:    (columns,), the LayerScale, or None for ones
 
-    Returns (rows, columns) in the dtype of the residual, or of x where there is none, accumulated in fp32. `triton`
-    rounds once and gives a row the same bits in any company; `vendor` rounds after the product and after every step
-    that is not in its library's epilogue, and on a GPU picks its algorithm by the number of rows.
-    Under autocast, x, weight and bias are cast to its dtype. Raises ValueError for a wrong shape or dtype,
-    NotImplementedError where no backend takes the arguments.
+    Returns (rows, columns) in the dtype of the residual, or of x where there is none, accumulated in fp32: at inference
+    on a CPU by our own product (csrc/linear), in training there by oneDNN. `triton` rounds once; the others round after
+    the product and after every step that is not in their epilogue. On a CPU, and by `triton`, a row's bits do not
+    depend on the other rows; cuBLAS picks its algorithm by their number.
+    Under autocast, x, weight and bias are cast to its dtype. Where there is nothing to fuse on a GPU, under
+    torch.compile, under autocast on a CPU, and for subclasses of Tensor it is PyTorch's own functions.
+    Raises ValueError for a wrong shape or dtype, NotImplementedError where no backend takes the arguments.
     """
+    if backend is None and _is_pytorchs(x, weight, bias, (activation, gate, residual, gamma)):
+        return finish(F.linear(x, weight, bias), residual, gamma, activation, gate)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)

@@ -17,6 +17,7 @@ import torch
 from revit_kernels import measured
 
 VENDOR_FIRST = ("vendor", "triton", "reference")
+ON_CPU = ("cpu", *VENDOR_FIRST)
 TRITON_FIRST = ("triton", "vendor", "reference")
 RATE, BANDWIDTH = 790e12, 4.3e12  # FLOP/s in bf16 and bytes/s, measured on an H200
 SHORTFALL = 0.15  # assumed: how much slower Triton's product is than cuBLASLt's
@@ -48,9 +49,9 @@ def favours_epilogue(inputs: int, itemsize: int, activation, gate, residual: boo
     return saved / BANDWIDTH > SHORTFALL * products * 2 * inputs / RATE
 
 
-def forward_order(x, weight, bias, residual, gamma, activation, gate, keep) -> tuple:
+def forward_order(x, weight, bias, residual, gamma, activation, gate, recorded) -> tuple:
     if not x.is_cuda:
-        return VENDOR_FIRST
+        return ON_CPU
     order = _lookup(x.device, "forward", x.dtype, weight.shape, activation, gate, residual is not None)
     if order is not None:
         return order

@@ -5,6 +5,7 @@ import math
 import torch
 
 from revit_kernels.ops.e4m3 import E4M3, E4M3_MAX
+from revit_kernels.ops.linear.products import keeps
 
 
 def refusal(step, args):
@@ -54,13 +55,15 @@ def _finish(h, residual, gamma, activation, gate):
     return y if residual is None else residual.to(y.dtype) + y
 
 
-def forward(x, weight, bias, residual, gamma, activation, gate, keep):
+def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
     wide = _wide(x.dtype)
     h = x.to(wide) @ weight.to(wide).T
     if bias is not None:
         h = h + bias.to(wide)
     y = _finish(h, residual, gamma, activation, gate)
-    return y.to(x.dtype if residual is None else residual.dtype), h.to(x.dtype) if keep else x.new_empty(0)
+    return y.to(x.dtype if residual is None else residual.dtype), h.to(x.dtype) if keeps(
+        recorded, activation, gate, gamma
+    ) else x.new_empty(0)
 
 
 def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight):

@@ -15,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from revit_kernels import measured
 from revit_kernels.ops.e4m3 import E4M3, E4M3_SINCE, GROUP
 from revit_kernels.ops.e4m3_triton import quantize_rows
-from revit_kernels.ops.linear.products import derivative_products
+from revit_kernels.ops.linear.products import derivative_products, keeps
 from revit_kernels.ops.linear.tiles import NUMBERS, TILES, WORDS, power_of_two
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -323,11 +323,11 @@ def _product(x, weight, bias, residual, gamma, x_scale, weight_scale, y, y_scale
     )  # fmt: skip
 
 
-def forward(x, weight, bias, residual, gamma, activation, gate, keep):
+def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
     rows, out = x.shape[0], weight.shape[0]
     dtype = x.dtype if residual is None else residual.dtype
     y = x.new_empty(rows, out // 2 if gate else out, dtype=dtype)
-    kept = x.new_empty(rows, out) if keep else None
+    kept = x.new_empty(rows, out) if keeps(recorded, activation, gate, gamma) else None
     _product(x, weight, bias, residual, gamma, None, None, y, None, kept, activation, gate)
     return y, x.new_empty(0) if kept is None else kept
 

@@ -1,11 +1,9 @@
 """The vendor's matrix product: cuBLASLt on NVIDIA GPUs, oneDNN on CPUs. What its epilogue lacks runs after it."""
 
 import torch
-import torch.nn.functional as F
 
-from revit_kernels import gemm
 from revit_kernels.ops.e4m3 import E4M3_SINCE
-from revit_kernels.ops.linear.products import derivative_products
+from revit_kernels.ops.linear.products import activate, branch, derivative_products, finish, keeps, product
 
 
 def refusal(step, args):
@@ -37,38 +35,15 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _activate(h, activation):
-    if activation is None:
-        return h
-    if activation == "silu":
-        return F.silu(h)
-    return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
-
-
-def _branch(h, activation, gate):
-    if gate is None:
-        return _activate(h, activation)
-    first, second = h.chunk(2, -1)
-    return _activate(first, activation) * second if gate == "first" else first * _activate(second, activation)
-
-
-def _finish(h, residual, gamma, activation, gate):
-    y = _branch(h, activation, gate)
-    if residual is None:
-        return y if gamma is None else (y * gamma).to(y.dtype)
-    return (residual + y if gamma is None else torch.addcmul(residual, y, gamma)).to(residual.dtype)
-
-
-def forward(x, weight, bias, residual, gamma, activation, gate, keep):
+def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
     bias = None if bias is None else bias.to(x.dtype)
+    keep = keeps(recorded, activation, gate, gamma)
     if x.is_cuda and bias is not None and activation == "gelu_tanh" and gate is None and not keep:
         # The only GELU that cuBLASLt's epilogue has.
         y = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return _finish(y, residual, gamma, None, None), x.new_empty(0)
-    fused = activation if activation != "silu" and gate is None and not keep else None
-    h = gemm.linear(x, weight, bias, fused)
-    y = _finish(h, residual, gamma, None if fused else activation, gate)
-    return y.clone() if y is h and keep else y, h if keep else x.new_empty(0)
+        return finish(y, residual, gamma, None, None), x.new_empty(0)
+    h = product(x, weight, bias)
+    return finish(h, residual, gamma, activation, gate), h if keep else x.new_empty(0)
 
 
 def _slope_times(dy, h, activation):
@@ -83,13 +58,13 @@ def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_we
     none = x.new_empty(0)
     dgamma, dbranch = none, dy
     if gamma is not None:
-        dgamma = (dy.to(_wide(x.dtype)) * _branch(kept, activation, gate)).sum(0).to(gamma.dtype)
+        dgamma = (dy.to(_wide(x.dtype)) * branch(kept, activation, gate)).sum(0).to(gamma.dtype)
         dbranch = dy * gamma
     dbranch = dbranch.to(x.dtype)
     if gate is not None:
         first, second = kept.chunk(2, -1)
         acted, other = (first, second) if gate == "first" else (second, first)
-        parts = _slope_times(dbranch * other, acted, activation), dbranch * _activate(acted, activation)
+        parts = _slope_times(dbranch * other, acted, activation), dbranch * activate(acted, activation)
         dh = torch.cat(parts if gate == "first" else parts[::-1], -1)
     else:
         dh = _slope_times(dbranch, kept, activation)
@@ -101,4 +76,4 @@ def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gat
     bias = None if bias is None else bias.to(dtype)
     scales = {"scale_a": x_scale, "scale_b": weight_scale[None]}
     h = torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
-    return _finish(h, residual, gamma, activation, gate), x_scale.new_empty(0)
+    return finish(h, residual, gamma, activation, gate), x_scale.new_empty(0)

@@ -3,8 +3,8 @@
 import torch
 
 from revit_kernels import native
-from revit_kernels.gemm import linear
-from revit_kernels.panels import pack_weight
+from revit_kernels.ops.linear import linear
+from revit_kernels.ops.linear.panels import pack_weight
 
 native.load("cpu")
 _embed = torch.ops.revit_kernels.patch_embed_cpu.default

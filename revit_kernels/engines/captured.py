@@ -1,4 +1,4 @@
-"""CapturedViT: choice, packing, encoder and head as one CUDA graph per budget of tokens, with no host in the loop."""
+"""The engine of CUDA graphs: choice, packing, encoder and head as one graph per budget of tokens."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.adaptive.model import AdaptiveViT
-from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import Assign, Fixed, Policy
 from revit_kernels.device_cache import to_device
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.engines.engine import STALE, StaleEngine, state_of, watched_of
 from revit_kernels.modules.lengths import Grid, cells
 from revit_kernels.packing import Packing
-from revit_kernels.serving.batching import token_batches
 
 WARMUP = 3  # forwards on a side stream ahead of a capture: they fill caches and compile kernels, which a capture cannot
 
@@ -90,19 +85,6 @@ class _Flight(NamedTuple):
     copied: torch.cuda.Event | None
 
 
-class _Assigned(nn.Module):
-    """The choice of an assigner's policy, from the images alone."""
-
-    def __init__(self, adaptive: AdaptiveViT, channels_last: bool):
-        super().__init__()
-        self.model, self.assigner = adaptive.model, adaptive.assigner
-        self.policy, self.channels_last = adaptive.policy, channels_last
-        self.training = False  # of itself: the mode of the parts is theirs
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.policy.decide(self.assigner(images, model=self.model, channels_last=self.channels_last))
-
-
 def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -121,20 +103,20 @@ def _uncapturable(device: torch.device, modules: Iterable[nn.Module]) -> str | N
     return None
 
 
-class CapturedViT:
-    """A VarLenViT for batches of at most so many images of one size, captured as one CUDA graph per budget of tokens.
+class CapturedEngine:
+    """An engine for batches of at most so many images of one size: one CUDA graph per budget of tokens.
 
     A graph holds everything from the images to the logits: the choice of lengths, the packing made from it on the
     device, embedding, blocks, pooling and head. A call copies its images into fixed buffers and replays the graph of
     one budget: a handful of launches, whatever the model's depth, the number of images and their lengths.
 
-        captured = CapturedViT(model, images=64)              # lengths that the host knows
-        answers = captured(images, choice=[0, 2, 1, ...])     # the smallest budget that holds them; more are split
+        engine = model.engine(images=64)
+        logits = engine(images, grids=[(14, 14), (7, 7), ...])      # what model(images, grids=...) gives
+        answers = engine.answer(images, [0, 2, 1, ...])             # the same by menu rows, with what it cost
 
-        captured = CapturedViT(model, choose, images=64, mix=(0.2, 0.3, 0.5))      # lengths chosen on the device
-        captured = CapturedViT.from_adaptive(adaptive, images=64)                  # by an assigner
-        answers = captured(images)                            # the budget that the mix needs; see answers.fits
-        for answers in captured.answers(batches): ...         # the images beyond a budget go into the next graph
+        engine = model.engine(images=64, choose=choose, mix=(0.2, 0.3, 0.5))        # lengths chosen on the device
+        logits = engine(images)                             # the budget that the mix needs: see Answers.fits
+        for answers in engine.answers(batches): ...         # the images beyond a budget go into the next graph
 
     model:   a VarLenViT
     choose:  from the images (slots, ...) to (slots,) menu rows, on the device and without waiting for it. It sees every
@@ -149,24 +131,26 @@ class CapturedViT:
     dtype:   of the images
     channels_last: images are (images, height, width, channels)
     menu:    the grids to choose from; the model's own, if not given
+    stale:   what to do in a call after the model changed so that its graphs would answer with what it was: "raise"
+             StaleEngine, or "refresh", which captures anew
 
     Where there can be no graph, `refusal` says why, a warning says it once, and the very same computation (buffers,
     packing, budgets) runs eagerly. What a model cannot do on a packing made on the device is an error either way.
 
-    A graph reads the parameters where they were when it was captured: values written in place (an optimiser's step,
-    `load_state_dict`) are seen by the next replay. After anything else (`.to()`, `load_state_dict(assign=True)`, other
-    modules, hooks, `train()`) call `recapture`; until then the old parameters answer.
+    A graph reads the parameters where they were when it was captured: values written in place (an optimizer's step,
+    `load_state_dict`) are seen by the next replay. After `.to()`, `load_state_dict(assign=True)`, `train()`, or with
+    another module, parameter or hook, the engine is stale.
 
     No gradients are recorded, and autocast does not reach inside. Calls share the buffers: one at a time, though on any
     stream. Images in pinned memory are copied without waiting: leave them alone until the answers are there.
 
-    Raises ValueError for budgets, mix or waste that fit neither menu nor slots, and for images or a choice that are
-    not of the shape, dtype and menu captured.
+    Raises ValueError for budgets, mix or waste that fit neither menu nor slots, and for images, grids or a choice that
+    are not of the shape, dtype and menu captured.
     """
 
     def __init__(
         self,
-        model: VarLenViT,
+        model: nn.Module,
         choose: Callable[[Tensor], Tensor] | None = None,
         *,
         images: int = 64,
@@ -178,9 +162,13 @@ class CapturedViT:
         dtype: torch.dtype = torch.uint8,
         channels_last: bool = False,
         menu: Sequence[Grid] | None = None,
+        stale: str = "raise",
     ):
         if images < 1:
             raise ValueError(f"images must be at least 1, got {images}")
+        if stale not in STALE:
+            raise ValueError(f"stale must be one of {STALE}, got {stale!r}")
+        self.stale = stale
         self.model, self.choose, self.slots = model, choose, images
         self.menu = tuple(map(tuple, menu or model.menu or (model.patch_embed.grid_size,)))
         self.channels_last = channels_last
@@ -200,7 +188,7 @@ class CapturedViT:
         if not self.budgets or (self.budgets[-1] if choose is None else self.budgets[0]) < longest:
             which = "the largest budget" if choose is None else "every budget"
             raise ValueError(f"{which} must hold the longest image's {longest} tokens, got {self.budgets}")
-        self.recapture()
+        self.refresh()
 
     def _set_mix(self, mix: Sequence[float] | None, margin: float) -> None:
         if mix is None:
@@ -215,42 +203,14 @@ class CapturedViT:
         variance = sum(share * (n - self._mean) ** 2 for share, n in zip(shares, self.lengths))
         self._spread = margin * math.sqrt(variance)
 
-    @classmethod
-    def from_adaptive(cls, adaptive: AdaptiveViT, *, outcomes: Outcomes | None = None, **options) -> CapturedViT:
-        """An AdaptiveViT of one pass: policy "fixed", "assigner", or a function that does not wait for the device.
-
-        outcomes: of held-out images, for the mix that the policy gives; the assigner's own, if not given
-
-        Raises ValueError for a policy that the host is part of.
-        """
-        policy, channels_last = adaptive.policy, options.get("channels_last", False)
-        rows = None
-        if isinstance(policy, Assign):
-            choose = _Assigned(adaptive, channels_last)
-            outcomes = outcomes or adaptive.assigner.outcomes
-            rows = None if outcomes is None else policy.rows_run(outcomes)[0]
-        elif isinstance(policy, Fixed):
-            rows = np.array([policy.row])
-
-            def choose(images: Tensor) -> Tensor:
-                return torch.full((len(images),), policy.row, dtype=torch.int32, device=images.device)
-
-        elif isinstance(policy, Policy):
-            raise ValueError(
-                f"policy {policy.name!r} asks the host: only one pass at lengths chosen on the device is one graph"
-            )
-        else:
-            choose = policy
-        if rows is not None:
-            options.setdefault("mix", tuple(np.bincount(rows, minlength=len(adaptive.menu)).tolist()))
-        return cls(adaptive.model, choose, **options)
-
     # ------------------------------------------------------------------ capture
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def recapture(self) -> None:
+    def refresh(self) -> None:
         """Capture every budget anew, where the model is now; `waste` begins again."""
+        watched = watched_of(self.model)
+        self._snapshot = watched, state_of(watched, self.model, written=False)
         self.device = self.model._device()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = None
@@ -268,7 +228,7 @@ class CapturedViT:
         self._held = [t.detach() for m in modules for t in chain(m.parameters(), m.buffers())]
         self.refusal: str | None = _uncapturable(self.device, modules) or self._capture()
         if self.refusal:
-            warnings.warn(f"CapturedViT runs without CUDA graphs: {self.refusal}", RuntimeWarning, stacklevel=5)
+            warnings.warn(f"CapturedEngine runs without CUDA graphs: {self.refusal}", RuntimeWarning, stacklevel=5)
         self._total.zero_()
         self._rows = 0
 
@@ -336,8 +296,42 @@ class CapturedViT:
         wanted = math.ceil(images * self._mean + self._spread * math.sqrt(images))
         return max(longest, min(wanted, images * longest))
 
+    def _current(self) -> None:
+        watched, state = self._snapshot
+        if state_of(watched, self.model, written=False) != state:
+            if self.stale == "raise":
+                raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
+            self.refresh()
+
+    def __call__(self, images: Tensor, *, grids=None, packing: Packing | None = None) -> Tensor:
+        """(images, classes), one row per image in the order given; nothing waits for the device.
+
+        images:  (images, ...) of the size and dtype captured, in any number, on the device or the host
+        grids:   (rows, columns) of each image, of the menu; or `packing`, which has them. Where the device chooses,
+                 neither; else the grid of the images' size, if neither is given
+        """
+        if packing is not None:
+            grids = packing.grids
+            if grids is None:
+                raise ValueError("packing must be one whose grids the host knows: give the engine a `choose` instead")
+        if self.choose is None and grids is None:
+            shape = self._shape[1:3] if self.channels_last else self._shape[2:]
+            own = tuple(pixels // patch for pixels, patch in zip(shape, self.model.patch_embed.patch_size))
+            grids = [own] * len(images)
+        if grids is None:
+            return self.answer(images).logits
+        unknown = [grid for grid in grids if tuple(grid) not in self.menu]
+        if unknown:
+            raise ValueError(f"grids must be of the menu {self.menu}, got {tuple(unknown[0])}")
+        return self.answer(images, [self.menu.index(tuple(grid)) for grid in grids]).logits
+
+    def features(self, images: Tensor, **options):
+        """What `model.forward_features` gives, launch by launch: graphs hold the pooled answers alone."""
+        with torch.no_grad():
+            return self.model.forward_features(images, channels_last=self.channels_last, **options)
+
     @torch.no_grad()
-    def __call__(self, images: Tensor, choice: Sequence[int] | Tensor | None = None) -> Answers:
+    def answer(self, images: Tensor, choice: Sequence[int] | Tensor | None = None) -> Answers:
         """Answers to the images, in order; nothing waits for the device.
 
         images: (images, ...) of the size and dtype captured, in any number, on the device or the host
@@ -345,21 +339,17 @@ class CapturedViT:
 
         Where the device chooses, an image beyond its budget has no answer: see `Answers.fits`, or use `answers`.
         """
+        self._current()
         batch = self._batch(images)
         rows = self._known(choice, len(images))
-        if rows is None:
-            spans = [range(i, min(i + self.slots, len(images))) for i in range(0, len(images), self.slots)]
-        else:
-            spans = token_batches(
-                range(len(rows)),
-                self.budgets[-1],
-                lambda i: self.lengths[rows[i]],
-                max_bytes=self.slots,
-                bytes_of=lambda _: 1,
-            )
-        for span in spans:
-            start, stop = span[0], span[-1] + 1
+        start = 0
+        while start < len(images):
+            stop = min(start + self.slots, len(images))
+            if rows is not None:
+                held = accumulate(self.lengths[row] for row in rows[start:stop])
+                stop = start + sum(tokens <= self.budgets[-1] for tokens in held)
             self._run([_Part(batch, start, stop)], None if rows is None else rows[start:stop])
+            start = stop
         return batch.answers()
 
     @torch.no_grad()
@@ -374,9 +364,12 @@ class CapturedViT:
         ahead of new ones. Only where the device chooses: ValueError otherwise.
         """
         if self.choose is None:
-            raise ValueError("answers is for lengths chosen on the device: call with `choice`, which is never too much")
+            raise ValueError(
+                "answers is for lengths chosen on the device: call `answer` with a choice, which is never too much"
+            )
         if ahead < 0:
             raise ValueError(f"ahead must be at least 0, got {ahead}")
+        self._current()
         source, order = iter(batches), deque()
         waiting: deque[_Part] = deque()
         flying: deque[_Flight] = deque()

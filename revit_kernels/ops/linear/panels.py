@@ -1,10 +1,10 @@
-"""Weights packed as the CPU kernels' matrix product reads them: csrc/gemm."""
+"""Weights packed as the CPU kernels' matrix product reads them: csrc/linear."""
 
 import torch
 from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None)
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None)  # of the epilogue
 
 
 def has_kernel(kind) -> bool:
