@@ -32,7 +32,7 @@ def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: 
     scale = min(1, math.sqrt(max_tokens / (own[0] * own[1])))
     rows, columns = (n * scale for n in own)
 
-    def around(n: float, limit: int) -> set[int]:
+    def around(n: float, limit: int):
         return {max(1, min(limit, round_(n))) for round_ in (math.floor, math.ceil)}
 
     def distance(grid: Grid) -> tuple[float, float, int]:

@@ -294,6 +294,53 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
     if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
 }
 
+void check(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row) {
+  const int64_t tokens = x.size(0), images = cu_seqlens.size(0) - 1;
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images >= 0,
+                  "cu_seqlens must be contiguous (images + 1,) of int32");
+  const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
+    STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
+                    "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
+  STD_TORCH_CHECK(!row || (row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous()),
+                  "row must be contiguous (", tokens, ",) of int32");
+}
+
+// Blocks alike in all but their weights, from x to y.
+Call call_of(std::vector<Problem> problems, const Tensor& cu_seqlens, int64_t tokens, int64_t heads, double scale) {
+  const auto blocks = static_cast<int64_t>(problems.size());
+  static const auto shape_of = EVERY_ISA_PICK(shape_of);
+  const Shape shape = shape_of(problems[0]);
+  const int64_t head_dim = problems[0].attended_dim / heads;
+  Call call{std::move(problems),
+            shape,
+            static_cast<const int32_t*>(cu_seqlens.data_ptr()),
+            cu_seqlens.size(0) - 1,
+            tokens,
+            heads,
+            head_dim,
+            static_cast<float>(scale)};
+  for (int64_t i = 0; i < blocks; ++i) call.problems[i].next = &call.problems[std::min(i + 1, blocks - 1)].to_qkv;
+  return call;
+}
+
+void run(Call& call) {
+  const Problem& p = call.problems[0];
+  // multiplications of a token, and of a pair of them
+  const double products = 4. * p.dim * p.attended_dim + 2. * p.dim * p.hidden;
+  const std::vector<Group> groups = shares(call.boundaries, call.images, 2. * p.attended_dim / products, call.threads);
+  if (!groups.empty())
+    call.share_groups(groups);
+  else if (call.end() > call.begin())
+    call.share_steps();
+}
+
+// Rows of no image.
+void zero_tail(const Call& call, Tensor& y) {
+  zero_rows(y, 0, call.begin());
+  zero_rows(y, call.end(), call.tokens);
+}
+
 }  // namespace
 
 // x: (tokens, dim) fp32 or bf16; row: (tokens,) int32
@@ -307,18 +354,13 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
                   int64_t hidden, double scale, int64_t activation, int64_t kind, std::vector<Tensor> head,
                   double head_eps, int64_t classes) {
   const int64_t tokens = x.size(0), dim = x.size(1), width = heads * head_dim, images = cu_seqlens.size(0) - 1;
-  const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
-    STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
-                    "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
+  check(x, cu_seqlens, row);
   Tensor y = torch::stable::new_empty(x, {tokens, dim});
   const int64_t blocks = static_cast<int64_t>(weights.size()) / kTensors;
   STD_TORCH_CHECK(blocks && static_cast<int64_t>(weights.size()) == blocks * kTensors, "each block has ", kTensors,
                   " tensors, got ", weights.size());
   STD_TORCH_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ",
                   head.size());
-  STD_TORCH_CHECK(!row || (row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous()),
-                  "row must be contiguous (", tokens, ",) of int32");
   std::vector<Problem> problems;
   for (int64_t i = 0; i < blocks; ++i) {
     const Tensor* own = weights.data() + i * kTensors;
@@ -340,24 +382,70 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
         .is_bf16 = is_bf16(x),
     });
   }
-  for (int64_t i = 0; i < blocks; ++i) problems[i].next = &problems[std::min(i + 1, blocks - 1)].to_qkv;
-  static const auto shape_of = EVERY_ISA_PICK(shape_of);
-  const Shape shape = shape_of(problems[0]);
-  Call call{std::move(problems), shape, boundaries, images, tokens, heads, head_dim, static_cast<float>(scale)};
-
-  const double products = 4. * dim * width + 2. * dim * hidden;  // multiplications of a token, and of a pair of them
-  const std::vector<Group> groups = shares(boundaries, images, 2. * width / products, call.threads);
-  if (!groups.empty())
-    call.share_groups(groups);
-  else if (call.end() > call.begin())
-    call.share_steps();
+  Call call = call_of(std::move(problems), cu_seqlens, tokens, heads, scale);
+  run(call);
   if (!head.empty()) {
     Tensor logits = torch::stable::new_empty(x, {images, classes});
     classify(call, head, head_eps, logits);
     return logits;
   }
-  zero_rows(y, 0, call.begin());
-  zero_rows(y, call.end(), tokens);
+  zero_tail(call, y);
+  return y;
+}
+
+// One block, packing its weights in the call. norm1, norm2 and their biases: (lengths, dim) or (dim,) fp32 or bf16
+Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, const Tensor& norm1,
+                 const Tensor& norm1_bias, const Tensor& qkv, const std::optional<Tensor>& qkv_bias, const Tensor& proj,
+                 const std::optional<Tensor>& proj_bias, const std::optional<Tensor>& gamma1, const Tensor& norm2,
+                 const Tensor& norm2_bias, const Tensor& fc1, const std::optional<Tensor>& fc1_bias, const Tensor& fc2,
+                 const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma2, double eps1, double eps2,
+                 int64_t heads, double scale, int64_t activation, int64_t kind) {
+  const int64_t tokens = x.size(0), dim = x.size(1), width = proj.size(1), hidden = fc1.size(0);
+  check(x, cu_seqlens, row);
+  const Tensor* norms[] = {&norm1, &norm1_bias, &norm2, &norm2_bias};
+  Linear products[] = {linear(nullptr, kind, dim, 3 * width), linear(nullptr, kind, width, dim),
+                       linear(nullptr, kind, dim, hidden), linear(nullptr, kind, hidden, dim)};
+  const char* none = nullptr;
+  int64_t bytes = 0;
+  for (const Tensor* norm : norms) bytes += Arena::bytes<float>(norm->numel());
+  for (const Linear& product : products) bytes += Arena::bytes<char>(product.end - none);
+  static thread_local Arena kept;
+  Arena once;
+  Arena& memory = bytes <= kMostKept ? kept : once;
+  memory.reserve(bytes);
+  float* affine[4];
+  for (int i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(norms[i]->numel() && norms[i]->numel() % dim == 0 && norms[i]->numel() == norms[i & 2]->numel(),
+                    "a norm's weight and bias must be (lengths, ", dim, ")");
+    read_floats(*norms[i], affine[i] = memory.take<float>(norms[i]->numel()));
+  }
+  for (Linear& product : products)
+    product = linear(memory.take<char>(product.end - none), kind, product.in, product.out);
+  pack(qkv, qkv_bias, std::nullopt, kind, products[0]);
+  pack(proj, proj_bias, gamma1, kind, products[1]);
+  pack(fc1, fc1_bias, std::nullopt, kind, products[2]);
+  pack(fc2, fc2_bias, gamma2, kind, products[3]);
+  Tensor y = torch::stable::new_empty(x, {tokens, dim});
+  Call call = call_of({{
+                          .x = x.data_ptr(),
+                          .y = y.data_ptr(),
+                          .row = row ? static_cast<const int32_t*>(row->data_ptr()) : nullptr,
+                          .dim = dim,
+                          .attended_dim = width,
+                          .hidden = hidden,
+                          .norm1 = {affine[0], affine[1], norm1.numel() / dim, static_cast<float>(eps1)},
+                          .norm2 = {affine[2], affine[3], norm2.numel() / dim, static_cast<float>(eps2)},
+                          .to_qkv = products[0],
+                          .proj = products[1],
+                          .fc1 = products[2],
+                          .fc2 = products[3],
+                          .activation = static_cast<Activation>(activation),
+                          .kind = static_cast<Kind>(kind),
+                          .is_bf16 = is_bf16(x),
+                      }},
+                      cu_seqlens, tokens, heads, scale);
+  run(call);
+  zero_tail(call, y);
   return y;
 }
 
@@ -368,5 +456,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
       "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor[] weights, float eps1, float eps2, int heads,"
       " int head_dim, int hidden, float scale, int activation, int kind, Tensor[] head, float head_eps, int classes)"
       " -> Tensor");
+  m.def(
+      "block_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor norm1, Tensor norm1_bias, Tensor qkv,"
+      " Tensor? qkv_bias, Tensor proj, Tensor? proj_bias, Tensor? gamma1, Tensor norm2, Tensor norm2_bias, Tensor fc1,"
+      " Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, Tensor? gamma2, float eps1, float eps2, int heads, float scale,"
+      " int activation, int kind) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) { m.impl("blocks_cpu", TORCH_BOX(&revit::blocks_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
+  m.impl("blocks_cpu", TORCH_BOX(&revit::blocks_cpu));
+  m.impl("block_cpu", TORCH_BOX(&revit::block_cpu));
+}

@@ -41,27 +41,48 @@ void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, i
 // Which kinds of weights there are kernels for here: 0 fp32, 1 bf16, 2 int8.
 bool packs_cpu(int64_t kind) { return revit::layout(kind).unit > 0; }
 
-// weight: (out, in) fp32 or bf16; bias, gamma: (out,) fp32. Returns bytes, for this process alone to read.
+void read_floats(const Tensor& from, float* to) {
+  const int64_t count = from.numel();
+  STD_TORCH_CHECK(from.is_contiguous(), "a bias, a norm or LayerScale must be contiguous");
+  if (from.scalar_type() == ScalarType::Float) {
+    std::memcpy(to, from.data_ptr(), count * 4);
+  } else {
+    STD_TORCH_CHECK(from.scalar_type() == ScalarType::BFloat16, "a bias, a norm or LayerScale must be fp32 or bf16");
+    static const auto widen = EVERY_ISA_PICK(widen_row);
+    widen(from.data_ptr(), count, to);
+  }
+}
+
+void pack(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma, int64_t kind,
+          const Linear& to) {
+  const Layout how = revit::layout(kind);
+  const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
+  STD_TORCH_CHECK((is_bf16 || weight.scalar_type() == ScalarType::Float) && weight.is_contiguous() &&
+                      weight.size(0) == to.out && weight.size(1) == to.in,
+                  "a weight must be contiguous (", to.out, ", ", to.in, ") of float32 or bfloat16");
+  for (const auto& row : {bias, gamma})
+    STD_TORCH_CHECK(!row || row->numel() == to.out, "a bias must have ", to.out, " numbers");
+  std::memset(to.bias, 0, to.end - reinterpret_cast<char*>(to.bias));
+  std::fill_n(to.gamma, to.out, 1.f);
+  if (bias) read_floats(*bias, to.bias);
+  if (gamma) read_floats(*gamma, to.gamma);
+  static const auto pack_weight = EVERY_ISA_PICK(pack_weight);
+  const int64_t panels = (to.out + how.panel - 1) / how.panel;
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    const Span columns{begin * how.panel, std::min(end * how.panel, to.out)};
+    pack_weight(static_cast<Kind>(kind), is_bf16, weight.data_ptr(), to, columns);
+  });
+}
+
+// Returns bytes, for this process alone to read.
 Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
                 int64_t kind) {
   const int64_t out = weight.size(0), in = weight.size(1);
-  const Layout how = revit::layout(kind);
-  STD_TORCH_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
-  const Linear sizes(nullptr, in, out, how.lanes, how.unit);
-  Tensor packed = torch::stable::new_empty(weight, {sizes.end - static_cast<char*>(nullptr)}, ScalarType::Byte);
-  const Linear to = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
-  std::memset(to.bias, 0, to.end - reinterpret_cast<char*>(to.bias));
-  for (int64_t n = 0; n < out; ++n) {
-    to.bias[n] = bias ? static_cast<const float*>(bias->data_ptr())[n] : 0;
-    to.gamma[n] = gamma ? static_cast<const float*>(gamma->data_ptr())[n] : 1;
-  }
-  static const auto pack_weight = EVERY_ISA_PICK(pack_weight);
-  const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
-  const int64_t panels = (out + how.panel - 1) / how.panel;
-  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    const Span columns{begin * how.panel, std::min(end * how.panel, out)};
-    pack_weight(static_cast<Kind>(kind), is_bf16, weight.data_ptr(), to, columns);
-  });
+  const char* none = nullptr;
+  Tensor packed =
+      torch::stable::new_empty(weight, {revit::linear(nullptr, kind, in, out).end - none}, ScalarType::Byte);
+  pack(weight, bias, gamma, kind, revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out));
   return packed;
 }
 

@@ -1,6 +1,10 @@
 // The matrix product on packed weights, for other ops of this library.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
 #include "cpu/packed.h"
 
 namespace revit {
@@ -11,6 +15,14 @@ Layout layout(int64_t kind);
 // A weight as pack_cpu made it.
 Linear linear(char* packed, int64_t kind, int64_t in, int64_t out);
 
+// Packs a weight (out, in) fp32 or bf16, and what is added to and multiplied with its product, (out,) fp32 or bf16
+// each. All threads share it.
+void pack(const torch::stable::Tensor& weight, const std::optional<torch::stable::Tensor>& bias,
+          const std::optional<torch::stable::Tensor>& gamma, int64_t kind, const Linear& to);
+
+// The numbers of a contiguous tensor, fp32 or bf16.
+void read_floats(const torch::stable::Tensor& from, float* to);
+
 // y = activation(x W^T + bias (+ add)), on the calling thread. x: (rows, in) bf16 where the layout's unit has two
 // bytes, else fp32; add, y: (rows, out) bf16 or fp32; add may be null; columns: of y, from a multiple of the layout's
 // panel on
@@ -18,4 +30,3 @@ void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, i
               const void* add, void* y, Activation activation = Activation::kNone);
 
 }  // namespace revit
-

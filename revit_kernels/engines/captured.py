@@ -139,7 +139,7 @@ class CapturedEngine:
 
     A graph reads the parameters where they were when it was captured: values written in place (an optimizer's step,
     `load_state_dict`) are seen by the next replay. After `.to()`, `load_state_dict(assign=True)`, `train()`, or with
-    another module or parameter, the engine is stale. Hooks that are added later are not seen: call `refresh()`.
+    another module, parameter or hook, the engine is stale.
 
     No gradients are recorded, and autocast does not reach inside. Calls share the buffers: one at a time, though on any
     stream. Images in pinned memory are copied without waiting: leave them alone until the answers are there.

@@ -7,10 +7,11 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from revit_kernels.engines.packed import TRAINING, PackedBlocks, refusal
+from revit_kernels.engines.packed import HOOKS, TRAINING, PackedBlocks, refusal
 from revit_kernels.models.quantize import fp8
-from revit_kernels.modules.layer_norm import add, normalise
+from revit_kernels.modules.layer_norm import add
 
 QUANTIZE = (None, "int8", "fp8")
 STALE = ("raise", "refresh")
@@ -25,15 +26,16 @@ class Engine:
 
     An engine is a snapshot of the model's weights, as an exported model is. On a CPU it packs them once and runs all
     blocks, the final norm and the head in one call; the model itself packs each weight in each call. Where the model
-    is not made of plain pre-norm blocks, is on a GPU or in training mode, `engine.refusal` says so, and the engine runs
-    the model as it is: that is no snapshot then.
+    is not made of plain pre-norm blocks, is hooked, has a method replaced, is on a GPU or in training mode,
+    `engine.refusal` says so, and the engine runs the model as it is: that is no snapshot then.
 
     model:    a VarLenViT
     quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
               "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
     stale:    what to do in a call where the model went through `train()`, or the versions, addresses or identities of
-              its parameters show a change: "raise" StaleEngine, or "refresh". A write through `.data` or a NumPy view
-              raises no version and goes unnoticed: call `refresh()` after one
+              its parameters, or hooks on its modules, show a change: "raise" StaleEngine, or "refresh". A write through
+              `.data`, a NumPy view or, without `train()`, a fused optimizer raises no version and goes unnoticed: call
+              `refresh()` after one
 
     Many threads may call one engine. Raises ValueError for another `quantize` or `stale`, NotImplementedError where the
     model cannot be quantized here.
@@ -81,6 +83,10 @@ class Engine:
             self.refresh()
         elif self.refusal == TRAINING and self.stale == "refresh" and not self.model.training:
             self.refresh()
+        if _has_any_global_hook() and self._snapshot[3] is not None:  # which is to see every module
+            if self.quantize:
+                raise NotImplementedError(f"an engine in {self.quantize} calls no modules for a global hook to see")
+            return self.model, None
         return self._snapshot[2:]
 
     # ------------------------------------------------------------------ answers
@@ -89,9 +95,10 @@ class Engine:
     def __call__(self, images, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False):
         """(images, classes), one row per image in the order given; arguments as of VarLenViT."""
         running, blocks = self._current()
-        images, packing, dense = running._inputs(images, grids, packing, max_tokens, channels_last)
+        options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if blocks is None:
-            return running._features(images, packing, dense, channels_last, {}, answers=True)[0]
+            return running(images, **{k: v for k, v in options.items() if v is not None and v is not False})
+        images, packing, dense = running._inputs(images, **options)
         x = _embedded(running, blocks, images, packing, channels_last)
         if blocks.head is not None:
             return running._answered(blocks.answers(x, packing), packing)
@@ -149,22 +156,25 @@ def _remade(model, quantize, stale):
     return Engine(model, quantize=quantize, stale=stale)
 
 
-def watched_of(model: nn.Module) -> tuple[list[dict], list[dict]]:
-    """The dictionaries in which the model keeps its modules and parameters, for `state_of`."""
+def watched_of(model: nn.Module) -> tuple[list, ...]:
+    """What the model keeps its modules, parameters, attributes and hooks in, for `state_of`."""
     modules = list(model.modules())
-    return [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
+    watched = [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
+    return *watched, modules, [m.__dict__ for m in modules], [m.__dict__[name] for m in modules for name in HOOKS]
 
 
-def state_of(watched: tuple[list[dict], list[dict]], model: nn.Module, written: bool = True) -> tuple:
-    """What shows a change: which modules and parameters there are, where these lie, and how often they were written to.
+def state_of(watched: tuple[list, ...], model: nn.Module, written: bool = True) -> tuple:
+    """What shows a change: which modules and parameters there are, where these lie, and how often they were written to;
+    of what classes the modules are, how many attributes they have, and whether any is hooked.
 
     written: False leaves out writes in place
     """
-    modules, parameters = (chain.from_iterable(map(dict.values, dicts)) for dicts in watched)
+    modules, parameters = (chain.from_iterable(map(dict.values, dicts)) for dicts in watched[:2])
     parameters = [p for p in parameters if p is not None]
     versions = [0 if p.is_inference() else p._version for p in parameters] if written else []
     identities = [*map(id, modules)], [*map(id, parameters)]
-    return model.times_trained, identities, versions, [*map(Tensor.data_ptr, parameters)]
+    touched = [*map(type, watched[2])], [*map(len, watched[3])], any(watched[4])
+    return model.times_trained, touched, identities, versions, [*map(Tensor.data_ptr, parameters)]
 
 
 def _without_blocks(model: nn.Module) -> nn.Module:
@@ -181,8 +191,7 @@ def _without_blocks(model: nn.Module) -> nn.Module:
 
 def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
     positions = blocks.positions(running, packing.menu)
-    x, packing = running._embed(images, packing, channels_last, positions, blocks.patch)
-    return normalise(running.norm_pre, x, packing)[0]
+    return running._tokens(images, packing, False, channels_last, positions, blocks.patch)[0]
 
 
 def _dense(x: Tensor, packing) -> Tensor:

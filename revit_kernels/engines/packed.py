@@ -13,12 +13,15 @@ from revit_kernels.modules import whole_block
 from revit_kernels.modules.layer_norm import PER_LENGTH, _PerLength, _rows
 from revit_kernels.modules.lengths import cells, exact_rows, weights
 from revit_kernels.modules.linear import is_plain
+from revit_kernels.modules.patch_dropout import PatchDropout
 from revit_kernels.ops.linear.panels import pack_weight
 from revit_kernels.packing import Packing
 
 MOST_MENUS = 64  # whose positions and affines are kept: those of native aspects are many
 NORMS = ("LayerNorm", PER_LENGTH["LayerNorm"].__name__)
 TRAINING = "the model is in training mode"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed", "embed", "run_blocks", "finish")
 
 
 def refusal(model: nn.Module, kind: str | None = None) -> str | None:
@@ -27,6 +30,15 @@ def refusal(model: nn.Module, kind: str | None = None) -> str | None:
         return f"{type(model).__name__} may run its blocks otherwise than ours"
     if model.training:
         return TRAINING
+    for name in METHODS:
+        if not model._own(name):
+            return f"its {name} was replaced"
+    for name, module in model.named_modules():
+        own = module.__dict__
+        if not name.startswith("blocks.") and ("forward" in own or any(own[hooks] for hooks in HOOKS)):
+            return f"{name or 'the model'} is hooked, or its forward replaced"
+    if not model._embeds() or not isinstance(model.patch_drop, nn.Identity | PatchDropout):
+        return "its patch embedding or patch dropout is somebody's own"
     if not is_plain(model.blocks, "Sequential", "ModuleList") or not len(model.blocks):
         return "its stack of blocks is hooked or replaced"
     dtype, shared = next(model.parameters()).dtype, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import MethodType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -99,6 +100,9 @@ def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
         return module
     new = cls.__new__(cls)
     new.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+    for name, value in module.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is module:  # somebody's method on the instance
+            new.__dict__[name] = MethodType(value.__func__, new)
     for name, child in module._modules.items():
         new._modules[name] = None if child is None else _adopt(child)
     return new

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.modules.linear import linear
 
 
@@ -27,18 +27,22 @@ class VarLenViTDistilled(VarLenViT):
             self.init_weights(needs_reset=False)
 
     def set_distilled_training(self, enable: bool = True) -> None:
+        """Let training mode answer with both heads, as a pair, instead of their mean."""
         self.distilled_training = enable
 
     def group_matcher(self, coarse: bool = False) -> dict:
+        """As of VarLenViT."""
         return {
             "stem": r"^cls_token|pos_embed|patch_embed|dist_token",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def get_classifier(self):
+        """Both heads: of the class token and of the distillation token."""
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace both heads."""
         if global_pool not in (None, "", "token"):
             raise ValueError(f"a distilled model pools by 'token', got global_pool {global_pool!r}")
         self.num_classes = num_classes
@@ -47,13 +51,17 @@ class VarLenViTDistilled(VarLenViT):
 
     def forward_head(self, x, pre_logits: bool = False):
         """(images, classes): the mean of both heads, or both apart in distilled training."""
-        tokens, packing = self._packed(x)
-        # an image without tokens, in a packing made on the device, must not read beyond the last row
-        first = packing.cu_seqlens[:-1].long().clamp(max=tokens.shape[0] - 2)
-        features = (self.head_drop(tokens[first]), self.head_drop(tokens[first + 1]))
-        if pre_logits:
-            return self._answered(sum(features) / 2, packing)
-        heads = [h(y) if isinstance(h, nn.Identity) else linear(h, y) for h, y in zip(self.get_classifier(), features)]
-        if self.distilled_training and self.training:
-            return tuple(self._answered(y, packing) for y in heads)
-        return self._answered(sum(heads) / 2, packing)
+        if isinstance(x, PackedTokens):
+            tokens, packing = x
+            # an image without tokens, in a packing made on the device, must not read beyond the last row
+            first = packing.cu_seqlens[:-1].long().clamp(max=tokens.shape[0] - 2)
+            features = tokens[first], tokens[first + 1]
+        else:
+            features, packing = (x[:, 0], x[:, 1]), None
+        features = [self.head_drop(y) for y in features]
+        if not pre_logits:
+            features = [linear(head, y) for head, y in zip(self.get_classifier(), features)]
+        both = not pre_logits and self.distilled_training and self.training
+        answers = features if both else [(features[0] + features[1]) / 2]
+        answers = [y if packing is None else self._answered(y, packing) for y in answers]
+        return tuple(answers) if both else answers[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import nn
 
 from revit_kernels.modules.layer_norm import normalise
@@ -11,7 +13,7 @@ def take_indices(count: int, indices) -> tuple[list[int], int]:
     """Block numbers to take of `count`, and the largest: the last n for an int, all for None, else those listed."""
     if indices is None:
         indices = count
-    if isinstance(indices, int):
+    if isinstance(indices, Integral):
         if not 0 < indices <= count:
             raise ValueError(f"indices must be between 1 and {count} blocks, got {indices}")
         taken = list(range(count - indices, count))
@@ -55,11 +57,15 @@ class Intermediates:
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
         mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         patches, prefixes = [], []
+        grid = None
+        if dense and output_fmt == "NCHW":
+            height, width = (1, 2) if channels_last is True else (2, 3)
+            grid = self.patch_embed.dynamic_feat_size((images.shape[height], images.shape[width]))
 
         def visit(i, tokens, packing):
             if i in taken:
                 tokens = normalise(self.norm, tokens, packing)[0] if norm else tokens
-                patch, prefix = self._apart(tokens, packing, dense, output_fmt == "NCHW")
+                patch, prefix = self._apart(tokens, packing, dense, output_fmt == "NCHW", grid)
                 patches.append(patch)
                 prefixes.append(prefix)
 
@@ -81,13 +87,13 @@ class Intermediates:
 
         return PackedTokens(tokens, packing)
 
-    def _apart(self, tokens, packing, dense: bool, maps: bool):
+    def _apart(self, tokens, packing, dense: bool, maps: bool, grid):
         """Patches and prefix tokens apart; patches as maps (dim, rows, columns) if asked."""
         prefix = self.num_prefix_tokens
         if dense:
             patches = tokens[:, prefix:]
             if maps:
-                patches = patches.unflatten(1, packing.menu[0]).permute(0, 3, 1, 2).contiguous()
+                patches = patches.reshape(patches.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()
             return patches, tokens[:, :prefix]
         parts = packing.split(tokens)
         patches = tuple(part[prefix:] for part in parts)

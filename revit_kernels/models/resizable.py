@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from revit_kernels import ops
 from revit_kernels.device_cache import numbers
 from revit_kernels.modules import layer_norm
 from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
-from revit_kernels.modules.linear import is_plain
-from revit_kernels.modules.patch_embed import PatchEmbed
+from revit_kernels.modules.linear import is_plain, traced
+from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
 
 EMBEDDINGS = ("resize", "patch", "per_length")
@@ -158,9 +160,21 @@ class Resizable:
 
     def _interpolated(self, table: Tensor, *grids: Grid) -> Tensor:
         """(cells of all grids, dim)"""
-        if table.is_meta:
+        if not traced(table) and table.is_meta:
             return table.new_empty(sum(map(cells, grids)), table.shape[-1])
+        if traced(table):
+            return torch.cat([self._by_torch(table, grid) for grid in grids])
         return ops.pos_embed(table, grids, interpolation=self.pos_interpolation, antialias=self.pos_antialias)
+
+    def _by_torch(self, table: Tensor, grid: Grid) -> Tensor:
+        """(cells, dim), by torch's ops alone. grid: of numbers that a tracer may know by name only"""
+        own = self.patch_embed.grid_size if isinstance(table, Proxy) else tuple(table.shape[:2])
+        if is_grid(grid, own):
+            return table.flatten(0, 1)
+        how = {"mode": self.pos_interpolation, "antialias": self.pos_antialias, "align_corners": False}
+        wide = torch.float32 if isinstance(table, Proxy) else torch.promote_types(table.dtype, torch.float32)
+        maps = F.interpolate(table.permute(2, 0, 1)[None].to(wide), size=grid, **how)
+        return maps[0].flatten(1).t().to(table.dtype)
 
     def _position_rows(self, menu: tuple[Grid, ...]) -> Tensor:
         """(cells of all the grids of a packing's menu, dim), in order."""

@@ -47,9 +47,10 @@ class Surgery:
         """Load a checkpoint file; see `revit_kernels.models.checkpoints.load_checkpoint`."""
         from revit_kernels.models.checkpoints import load_checkpoint
 
-        load_checkpoint(self, checkpoint_path)
+        load_checkpoint(self, checkpoint_path, prefix=prefix)
 
     def no_weight_decay(self) -> set[str]:
+        """The names of parameters that an optimiser should not decay."""
         tables = {"pos_embed", "cls_token", "reg_token", "dist_token"}
         return tables | {name for name, _ in self.named_parameters() if _is_affine(name)}
 
@@ -61,9 +62,11 @@ class Surgery:
         }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute each block again in the backward, instead of keeping what it computed."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
+        """The head."""
         return self.head
 
     def _new_head(self, num_classes: int) -> nn.Module:
@@ -105,4 +108,5 @@ class Surgery:
         )
 
     def get_patch_size(self) -> tuple[int, int]:
+        """(height, width) of a patch, in pixels."""
         return self.patch_embed.patch_size

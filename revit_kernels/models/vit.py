@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from revit_kernels import modules, ops
-from revit_kernels.models import adopt
+from revit_kernels.models import adopt, listed
 from revit_kernels.models.embedding import Embedding
 from revit_kernels.models.intermediates import Intermediates
-from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, PACKED, STREAMING, layer
+from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
-from revit_kernels.modules.attention import by_length, dense_packing
+from revit_kernels.modules.attention import Maps, by_length, dense_packing, fitting, per_length
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
-from revit_kernels.modules.linear import is_plain, linear
+from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.patch_dropout import PatchDropout
 from revit_kernels.packing import Packing
+
+SCRIPT = "TorchScript is deprecated and not supported: use torch.compile or torch.export"
 
 
 class PackedTokens(NamedTuple):
@@ -223,8 +227,12 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.register_load_state_dict_pre_hook(_start_lengths)
 
     def train(self, mode: bool = True):
-        self.times_trained += mode  # an engine of the model is stale then, whatever was done to the weights
+        """As of nn.Module. An engine of the model is stale after training mode."""
+        self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(SCRIPT)
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> VarLenViT:
@@ -256,23 +264,33 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     ) -> tuple[Tensor, Packing]:
         """Through the embedding, `depth` blocks and the final norm, or on to the answers; `visit` sees the stream after
         each block."""
-        x, packing = self._embed(images, packing, channels_last)
-        if dense:  # hooks then see what timm shows them
-            x = x.view(packing.images, packing.max_seqlen, -1)
-        x, _ = normalise(self.norm_pre, x, packing)
-        if not is_plain(self.blocks, "Sequential", "ModuleList"):  # somebody's hooks want to see the stack as a whole
-            if not dense or visit is not None or depth is not None or mask:
-                raise ValueError("hooks on `blocks` as a whole need a dense batch and no mask: hook its blocks instead")
-            x = normalise(self.norm, self.blocks(x), packing)[0]
-            return (self.forward_head(x) if answers else x), packing
+        x, packing = self._tokens(images, packing, dense, channels_last)
         stream = [x, None, None]
         del x
-        stream = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
+        if visit is None and depth is None and not mask and self._calls_blocks(stream[0], dense):
+            stream = [self.blocks(stream[0]), None, None]
+        else:
+            stream = self.run_blocks(stream, packing, 0, depth, visit=visit, mask=mask)
         return (self.finish(stream, packing) if answers else self._normalised(stream, packing)), packing
+
+    def _calls_blocks(self, x: Tensor, dense: bool) -> bool:
+        """Whether the stack of blocks is called as a whole, because somebody watches or replaced it."""
+        if not traced(x) and is_plain(self.blocks, "Sequential", "ModuleList"):
+            return False
+        watched = not is_plain(self.blocks, "Sequential", "ModuleList") and not _has_any_global_hook()
+        per_length = self.menu is not None and self.resizable["norms"] == "per_length"
+        if not dense or per_length:  # the stack is told no packing
+            if watched and not self.grad_checkpointing:
+                raise ValueError(
+                    "hooks on `blocks` as a whole, or another module in its place, need a dense batch and a model "
+                    "without norms per length: hook its blocks instead"
+                )
+            return False
+        return not self.grad_checkpointing
 
     def _normalised(self, stream, packing: Packing) -> Tensor:
         x, branch, gamma = stream
-        return normalise(self.norm, x, packing, branch, gamma)[0]
+        return normalise(self.norm, x, fitting(packing, x), branch, gamma)[0]
 
     def embed(self, images, packing: Packing, channels_last: bool = False) -> Tensor:
         """(capacity, dim): the tokens before the first block, of images as `forward` takes them beside a packing.
@@ -280,7 +298,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         With `run_blocks` and `finish`, the forward in parts: for what goes on from an early block. Not in training.
         """
         images, packing, _ = self._inputs(images, None, packing, None, channels_last)
-        return normalise(self.norm_pre, self._embed(images, packing, channels_last)[0], packing)[0]
+        return self._tokens(images, packing, False, channels_last)[0]
 
     def run_blocks(
         self, stream: list, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None
@@ -293,7 +311,9 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         blocks, positions = list(self.blocks)[start:stop], self._block_positions(packing)
         for i, block in enumerate(blocks, start):
             own = positions[i % len(positions)] if positions else {}
-            stream = self._run_block(block, stream, packing, mask or {}, own)
+            streams = is_plain(block, *STREAMING) and not traced(stream[0])
+            stream = (self._stream_block if streams else self._call_block)(block, stream, packing, mask or {}, own)
+            packing = packing if streams else fitting(packing, stream[0])
             if visit is not None:
                 stream = [add(*stream), None, None]
                 visit(i, stream[0], packing)
@@ -301,36 +321,46 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def finish(self, stream, packing: Packing) -> Tensor:
         """(images, classes): the final norm, pooling and head, of the stream after the last block."""
-        if self.answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
+        packing = fitting(packing, stream[0])
+        if not traced(stream[0]) and self.answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
             x, branch, gamma = stream
             x, branch = (t if t is None else self.pool(PackedTokens(t.flatten(0, -2), packing)) for t in (x, branch))
             x = normalise(self.norm, x, packing, branch, gamma, pooled=True)[0]
             return self._head(x, packing, packing)
         x = self._normalised(stream, packing)
-        return self.forward_head(x if x.ndim == 3 else PackedTokens(x, packing))
+        return self.forward_head(x if traced(x) or x.ndim == 3 else PackedTokens(x, packing))
 
     def answers_first_token(self) -> bool:
         """Whether of each image's tokens the first is all that the head sees."""
         methods = ("run_blocks", "pool", "forward_head")
         own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
-        return own and self.attn_pool is None and self.global_pool == "token"
+        return own and self._own(*methods) and self.attn_pool is None and self.global_pool == "token"
 
-    def _block_positions(self, packing: Packing) -> list[dict]:
+    def _block_positions(self, packing: Packing | None) -> list[dict]:
         """Keyword arguments that give a block the positions of its tokens: for each block, one for all, or none."""
         return []
 
-    def _run_block(self, block, stream: list, packing: Packing, mask: dict, positions: dict) -> list:
-        if not isinstance(block, PACKED):
+    def _checkpoints(self, mask: dict) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled() and not mask
+
+    def _stream_block(self, block, stream: list, packing: Packing, mask: dict, positions: dict) -> list:
+        if self._checkpoints(mask):
+            return checkpoint(block.stream, stream, packing, **positions, use_reentrant=False)
+        return block.stream(stream, packing, **mask, **positions)
+
+    def _call_block(self, block, stream: list, packing: Packing | None, mask: dict, positions: dict) -> list:
+        """A block that somebody wrapped, hooked, traces or wrote."""
+        x = add(*stream)
+        if not takes_packing(block):
             if positions:
                 raise ValueError(f"rotary positions need the model's own blocks, got {type(block).__name__}")
-            return [by_length(block, add(*stream), packing, mask), None, None]
-        if is_plain(block, *STREAMING):
-            if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
-                return checkpoint(block.stream, stream, packing, **positions, use_reentrant=False)
-            return block.stream(stream, packing, **mask, **positions)
-        if self.grad_checkpointing and torch.is_grad_enabled() and not mask:
-            return [checkpoint(block, add(*stream), packing=packing, **positions, use_reentrant=False), None, None]
-        return [block(add(*stream), packing=packing, **mask, **positions), None, None]
+            if self._checkpoints(mask):
+                return [checkpoint(by_length, block, x, packing, mask, use_reentrant=False), None, None]
+            return [by_length(block, x, packing, mask), None, None]
+        options = mask | positions | ({} if packing is None else {"packing": packing})
+        if self._checkpoints(mask):
+            return [checkpoint(block, x, **options, use_reentrant=False), None, None]
+        return [block(x, **options), None, None]
 
     def forward_features(
         self,
@@ -354,6 +384,34 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         x = self._normalised(stream, packing)
         return x if dense else PackedTokens(x, packing)
 
+    @torch.no_grad()
+    def attention_maps(self, x, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False) -> list:
+        """The attention maps of every block: for each, a tuple with (heads, length, length) for each image.
+
+        Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,
+        as with timm; a hook on it sees (images, heads, length, length) of a dense batch, and each image of a mixed one.
+        Not while another thread calls the model. Raises ValueError for a model whose blocks have no attention of ours.
+        """
+        attentions = [m for m in self.blocks.modules() if isinstance(m, Maps)]
+        if not attentions or not all(takes_packing(m) for m in attentions):
+            raise ValueError("the model's blocks have no attention that can give its maps")
+        maps = {m: [] for m in attentions}
+        handles, before = [], {m: m.__dict__.get("fused_attn") for m in attentions}
+        try:
+            for module, seen in maps.items():
+                module.fused_attn = False
+                handles.append(module.attn_drop.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out)))
+            self(x, grids=grids, packing=packing, max_tokens=max_tokens, channels_last=channels_last)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, fused in before.items():
+                if fused is None:
+                    del module.fused_attn
+                else:
+                    module.fused_attn = fused
+        return [tuple(seen) for seen in maps.values()]
+
     # ------------------------------------------------------------------ features to answers
 
     def _packed(self, x) -> tuple[Tensor, Packing]:
@@ -367,15 +425,22 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def pool(self, x, pool_type: str | None = None):
         """(images, dim) from (images, length, dim) or PackedTokens; the tokens themselves for pool type ''."""
+        skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
-            tokens, packing = self._packed(x)
-            if not self.pool_include_prefix and self.num_prefix_tokens:
+            if not isinstance(x, PackedTokens):
+                return self.attn_pool(x[:, skip:] if skip else x)
+            tokens, packing = x
+            if skip:
                 packing, rows = packing.without_prefix()
                 tokens = tokens[rows]
-            return self.attn_pool(tokens, packing=packing)
+            if takes_packing(self.attn_pool):
+                return self.attn_pool(tokens, packing=packing)
+            return torch.stack(per_length(self.attn_pool, packing.split(tokens)))
         pool_type = self.global_pool if pool_type is None else pool_type
         if not pool_type:
             return x
+        if not isinstance(x, PackedTokens) and traced(x):
+            return _pool_by_torch(x, pool_type, skip)
         tokens, packing = self._packed(x)
         return ops.pool(
             tokens,
@@ -389,7 +454,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
         packing = x.packing if isinstance(x, PackedTokens) else None
         lengths = self._packed(x)[1] if packing is None and self.menu is not None else packing
-        x = self.pool(x)
+        if packing is not None and not self._own("pool"):
+            x = torch.stack(per_length(self.pool, x.split()))
+        else:
+            x = self.pool(x)
         if isinstance(x, PackedTokens):  # no pooling: an answer per token
             head = self.head_drop(apply_norm(self.fc_norm, x.tokens, x.packing))
             return PackedTokens(head if pre_logits else linear(self.head, head), x.packing)
@@ -397,8 +465,8 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def _head(self, x: Tensor, lengths: Packing | None, packing: Packing | None, pre_logits: bool = False) -> Tensor:
         """x: (images, dim), pooled; lengths: for a norm with an affine per length; packing: of PackedTokens"""
-        x = self.head_drop(x if is_plain(self.fc_norm, "Identity") else apply_norm(self.fc_norm, x, lengths))
-        x = x if pre_logits or isinstance(self.head, nn.Identity) else linear(self.head, x)
+        x = self.head_drop(apply_norm(self.fc_norm, x, lengths))
+        x = x if pre_logits else linear(self.head, x)
         return x if packing is None else self._answered(x, packing)
 
     def _answered(self, y, packing: Packing):
@@ -412,7 +480,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         x,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        *,
         grids=None,
         packing: Packing | None = None,
         max_tokens: int | None = None,
@@ -420,11 +487,74 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     ):
         """(images, classes), one row per image in the order given."""
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
-        if type(self).forward_features is not VarLenViT.forward_features:
-            return self.forward_head(self.forward_features(x, attn_mask, is_causal, **options))
-        images, packing, dense = self._inputs(x, **options)
+        if not self._own("forward_features", "forward_head", "pool"):
+            return self._forward_in_parts(x, attn_mask, is_causal, options)
         mask = _mask(attn_mask, is_causal)
+        if not mask and self._listed(x, grids, packing):
+            return self._listed_answers(x, max_tokens, channels_last)
+        images, packing, dense = self._inputs(x, **options)
         return self._features(images, packing, dense, channels_last, mask, answers=True)[0]
+
+    def _listed(self, x, grids, packing) -> bool:
+        """Whether torch.compile may be kept from knowing the sizes of the images: nothing it sees depends on them."""
+        if not torch.compiler.is_compiling() or traced(x) or torch.is_grad_enabled() or not isinstance(x, list | tuple):
+            return False
+        plain_embed = is_plain(self.patch_embed, "PatchEmbed") and is_plain(self.patch_embed.norm, "Identity")
+        return (
+            len(x) > 0
+            and grids is packing is self.menu is self.attn_pool is None
+            and self.global_pool != ""
+            and self.patch_method == "resize"
+            and self._own("_pos_embed", "pool", "forward_head")
+            and plain_embed
+            and is_plain(self.patch_embed.proj, "Conv2d")
+            and isinstance(self.patch_drop, nn.Identity)
+            and not self.training
+            and all([takes_packing(block) for block in self.blocks])
+        )
+
+    def _listed_answers(self, images, max_tokens: int | None, channels_last: bool) -> Tensor:
+        """`forward` of images that `_listed` allows."""
+        proj, limit = self.patch_embed.proj, self.patch_embed.num_patches if max_tokens is None else max_tokens
+        table, own = (None, None) if self.pos_embed is None else self._table()
+        x, packing = listed.embedded(
+            list(images),
+            proj.weight,
+            proj.bias,
+            table,
+            self._prefix(own),
+            self._statistics() if images[0].dtype == torch.uint8 else {},
+            (self.pos_interpolation, self.pos_antialias),
+            (list(self.patch_embed.patch_size), limit, self.num_prefix_tokens, channels_last),
+        )
+        x = x if self.pos_embed is None else self.pos_drop(x)
+        x = normalise(self.norm_pre, x, packing)[0]
+        return self.finish(self.run_blocks([x, None, None], packing), packing)
+
+    def _forward_in_parts(self, x, attn_mask, is_causal, options: dict):
+        """`forward` as timm's: by `forward_features` and `forward_head`, of which somebody overrode one."""
+        options = {name: value for name, value in options.items() if value is not None and value is not False}
+        parameters = inspect.signature(self.forward_features).parameters
+        known = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) or parameters.keys() >= {"grids", *options}
+        if not known and (options or isinstance(x, list | tuple)):
+            raise ValueError(
+                f"{type(self).__name__}.forward_features, which was overridden, needs a dense batch: images of one "
+                "size as a tensor, without grids"
+            )
+        x = self.forward_features(x, attn_mask=attn_mask, is_causal=is_causal, **options)
+        if isinstance(x, PackedTokens) and not self._own("forward_head"):
+            return torch.stack(per_length(self.forward_head, x.split()))
+        return self.forward_head(x)
+
+
+def _pool_by_torch(x: Tensor, pool_type: str, skip: int) -> Tensor:
+    """(images, dim) from a dense batch (images, length, dim), of which pooling passes over the first `skip` tokens."""
+    if pool_type == "token":
+        return x[:, 0]
+    x = x[:, skip:] if skip else x
+    if pool_type == "avgmax":
+        return 0.5 * (x.amax(1) + x.mean(1))
+    return x.mean(1) if pool_type == "avg" else x.amax(1)
 
 
 def _mask(attn_mask, is_causal) -> dict:

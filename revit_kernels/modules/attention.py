@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.layer_norm import RmsNorm, apply_norm
-from revit_kernels.modules.linear import linear
+from revit_kernels.modules.layer_norm import PLAIN, RmsNorm, _PerLength, apply_norm
+from revit_kernels.modules.linear import is_plain, linear, traced
 from revit_kernels.ops.attention.rotary import Rotary, rotate
 from revit_kernels.packing import Packing
 
@@ -20,21 +20,122 @@ def dense_packing(x: Tensor) -> Packing:
     return Packing.uniform(x.shape[0], (1, x.shape[1]), 0, device=x.device)
 
 
-def by_length(module: nn.Module, x: Tensor, packing: Packing, mask: dict) -> Tensor:
+def fitting(packing: Packing | None, x: Tensor) -> Packing | None:
+    """The packing of x: the one given, or another where somebody's code changed the number of a dense batch's tokens.
+
+    A tracer is followed with what is given, and with none. Raises ValueError where the number changed in a mixed batch.
+    """
+    if traced(x):
+        return packing
+    if packing is None:
+        return dense_packing(x)
+    if len(x.shape) == 3 and (x.shape[0] != packing.images or x.shape[1] != packing.max_seqlen):
+        prefix = packing.prefix if x.shape[1] > packing.prefix else 0
+        return Packing.uniform(x.shape[0], (1, x.shape[1] - prefix), prefix, device=x.device)
+    if len(x.shape) == 2 and not torch.compiler.is_compiling() and x.shape[0] != packing.capacity:
+        raise ValueError(
+            f"a hook or module made {x.shape[0]} tokens of {packing.capacity}: to change their number needs a dense "
+            "batch, images of one size as a tensor"
+        )
+    return packing
+
+
+def per_length(function, parts) -> list[Tensor]:
+    """What `function` gives for each part (length, dim), called with a dense batch for each length there is."""
+    images: dict[int, list[int]] = {}
+    for i, part in enumerate(parts):
+        images.setdefault(len(part), []).append(i)
+    results = [None] * len(parts)
+    for members in images.values():
+        for i, y in zip(members, function(torch.stack([parts[i] for i in members]))):
+            results[i] = y
+    return results
+
+
+def by_length(module: nn.Module, x: Tensor, packing: Packing | None, mask: dict) -> Tensor:
     """A module that knows no packing, called with a dense batch (images, length, dim) for each length there is."""
+    if traced(x):
+        return module(x, **mask)
+    if any(isinstance(part, _PerLength) and packing.menu != part.menu[:1] for part in module.modules()):
+        raise ValueError(
+            f"{type(module).__name__}, or a hook on it, hides the packing from norms with an affine for each length: "
+            "the model answers images of its longest length alone"
+        )
     if x.ndim == 3:
         return module(x, **mask)
     if packing.grids is None or mask:
         raise ValueError(f"{type(module).__name__} runs only where the host knows the grids, and without a mask")
-    images: dict[int, list[int]] = {}
-    parts = list(packing.split(x))
-    for i, part in enumerate(parts):
-        images.setdefault(len(part), []).append(i)
-    for members in images.values():
-        for i, y in zip(members, module(torch.stack([parts[i] for i in members]))):
-            parts[i] = y
-    used = torch.cat(parts) if parts else x[:0]
+    parts = packing.split(x)
+    results = per_length(module, parts)
+    if any(len(result) != len(part) for result, part in zip(results, parts)):
+        raise ValueError(
+            f"{type(module).__name__} changed the number of tokens: that needs a dense batch, images of one size as a "
+            "tensor"
+        )
+    used = torch.cat(results) if results else x[:0]
     return F.pad(used, (0, 0, 0, x.shape[0] - len(used)))
+
+
+def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
+    """timm's attention, by torch's ops: through `module.attn_drop` where `module.fused_attn` is False.
+
+    q, k, v: (images, heads, length, head_dim). Returns (images, heads, length, head_dim).
+    """
+    if module.fused_attn:
+        dropout = module.attn_drop.p if module.training else 0.0
+        options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal, "scale": module.scale}
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    return attention_map(module, q, k, attn_mask, is_causal) @ v
+
+
+def attention_map(module: nn.Module, q: Tensor, k: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
+    """(images, heads, length, length): what `module.attn_drop` makes of the softmax. q, k: as in `weigh`"""
+    scores = _masked((q * module.scale) @ k.transpose(-2, -1), attn_mask, is_causal)
+    return module.attn_drop(scores.softmax(dim=-1))
+
+
+@torch.fx.wrap
+def _masked(scores: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The scores with the mask that F.scaled_dot_product_attention would apply; one node of a torch.fx graph."""
+    if is_causal:
+        return scores + torch.full(scores.shape[-2:], -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    if attn_mask is None:
+        return scores
+    if attn_mask.dtype == torch.bool:
+        return scores.masked_fill(~attn_mask, -math.inf)
+    return scores + attn_mask
+
+
+def image_by_image(core, packing: Packing, *tensors: Tensor) -> Tensor:
+    """core of each image's rows, as a dense batch of one, packed again."""
+    if packing.grids is None:
+        raise ValueError("attention with fused_attn=False needs grids that the host knows")
+    parts = [core(*(part[None] for part in parts))[0] for parts in zip(*map(packing.split, tensors))]
+    used = torch.cat(parts) if parts else tensors[0][:0]
+    return F.pad(used, (0, 0) * (used.ndim - 1) + (0, packing.capacity - len(used)))
+
+
+def turned(q: Tensor, k: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor]:
+    """q and k (capacity, heads, head_dim), turned by torch's ops where there are angles, in their own dtypes."""
+    return (q, k) if rope is None else tuple(rotate(t, *rope).to(t.dtype) for t in (q, k))
+
+
+class Maps(nn.Module):
+    """What computes attention, in one kernel; or as timm's `fused_attn = False`, with maps that `attn_drop` sees."""
+
+    fused_attn = True
+
+    def _gives_maps(self) -> bool:
+        """Whether somebody wants to see the maps, or drops some of them."""
+        if self.fused_attn:
+            return False
+        return self.training or not is_plain(self.attn_drop, "Dropout", "Identity")
+
+    def _in_steps(self, x: Tensor, *within: nn.Module) -> bool:
+        """Whether to compute as timm does: `within`, or what sees the maps, is watched or foreign, and x is dense."""
+        if traced(x):
+            return True
+        return len(x.shape) == 3 and (self._gives_maps() or not all(is_plain(m, "Identity", *PLAIN) for m in within))
 
 
 def attend(
@@ -58,8 +159,7 @@ def attend(
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
         return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale, rotary=rope)
-    if rope is not None:
-        q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
+    q, k = turned(q, k, rope)
 
     def dense(q, k, v):  # (images, length, heads, head_dim)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -75,7 +175,7 @@ def attend(
     return F.pad(torch.cat(parts), (0, 0, 0, 0, 0, q.shape[0] - sum(map(len, parts))))
 
 
-class Attention(nn.Module):
+class Attention(Maps):
     """Multi-head self-attention, optionally with norms of queries and keys, of the output, and a sigmoid gate.
 
     x: (capacity, dim) with its packing, or (images, length, dim) without.
@@ -128,26 +228,43 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         rope: Rotary | None = None,
     ) -> Tensor:
-        packing = packing or dense_packing(x)
+        if self._in_steps(x, self.q_norm, self.k_norm):
+            return self._steps(x, attn_mask, is_causal, packing, rope)
+        packing = fitting(packing, x)
+        gate = None if self.gate is None else linear(self.gate, x).sigmoid()
         q, k, v = self.project(x)
-        y = attend(
-            apply_norm(self.q_norm, q, packing),
-            apply_norm(self.k_norm, k, packing),
-            v,
-            packing,
-            self.scale,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            dropout=self.attn_drop.p if self.training else 0.0,
-            rope=rope,
-        )
+        q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal}
+        if self._gives_maps():
+            y = image_by_image(self._weigh, packing, *turned(q, k, rope), v)
+        else:
+            dropout = self.attn_drop.p if self.training else 0.0
+            y = attend(q, k, v, packing, self.scale, dropout=dropout, rope=rope, **mask)
         y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
-        if self.gate is not None:
-            y = y * linear(self.gate, x).sigmoid()
+        y = y if gate is None else y * gate
         return self.proj_drop(linear(self.proj, y))
 
+    def _weigh(self, *qkv: Tensor) -> Tensor:
+        """q, k, v: (images, length, heads, head_dim)"""
+        return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
-class _Lambda(nn.Module):
+    def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None, rope: Rotary | None = None) -> Tensor:
+        """timm's steps with timm's shapes. x: (images, length, dim)"""
+        images, length, _ = x.shape
+        gate = None if self.gate is None else self.gate(x).sigmoid()
+        shape = images, length, self.num_heads, self.head_dim
+        q, k, v = (t.reshape(shape).transpose(1, 2) for t in self.project(x))
+        q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
+        if rope is not None:
+            q, k = turned(*(t.transpose(1, 2).reshape(-1, *shape[2:]) for t in (q, k)), rope)
+            q, k = (t.to(v.dtype).reshape(shape).transpose(1, 2) for t in (q, k))
+        y = weigh(self, q, k, v, attn_mask, is_causal).transpose(1, 2).reshape(images, length, -1)
+        y = apply_norm(self.norm, y, packing)
+        y = y if gate is None else y * gate
+        return self.proj_drop(self.proj(y))
+
+
+class _Lambda(Maps):
     """The learned weight of the second attention map in differential attention (arXiv:2410.05258)."""
 
     def _init_lambda(self, dual: bool, depth: int, device) -> None:
@@ -196,6 +313,33 @@ class _Lambda(nn.Module):
         y = self.sub_norm(first - self._compute_lambda().type_as(q) * second) * (1 - self.lambda_init)
         return y.reshape(shape[0], -1)
 
+    def _differ_in_steps(self, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
+        """`_differ` with timm's steps and shapes. q, k, v: (images, length, dim)"""
+        images, length, dim = q.shape
+        q, k = (t.reshape(images, length, 2 * self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k))
+        v = v.reshape(images, length, self.num_heads, 2 * self.head_dim).transpose(1, 2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        weight = self._compute_lambda().type_as(q)
+        if self.fused_attn:
+            pairs = ((t.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)) for t in (q, k))
+            first, second = (weigh(self, *pair, v, attn_mask, is_causal) for pair in zip(*pairs))
+            y = first - weight * second
+        else:
+            maps = attention_map(self, q, k, attn_mask, is_causal).view(images, self.num_heads, 2, length, length)
+            y = (maps[:, :, 0] - weight * maps[:, :, 1]) @ v
+        y = self.sub_norm(y) * (1 - self.lambda_init)
+        return y.transpose(1, 2).reshape(images, length, dim)
+
+    def _differ_wholly(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: dict) -> Tensor:
+        """Through whichever of both suits. q, k, v: (..., dim), as the packing has it. Returns their shape."""
+        dropout = self.attn_drop_p if self.training else 0.0
+        if (dropout and q.ndim == 3) or self._in_steps(q, self.q_norm, self.k_norm, self.sub_norm):
+            return self._differ_in_steps(q, k, v, **mask)
+        if self._gives_maps():
+            return image_by_image(self._differ_in_steps, packing, q, k, v)
+        flat = (t.reshape(-1, t.shape[-1]) for t in (q, k, v))
+        return self._differ(*flat, packing, dropout=dropout, **mask).view(q.shape)
+
 
 class DiffAttention(_Lambda):
     """Differential attention: the difference of two softmax maps (arXiv:2410.05258). x as in Attention."""
@@ -236,8 +380,7 @@ class DiffAttention(_Lambda):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
-        packing = packing or dense_packing(x)
-        q, k, v = linear(self.qkv, x).view(-1, 3, x.shape[-1]).unbind(1)
-        dropout = self.attn_drop_p if self.training else 0.0
-        y = self._differ(q, k, v, packing, attn_mask=attn_mask, is_causal=is_causal, dropout=dropout)
-        return self.proj_drop(linear(self.proj, self.norm(y.view(x.shape))))
+        packing = fitting(packing, x)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal}
+        y = self._differ_wholly(*linear(self.qkv, x).chunk(3, dim=-1), packing, mask)
+        return self.proj_drop(linear(self.proj, apply_norm(self.norm, y, packing)))

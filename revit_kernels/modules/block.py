@@ -8,9 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.modules import whole_block
-from revit_kernels.modules.attention import Attention, DiffAttention, _Lambda, attend, by_length, dense_packing
+from revit_kernels.modules.attention import (
+    Attention,
+    DiffAttention,
+    Maps,
+    _Lambda,
+    attend,
+    by_length,
+    fitting,
+    image_by_image,
+    weigh,
+)
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, apply_norm, normalise
-from revit_kernels.modules.linear import is_plain, linear
+from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.mlp import Mlp
 from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.packing import Packing
@@ -41,10 +51,10 @@ def make_attention(layer, dim: int, depth: int, **kwargs) -> nn.Module:
 
 def run_attention(module: nn.Module, x: Tensor, packing: Packing, mask: dict, rope: Rotary | None = None) -> Tensor:
     """module(x), where somebody may have put an attention of another library, or of his own, into the block."""
-    turned = {} if rope is None else {"rope": rope}
-    if isinstance(module, Attention | DiffAttention) and "forward" not in module.__dict__:
-        return module(x, packing=packing, **mask, **turned)
-    if turned:
+    positions = {} if rope is None else {"rope": rope}
+    if takes_packing(module):
+        return module(x, packing=packing, **mask, **positions)
+    if positions:
         raise ValueError(f"rotary positions need the block's own attention, got {type(module).__name__}")
     return by_length(module, x, packing, mask)
 
@@ -86,8 +96,10 @@ class DropPath(nn.Module):
 
 def drop_path(module: nn.Module, x: Tensor, packing: Packing) -> Tensor:
     """module(x) for a DropPath: a whole image's branch, however many tokens it has, is kept or left out."""
-    if x.ndim == 3 or isinstance(module, nn.Identity):
+    if traced(x) or x.ndim == 3 or isinstance(module, nn.Identity):
         return module(x)
+    if not is_plain(module, "DropPath"):
+        return by_length(module, x, packing, {})
     if not module.training or not module.drop_prob:
         return x
     scale = module(x.new_ones(packing.images, 1))  # (images, 1), drawn by the module's own rule
@@ -96,9 +108,7 @@ def drop_path(module: nn.Module, x: Tensor, packing: Packing) -> Tensor:
 
 def scaled(scale: nn.Module, path: nn.Module, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
     """path(scale(x)) as (branch, gamma): a plain LayerScale is left to be applied where the branch is added."""
-    if isinstance(scale, nn.Identity):
-        return drop_path(path, x, packing), None
-    if is_plain(scale, "LayerScale"):
+    if is_plain(scale, "LayerScale") and is_plain(path, "DropPath", "Identity") and not traced(x):
         return drop_path(path, x, packing), scale.gamma
     return drop_path(path, scale(x), packing), None
 
@@ -109,9 +119,8 @@ class _Streaming(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
-        packing = packing or dense_packing(x)
         mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-        return add(*self.stream([x, None, None], packing, **mask))
+        return add(*self.stream([x, None, None], fitting(packing, x), **mask))
 
     def _options(self, dim, device, dtype, init_values, drop_path):
         """A LayerScale and a DropPath, or identities in their place."""
@@ -176,7 +185,7 @@ class Block(_Streaming):
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
         x, branch, gamma = take(stream)
-        reason = "takes no mask" if mask else whole_block.refusal(self, x)
+        reason = "takes no mask" if mask or traced(x) else whole_block.refusal(self, x)
         if reason is None:
             return [whole_block.run(self, add(x, branch, gamma), packing), None, None]
         y, x = normalise(self.norm1, x, packing, branch, gamma)
@@ -212,7 +221,7 @@ class ResPostBlock(_Streaming):
         return [x, drop_path(self.drop_path2, branch, packing), None]
 
 
-class ParallelScalingBlock(_Streaming):
+class ParallelScalingBlock(_Streaming, Maps):
     """Attention and MLP side by side from one input projection (ViT-22B, arXiv:2302.05442)."""
 
     def __init__(
@@ -272,25 +281,35 @@ class ParallelScalingBlock(_Streaming):
         if self.mlp_bias is not None:
             nn.init.zeros_(self.mlp_bias)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options) -> Tensor:
-        """q, k, v: (capacity, dim). Returns (capacity, dim)."""
-        q, k, v = (t.view(-1, self.num_heads, self.head_dim) for t in (q, k, v))
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: dict) -> Tensor:
+        """q, k, v: (..., dim), as the packing has it. Returns their shape."""
+        shape, dense = q.shape, self._in_steps(q, self.q_norm, self.k_norm)
+        q, k, v = (t.reshape(*t.shape[:-1], self.num_heads, self.head_dim) for t in (q, k, v))
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
-        return attend(q, k, v, packing, self.scale, **options).flatten(1)
+        if dense:
+            return weigh(self, *(t.transpose(1, 2) for t in (q, k, v)), **mask).transpose(1, 2).reshape(shape)
+        if self._gives_maps():
+            return image_by_image(self._weigh, packing, q, k, v).view(shape)
+        dropout = self.attn_drop.p if self.training else 0.0
+        q, k, v = (t.flatten(0, -3) for t in (q, k, v))
+        return attend(q, k, v, packing, self.scale, dropout=dropout, **mask).view(shape)
+
+    def _weigh(self, *qkv: Tensor) -> Tensor:
+        """q, k, v: (images, length, heads, head_dim)"""
+        return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
         x, branch, gamma = take(stream)
         y, x = normalise(self.in_norm, x, packing, branch, gamma)
         branch = None
-        flat = linear(self.in_proj, y).view(-1, sum(self.in_split))
-        mlp, q, k, v = flat.split(self.in_split, dim=-1)
-        attn = self._attend(q, k, v, packing, dropout=self.attn_drop.p if self.training else 0.0, **mask)
+        mlp, q, k, v = linear(self.in_proj, y).split(self.in_split, dim=-1)
+        attn = self._attend(q, k, v, packing, mask)
         mlp = self.mlp_drop(self.mlp_act(mlp if self.mlp_bias is None else mlp + self.mlp_bias))
         if self.out_proj is not None:
             y = linear(self.out_proj, torch.cat((attn, mlp), -1))
         else:
             y = linear(self.attn_out_proj, attn) + linear(self.mlp_out_proj, mlp)
-        return [x, *scaled(self.ls, self.drop_path, y.view(x.shape), packing)]
+        return [x, *scaled(self.ls, self.drop_path, y, packing)]
 
 
 class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
@@ -312,8 +331,8 @@ class DiffParallelScalingBlock(ParallelScalingBlock, _Lambda):
         ParallelScalingBlock.reset_parameters(self)
         _Lambda.reset_parameters(self)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, **options) -> Tensor:
-        return self._differ(q, k, v, packing, **options)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: dict) -> Tensor:
+        return self._differ_wholly(q, k, v, packing, mask)
 
 
 class ParallelThingsBlock(nn.Module):
@@ -337,14 +356,17 @@ class ParallelThingsBlock(nn.Module):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
-        packing = packing or dense_packing(x)
+        packing = fitting(packing, x)
         mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         x = x + sum(
-            self._branch(b, lambda y, b=b: run_attention(b.attn, y, packing, mask), x, packing) for b in self.attns
+            self._branch(b, lambda y, b=b: run_attention(b.attn, y, packing, mask), x, packing, mask)
+            for b in self.attns
         )
-        return x + sum(self._branch(b, b.mlp, x, packing) for b in self.ffns)
+        return x + sum(self._branch(b, lambda y, b=b: b.mlp(y), x, packing, {}) for b in self.ffns)
 
     @staticmethod
-    def _branch(parts: nn.Sequential, core, x: Tensor, packing: Packing) -> Tensor:
+    def _branch(parts: nn.Sequential, core, x: Tensor, packing: Packing, mask: dict) -> Tensor:
+        if not mask and (traced(x) or not is_plain(parts, "Sequential")):
+            return by_length(parts, x, packing, {})
         y, _ = normalise(parts.norm, x, packing)
         return drop_path(parts.drop_path, parts.ls(core(y)), packing)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.attention import Attention, dense_packing
+from revit_kernels.modules.attention import Attention, fitting
 from revit_kernels.modules.block import DropPath, Stream, drop_path, run_attention, take
 from revit_kernels.modules.layer_norm import LayerNorm, add, normalise
 from revit_kernels.modules.linear import is_plain, linear
@@ -199,7 +199,7 @@ class _EvaBlock(nn.Module):
         *,
         packing: Packing | None = None,
     ) -> Tensor:
-        packing = packing or dense_packing(x)
+        packing = fitting(packing, x)
         mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
         return add(*self.stream([x, None, None], packing, rope=rope, **mask))
 

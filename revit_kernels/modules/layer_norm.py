@@ -4,12 +4,13 @@ Token-length-aware: LengthLayerNorm and LengthRmsNorm hold an affine for each le
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import ops
 from revit_kernels.modules.fp8 import product_dtype
 from revit_kernels.modules.lengths import Grid, join, select, whole_table
-from revit_kernels.modules.linear import is_plain
+from revit_kernels.modules.linear import is_plain, traced
 from revit_kernels.ops.linear.fp8 import Quantized
 from revit_kernels.packing import Packing
 
@@ -105,7 +106,16 @@ class _PerLength(nn.Module):
         """x: (capacity, ..., dim), (images, ..., dim), or dense. Without a packing the longest length's affine runs."""
         if packing is None:
             return super().forward(x)
+        if traced(x):
+            return self._by_torch(x, packing)
         return normalise_plain(self, x, packing)[0]
+
+    def _by_torch(self, x: Tensor, packing: Packing) -> Tensor:
+        """`forward` of a dense batch, by torch's ops alone."""
+        weight, bias = self.affine(packing)
+        if isinstance(self, RmsNorm):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class LengthLayerNorm(_PerLength, LayerNorm):
@@ -148,9 +158,9 @@ def normalise(
     x, branch: (capacity, dim), or (images, length, dim) where all images are of one length; pooled: (images, dim)
     gamma:     (dim,) or None
     """
-    if not is_plain(norm, *PLAIN):
+    if traced(x) or not is_plain(norm, *PLAIN):
         x = add(x, branch, gamma)
-        return x if is_plain(norm, "Identity") else apply_norm(norm, x, packing), x
+        return apply_norm(norm, x, packing), x
     return normalise_plain(norm, x, packing, branch, gamma, pooled)
 
 

@@ -1,6 +1,8 @@
-"""Calling a submodule through the fast path, and stepping aside when somebody wrapped or hooked it."""
+"""Calling a submodule through the fast path, and stepping aside when somebody wrapped, hooked or traces it."""
 
+import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
 from revit_kernels import ops
@@ -28,6 +30,20 @@ def is_plain(module: nn.Module, *names: str) -> bool:
     )
 
 
+def traced(x) -> bool:
+    """Whether a tracer or a transform that knows torch's own ops alone follows what becomes of x: torch.fx,
+    torch.export, ONNX's exporters, torch.func. Every submodule is then called, and computes by torch's ops."""
+    if torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag  # torch.compile takes is_exporting() to be true
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return transformed or torch.jit.is_tracing() or isinstance(x, Proxy)
+
+
+def takes_packing(module: nn.Module) -> bool:
+    """Whether the module's forward is one of ours that is told the packing: not one that somebody put in its place."""
+    return "forward" not in module.__dict__ and type(module).forward.__module__.startswith("revit_kernels.")
+
+
 def _product(x: Tensor, module: nn.Linear, activation: str | None = None, gate: str | None = None) -> Tensor:
     y = ops.linear(x.reshape(-1, x.shape[-1]), module.weight, module.bias, activation=activation, gate=gate)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -35,7 +51,7 @@ def _product(x: Tensor, module: nn.Linear, activation: str | None = None, gate: 
 
 def linear(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) for a Linear, by the op where it is plain. x: (..., in)"""
-    return _product(x, module) if is_plain(module, "Linear") else module(x)
+    return _product(x, module) if is_plain(module, "Linear") and not traced(x) else module(x)
 
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -55,7 +71,7 @@ def activation_name(activation: nn.Module) -> str | None:
 
 def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
     """activation(module(x)), in one call where both are plain. x: (..., in)"""
-    name = activation_name(activation)
+    name = None if traced(x) else activation_name(activation)
     if name is not None and is_plain(module, "Fp8Linear"):
         return module(x, name)
     if name is None or not is_plain(module, "Linear"):
@@ -65,7 +81,7 @@ def linear_then(module: nn.Module, activation: nn.Module, x: Tensor) -> Tensor:
 
 def linear_gated(module: nn.Module, activation: nn.Module, x: Tensor, gate: str) -> Tensor:
     """module(x) in two halves, of which `gate`, "first" or "last", goes through the activation and gates the other."""
-    name = activation_name(activation)
+    name = None if traced(x) else activation_name(activation)
     if name is not None and is_plain(module, "Linear"):
         return _product(x, module, name, gate)
     first, second = linear(module, x).chunk(2, -1)

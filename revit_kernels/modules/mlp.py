@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.modules.linear import activation_name, is_plain, linear, linear_gated, linear_then
+from revit_kernels.modules.linear import activation_name, is_plain, linear, linear_gated, linear_then, traced
 
 ROWS = 1024  # tokens that an MLP takes at a time on a CPU where nothing is recorded
 
@@ -44,6 +44,8 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        if traced(x):
+            return self._forward(x)
         rows = x.numel() // x.shape[-1]
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if recorded or type(rows) is not int or x.device.type != "cpu" or rows <= 2 * ROWS or not self._is_plain():
@@ -53,7 +55,13 @@ class Mlp(nn.Module):
 
     def _is_plain(self) -> bool:
         linears = is_plain(self.fc1, "Linear") and is_plain(self.fc2, "Linear")
-        return linears and is_plain(self.act, "GELU", "GELUTanh")
+        drops = is_plain(self.drop1, "Dropout", "Identity") and is_plain(self.drop2, "Dropout", "Identity")
+        return (
+            linears
+            and drops
+            and is_plain(self.norm, "Identity", "LayerNorm", "RmsNorm")
+            and is_plain(self.act, "GELU", "GELUTanh")
+        )
 
     def _quantizes_between(self) -> bool:
         """Whether fc1 may hand its result to fc2 in e4m3: nothing stands between them, and nobody watches."""

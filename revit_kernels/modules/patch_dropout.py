@@ -7,7 +7,7 @@ from revit_kernels.packing import Packing
 
 
 class PatchDropout(nn.Module):
-    """How many patches training leaves out (Liu et al., arXiv:2208.07220); VarLenViT does the leaving out."""
+    """Leaves out patches in training (Liu et al., arXiv:2208.07220); of a mixed batch, VarLenViT leaves them out."""
 
     def __init__(self, prob: float = 0.5, num_prefix_tokens: int = 1):
         super().__init__()
@@ -15,6 +15,15 @@ class PatchDropout(nn.Module):
             raise ValueError(f"patch_drop_rate must be at least 0 and below 1, got {prob}")
         self.prob = prob
         self.num_prefix_tokens = num_prefix_tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(images, kept, dim), in no order, of a dense batch (images, length, dim); x itself outside of training."""
+        if not self.training or not self.prob:
+            return x
+        prefix, patches = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        count = patches.shape[1]
+        order = torch.randn(x.shape[0], count, device=x.device).argsort(-1)[:, : max(1, int(count * (1 - self.prob)))]
+        return torch.cat([prefix, patches.gather(1, order[..., None].expand(-1, -1, x.shape[2]))], 1)
 
 
 def drop_patches(x: Tensor, packing: Packing, prob: float) -> tuple[Tensor, Packing]:

@@ -1,10 +1,12 @@
 """Images of any sizes to packed tokens, with the weights in a Conv2d as timm keeps them."""
 
 import math
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from revit_kernels import ops
 from revit_kernels.device_cache import constant
@@ -13,7 +15,18 @@ from revit_kernels.packing import Packing
 
 
 def pair(n) -> tuple[int, int]:
-    return (n, n) if isinstance(n, int) else tuple(n)
+    return (int(n), int(n)) if isinstance(n, Integral) else tuple(n)
+
+
+def is_grid(grid, other: tuple[int, int]) -> bool:
+    """Whether both are the same for certain: a tracer may know the numbers of `grid` by name only."""
+    if any(isinstance(n, Proxy) for n in grid):
+        return False
+    if not torch.compiler.is_compiling():
+        return tuple(grid) == tuple(other)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by then
+
+    return all([statically_known_true(n == m) for n, m in zip(grid, other)])
 
 
 def _statistics(mean: tuple, std: tuple, like: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +106,10 @@ class PatchEmbed(nn.Module):
         (h, w), (ph, pw) = x.shape[-2:], self.patch_size
         if self.dynamic_img_pad:
             return F.pad(x, (0, -w % pw, 0, -h % ph))
-        if h % ph or w % pw:
+        if isinstance(x, Proxy):  # which has no values yet
+            torch._assert(h % ph == 0, "the image's height must be a multiple of the patch's")
+            torch._assert(w % pw == 0, "the image's width must be a multiple of the patch's")
+        elif h % ph or w % pw:
             raise ValueError(f"the image size {(h, w)} must be a multiple of the patch size {self.patch_size}")
         return x
 
@@ -123,7 +139,7 @@ class PatchEmbed(nn.Module):
         conv = self.proj
         fused = (
             is_plain(conv, "Conv2d")
-            and isinstance(self.norm, nn.Identity)
+            and is_plain(self.norm, "Identity")
             and is_plain(self, "PatchEmbed")
             and conv.stride == conv.kernel_size == self.patch_size
             and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
@@ -158,7 +174,8 @@ class PatchEmbed(nn.Module):
                 x = torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
             parts.append(x.flatten(0, 1))
         if not parts:
-            return self.proj.weight.new_zeros(packing.capacity, self.proj.weight.shape[0])
+            parameter = next(self.parameters())
+            return parameter.new_zeros(packing.capacity, len(parameter))
         x = torch.cat(parts)
         return F.pad(x, (0, 0, 0, packing.capacity - len(x)))
 
@@ -171,5 +188,5 @@ class PatchEmbed(nn.Module):
         if mean is not None:
             mean, std = _statistics(tuple(mean), tuple(std), x)
             x = (x - mean) / std
-        x = self(x.to(self.proj.weight.dtype) if not batch.requires_grad else x)
+        x = self(x if batch.requires_grad else x.to(next(self.parameters()).dtype))
         return x.flatten(1, 2) if x.ndim == 4 and not self.flatten else x

@@ -1,12 +1,13 @@
 """Attention pooling: one vector per image from a learned query, or from patches refined by attention."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.attention import attend, dense_packing
-from revit_kernels.modules.layer_norm import LayerNorm, normalise
-from revit_kernels.modules.linear import linear
+from revit_kernels.modules.attention import attend, fitting
+from revit_kernels.modules.layer_norm import PLAIN, LayerNorm, apply_norm, normalise
+from revit_kernels.modules.linear import is_plain, linear, traced
 from revit_kernels.modules.mlp import Mlp
 from revit_kernels.packing import Packing
 
@@ -77,7 +78,9 @@ class AttentionPoolLatent(nn.Module):
             raise ValueError("attention pooling takes no attn_mask: leave tokens out by packing without them")
         if self.pos_embed is not None:
             raise ValueError("attention pooling with a position table of one size does not fit mixed lengths")
-        packing = packing or dense_packing(x)
+        if traced(x) or (x.ndim == 3 and not self._is_plain()):
+            return self._answer(self._steps(x))
+        packing = fitting(packing, x)
         images = packing.images
         latent = linear(self.q, self.latent[0]) if isinstance(self.q, nn.Linear) else self.q(self.latent[0])
         q = self.q_norm(latent.view(self.latent_len, self.num_heads, self.head_dim))
@@ -94,7 +97,22 @@ class AttentionPoolLatent(nn.Module):
             max_seqlen_k=packing.max_seqlen,
             scale=self.scale,
         )
-        y = y.reshape(images, self.latent_len, -1)
+        return self._answer(y.reshape(images, self.latent_len, -1))
+
+    def _is_plain(self) -> bool:
+        norms = is_plain(self.q_norm, "Identity", *PLAIN) and is_plain(self.k_norm, "Identity", *PLAIN)
+        return norms and is_plain(self.q, "Linear", "Identity")
+
+    def _steps(self, x: Tensor) -> Tensor:
+        """timm's attention with timm's shapes, by torch's ops. x: (images, length, dim)"""
+        images, length, _ = x.shape
+        q = self.q(self.latent.expand(images, -1, -1))
+        q = q.reshape(images, self.latent_len, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(x).reshape(images, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
+        return y.transpose(1, 2).reshape(images, self.latent_len, self.num_heads * self.head_dim)
+
+    def _answer(self, y: Tensor) -> Tensor:
         y = self.proj_drop(linear(self.proj, y))
         if self.mlp is not None:
             y = y + self.mlp(self.norm(y))
@@ -130,9 +148,20 @@ class AttentionPoolPrr(nn.Module):
         self.post_norm = norm_layer(dim, **kwargs) if post_norm else nn.Identity()
 
     def forward(self, x: Tensor, *, packing: Packing | None = None) -> Tensor:
-        packing = packing or dense_packing(x)
-        x, _ = normalise(self.pre_norm, x.reshape(-1, x.shape[-1]), packing)
-        heads = x.view(-1, self.num_heads, self.head_dim)
+        if traced(x):
+            return self._steps(x, packing)
+        packing = fitting(packing, x)
+        x, _ = normalise(self.pre_norm, x, packing)
+        heads = x.reshape(-1, self.num_heads, self.head_dim)
         x = attend(heads, heads.view_as(heads), heads.view_as(heads), packing, self.scale).view(x.shape)
         x, _ = normalise(self.post_norm, x, packing)
-        return ops.pool(x, packing.cu_seqlens, self.pool, prefix=0, include_prefix=True)
+        return ops.pool(x.flatten(0, -2), packing.cu_seqlens, self.pool, prefix=0, include_prefix=True)
+
+    def _steps(self, x: Tensor, packing: Packing | None) -> Tensor:
+        """timm's steps, by torch's ops. x: (images, length, dim)"""
+        images, length, dim = x.shape
+        x = apply_norm(self.pre_norm, x, packing)
+        heads = x.reshape(images, length, self.num_heads, self.head_dim).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads, scale=self.scale)
+        x = apply_norm(self.post_norm, x.transpose(1, 2).reshape(images, length, dim), packing)
+        return x[:, 0] if self.pool == "token" else x.mean(1)

@@ -1,5 +1,6 @@
 """What is computed: one folder per op, one file per backend."""
 
+from revit_kernels.ops import flops as flops  # registers what FlopCounterMode counts
 from revit_kernels.ops.attention import attention
 from revit_kernels.ops.block import BlockWeights, block
 from revit_kernels.ops.layer_norm import layer_norm, layer_norm_fp8

@@ -42,8 +42,8 @@ def calls(monkeypatch):
     """Of each call of the block's kernel, whether it gave answers, not tokens."""
     require("block", "cpu", *sample(DEVICE))
     backend, seen = load("block", "cpu"), []
-    forward = backend._forward
-    monkeypatch.setattr(backend, "_forward", lambda *args: seen.append(bool(args[-3])) or forward(*args))
+    forward = backend._blocks
+    monkeypatch.setattr(backend, "_blocks", lambda *args: seen.append(bool(args[-3])) or forward(*args))
     return seen
 
 

@@ -12,7 +12,8 @@ from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
 from revit_kernels.ops.linear.panels import KINDS, has_kernel, pack_weight
 
 native.load("cpu")
-_forward = torch.ops.revit_kernels.blocks_cpu.default
+_block = torch.ops.revit_kernels.block_cpu.default
+_blocks = torch.ops.revit_kernels.blocks_cpu.default
 
 
 def refusal(step, args):
@@ -58,7 +59,7 @@ def run(
              of each image's first token
     """
     _, width, hidden = widths
-    return _forward(
+    return _blocks(
         x.contiguous(),
         cu_seqlens.contiguous(),
         row if row is None else row.contiguous(),
@@ -71,7 +72,6 @@ def run(
 
 def forward(x, cu_seqlens, row, *rest):
     *parameters, heads, eps1, eps2, scale, activation, kind = rest
-    w = BlockWeights(*parameters)
-    weights = [*affine(w.norm1, w.norm1_bias, w.norm2, w.norm2_bias), *pack(w, kind)]
-    widths = (*w.proj.shape, w.fc1.shape[0])
-    return run(x, cu_seqlens, row, weights, widths, heads, eps1, eps2, scale, activation, kind)
+    tensors = x, cu_seqlens, row, *parameters
+    tensors = (t if t is None else t.detach().contiguous() for t in tensors)
+    return _block(*tensors, eps1, eps2, heads, scale, ACTIVATIONS.index(activation), KINDS[kind or x.dtype])

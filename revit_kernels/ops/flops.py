@@ -1,0 +1,73 @@
+"""What FlopCounterMode counts for the ops: two for each multiplication and addition of a matrix product."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+import revit_kernels.ops.attention
+import revit_kernels.ops.block
+import revit_kernels.ops.linear
+import revit_kernels.ops.patch_embed  # noqa: F401  (they define the ops)
+
+_ops = torch.ops.revit_kernels
+
+
+def _has_no_values(x: Tensor) -> bool:
+    return x.is_meta or type(x).__name__ == "FakeTensor"  # whose module takes as long to import as all of this
+
+
+def _pairs(cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_k: Tensor, max_seqlen_k: int) -> int:
+    """Queries times keys, of all images; the most there can be where the boundaries have no values."""
+    if _has_no_values(cu_seqlens):
+        return (cu_seqlens.shape[0] - 1) * max_seqlen * max_seqlen_k
+    return int((cu_seqlens.diff().long() * cu_seqlens_k.diff().long()).sum())
+
+
+@register_flop_formula(_ops.attention_forward, get_raw=True)
+def attention_forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *_, out_val=None, **__) -> int:
+    return 4 * _pairs(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k) * q.shape[1] * q.shape[2]
+
+
+@register_flop_formula(_ops.attention_backward, get_raw=True)
+def attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *_, out_val=None, **__
+) -> int:
+    """Five products: the scores again, and the gradients of them, of queries, keys and values."""
+    return 10 * _pairs(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k) * q.shape[1] * q.shape[2]
+
+
+def _patches(placement: Tensor, image: Tensor) -> int:
+    if _has_no_values(placement):
+        return image.shape[0]
+    return int((placement[:, 0].long() * placement[:, 1]).sum())
+
+
+@register_flop_formula(_ops.patch_embed_forward, get_raw=True)
+def patch_embed_forward(images, weight, bias, cu_seqlens, placement, image, *_, out_val=None, **__) -> int:
+    return 2 * _patches(placement, image) * weight.numel()
+
+
+@register_flop_formula(_ops.patch_embed_backward, get_raw=True)
+def patch_embed_backward(grad, patches, cu_seqlens, placement, image, *_, out_val=None, **__) -> int:
+    return 2 * _patches(placement, image) * grad.shape[1] * patches.shape[1]
+
+
+@register_flop_formula(_ops.linear_forward, get_raw=True)
+def linear_forward(x, weight, *_, out_val=None, **__) -> int:
+    return 2 * x.shape[0] * weight.numel()
+
+
+@register_flop_formula(_ops.linear_backward, get_raw=True)
+def linear_backward(
+    dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight, *_, out_val=None, **__
+) -> int:
+    return 2 * x.shape[0] * weight.numel() * (need_x + need_weight)
+
+
+@register_flop_formula(_ops.block_forward, get_raw=True)
+def block_forward(
+    x, cu_seqlens, row, norm1, bias1, qkv, qkv_bias, proj, proj_bias, gamma1, norm2, bias2, fc1, fc1_bias, fc2, *_, **__
+) -> int:
+    length = x.shape[0]  # the longest an image can be, where the boundaries have no values
+    products = 2 * length * sum(weight.numel() for weight in (qkv, proj, fc1, fc2))
+    return products + 4 * _pairs(cu_seqlens, length, cu_seqlens, length) * proj.shape[1]
