@@ -71,7 +71,7 @@ def test_strided_views(rival):
 def test_lse_is_that_of_the_op(rival):
     inputs = test_attention.make_inputs([9, 0, 20], [3, 5, 0], dtype=torch.bfloat16, tail=5)
     q, k, v, cu_seqlens, longest, cu_seqlens_k, longest_k = inputs.values()
-    arguments = (q, k, v, cu_seqlens, longest, cu_seqlens_k, longest_k, 0.2)
+    arguments = (q, k, v, cu_seqlens, longest, cu_seqlens_k, longest_k, 0.2, None, None, None, False)
     out, lse = torch.ops.revit_kernels.attention_forward(*arguments, rival)
     expected = torch.ops.revit_kernels.attention_forward(*arguments, "reference")
     assert lse.shape == (34, 2) and lse.dtype == torch.float32 and out.is_contiguous() and lse.is_contiguous()
@@ -81,7 +81,7 @@ def test_lse_is_that_of_the_op(rival):
 def test_the_backward_takes_the_lse_of_another_backend(rival):
     inputs = test_attention.make_inputs([9, 0, 20], dtype=torch.bfloat16, tail=5)
     q, k, v, cu_seqlens, longest = inputs.values()
-    arguments = (cu_seqlens, longest, cu_seqlens, longest, 0.2)
+    arguments = (cu_seqlens, longest, cu_seqlens, longest, 0.2, None, None, None, False)
     out, lse = torch.ops.revit_kernels.attention_forward(q, k, v, *arguments, "reference")
     backward = torch.ops.revit_kernels.attention_backward
     torch.testing.assert_close(
