@@ -3,6 +3,8 @@
 from revit_kernels import ops
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.model import AdaptiveViT
+from revit_kernels.models.adopt import from_timm
+from revit_kernels.models.hugging_face import from_transformers
 from revit_kernels.models.registry import create_model, list_models
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.packing import Packing
@@ -15,6 +17,8 @@ __all__ = [
     "TokenLengthAssigner",
     "VarLenViT",
     "create_model",
+    "from_timm",
+    "from_transformers",
     "list_models",
     "ops",
 ]

@@ -30,6 +30,12 @@ def attention():
         yield from ((step, {"bits": 32, "head_dim": dim}, {}) for dim in (64, 128))
         yield from ((step, {"bits": 16, "head_dim": dim}, {"dtype": "fp16"}) for dim in (64, 128))
         yield step, {"bits": 16, "head_dim": 64}, {"ones": ("heads",)}  # Triton makes a constant of a 1
+        for dim, pairs in ((32, 16), (64, 32), (72, 36), (80, 40), (88, 44), (96, 16), (128, 64), (27, 13), (100, 50)):
+            for half in (False, True):
+                options = {"pairs": pairs, "half": half}
+                yield f"{step}_turned", {"bits": 16, "head_dim": dim}, options
+                if dim in (64, 128):
+                    yield f"{step}_turned", {"bits": 32, "head_dim": dim}, options
 
 
 def layer_norm():

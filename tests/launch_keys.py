@@ -65,6 +65,16 @@ def attention(op, tokens, images, ahead):
         op.backward(out, q, k, v, out, lse, *lengths)
 
 
+def attention_turned(op, tokens, images, ahead):
+    q, k, v = numbers(tokens, 3, HEADS, HEAD_DIM).unbind(1)
+    ends, row = indices(images + 1, ahead=ahead), indices(tokens, ahead=ahead)
+    for positions in TOKENS:
+        angles = numbers(positions, HEAD_DIM // 2, dtype=torch.float32)
+        told = (ends, 160, ends, 160, 0.125, angles, angles, row, True)
+        out, lse = op.forward(q, k, v, *told)
+        op.backward(out, q, k, v, out, lse, *told)
+
+
 def layer_norm(op, tokens, images, ahead):
     x, affine, row = numbers(tokens, DIM), numbers(3, DIM), indices(tokens, ahead=ahead)
     _, _, mean, rstd = op.forward(x, affine, affine, row, x, affine[0], 1e-6, False)
@@ -135,7 +145,7 @@ def tail(op, tokens, images, ahead):
 
 
 CASES = {
-    "attention": [attention],
+    "attention": [attention, attention_turned],
     "layer_norm": [layer_norm, layer_norm_to_e4m3, layer_norm_of_one_length],
     "linear": [linear, linear_without_tma, linear_in_e4m3],
     "patch_embed": [patch_embed, patch_embed_resized],

@@ -96,6 +96,14 @@ def test_tables_are_current(report, page):
     assert (ROOT / page).read_text() == report.written(page), "run: python benchmarks/report.py"
 
 
+def test_the_list_of_models_is_current():
+    spec = importlib.util.spec_from_file_location("make_models_page", ROOT / "tools" / "make_models_page.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    text = tool.PAGE.read_text()
+    assert text == tool.page(text), "run: python tools/make_models_page.py"
+
+
 def test_every_table_is_tested(report):
     assert set(report.TABLES) == {"README.md", "docs/performance.md", "docs/revit.md"}
 

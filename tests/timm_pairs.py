@@ -55,11 +55,22 @@ def small_kwargs(name):
     if entry["parameters"] > LARGEST:
         heads = kwargs.get("num_heads", 12)
         small |= {"num_heads": 2, "embed_dim": 2 * kwargs.get("embed_dim", 768) // heads}
+    if "num_kv_heads" in kwargs:  # a number for each block: as many as heads in the first, fewer in the second or not
+        small["num_kv_heads"] = [small.get("num_heads", heads_of(name)), small.get("num_heads", heads_of(name)) // 2]
     return small
 
 
+def heads_of(name):
+    return registry()["models"][name]["kwargs"].get("num_heads", 12)
+
+
+def unwritten(name):
+    """What tells timm not to draw the weights, which takes long; its Eva cannot be told."""
+    return {} if registry()["models"][name].get("class") == "VarLenEva" else {"weight_init": "skip"}
+
+
 def make_timm(name, seed=0, **kwargs):
-    return liven(timm.create_model(name, weight_init="skip", **kwargs), seed).to(DEVICE).eval()
+    return liven(timm.create_model(name, **unwritten(name), **kwargs), seed).to(DEVICE).eval()
 
 
 def pair(name="vit_tiny_patch16_224", **kwargs):

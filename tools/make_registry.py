@@ -13,10 +13,13 @@ import timm
 import torch
 from timm.models import _registry as timm_registry
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 OUTPUT = Path(__file__).parents[1] / "revit_kernels" / "models" / "registry.json"
-MODULES = ("vision_transformer", "deit")
+MODULES = ("vision_transformer", "deit", "eva")
+FAMILIES = {VisionTransformer: {"weight_init": "skip"}, Eva: {}}  # and what keeps their weights from being drawn
+OURS = {VisionTransformerDistilled: "VarLenViTDistilled", Eva: "VarLenEva"}
 # The fields of timm's pretrained_cfg that preprocessing and fine-tuning read, with their commonest values: these are
 # written once, and a tag lists only what differs.
 COMMON = {
@@ -38,6 +41,7 @@ STATISTICS = (  # mean and std of each colour; a tag lists which, where it is no
     (0.485, 0.456, 0.406, 0.229, 0.224, 0.225),
     (0.48145466, 0.4578275, 0.40821073, 0.26862954, 0.26130258, 0.27577711),
     (0.0, 0.0, 0.0, 1.0, 1.0, 1.0),
+    (0.43, 0.411, 0.296, 0.213, 0.156, 0.143),
 )
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -61,45 +65,48 @@ def size(value):
     return value[0] if isinstance(value, list) and value[0] == value[1] else value
 
 
-DEFAULTS = {
-    name: plain(name, parameter.default)
-    for name, parameter in inspect.signature(VisionTransformer.__init__).parameters.items()
-    if name not in ("self", "device", "dtype", "weight_init")
-}
+def defaults(family):
+    """The constructor's own arguments, as JSON can hold them."""
+    parameters = inspect.signature(family.__init__).parameters
+    return {
+        name: plain(name, parameter.default)
+        for name, parameter in parameters.items()
+        if name not in ("self", "device", "dtype", "weight_init")
+    }
 
 
-def describe(kwargs):
+def describe(kwargs, usual):
     """The arguments that differ from the constructor's defaults, as JSON can hold them."""
     described = {}
     for name, value in kwargs.items():
-        if name in DEFAULTS and value is not None:
+        if name in usual and value is not None:
             value = size(value) if name in ("img_size", "patch_size") else plain(name, value)
-            if value != DEFAULTS[name]:
+            if value != usual[name]:
                 described[name] = value
     return described
 
 
-def build(name):
+def build(name, family):
     """The kwargs that timm's entry point passes to the constructor, and the model, on the meta device."""
     seen = []
-    original = VisionTransformer.__init__
+    original = family.__init__
 
     def record(self, *args, **kwargs):
         bound = inspect.signature(original).bind(self, *args, **kwargs)
         seen.append({k: v for k, v in bound.arguments.items() if k != "self"})
         original(self, *args, **kwargs)
 
-    VisionTransformer.__init__ = record
+    family.__init__ = record
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, weight_init="skip")
+            model = timm.create_model(name, **FAMILIES[family])
     finally:
-        VisionTransformer.__init__ = original
+        family.__init__ = original
     (kwargs,) = seen
-    return describe(kwargs), model
+    return describe(kwargs, defaults(family)), model
 
 
-def tag_row(full, kwargs):
+def tag_row(full, kwargs, family):
     """The fields of timm's pretrained_cfg for this tag that differ from COMMON.
 
     A tag changes nothing of the architecture but num_classes, which is one of those fields.
@@ -110,7 +117,7 @@ def tag_row(full, kwargs):
     statistics = STATISTICS.index(tuple(cfg.mean) + tuple(cfg.std))
     if statistics:
         row["statistics"] = statistics
-    here, _ = build(full)
+    here, _ = build(full, family)
     num_classes = here.pop("num_classes", 1000)
     if here != kwargs or num_classes != cfg.num_classes:
         raise ValueError(f"{full} differs from {full.partition('.')[0]} in more than num_classes: {here}, {kwargs}")
@@ -122,14 +129,15 @@ def main():
     models = {}
     for module in MODULES:
         for name in sorted(timm_registry._module_to_models[module] - deprecated.keys()):
-            kwargs, model = build(name)
+            family = Eva if module == "eva" else VisionTransformer
+            kwargs, model = build(name, family)
             entry = {"parameters": sum(p.numel() for p in model.parameters())}
-            if isinstance(model, VisionTransformerDistilled):
-                entry["class"] = "VarLenViTDistilled"
+            if type(model) in OURS:
+                entry["class"] = OURS[type(model)]
             kwargs.pop("num_classes", None)
             full_names = timm_registry._model_with_tags[name]  # timm's default first
             entry["kwargs"] = kwargs
-            entry["tags"] = {full.partition(".")[2]: tag_row(full, kwargs) for full in full_names}
+            entry["tags"] = {full.partition(".")[2]: tag_row(full, kwargs, family) for full in full_names}
             models[name] = entry
     renamed = {}
     for old, new in sorted(deprecated.items()):

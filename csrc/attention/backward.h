@@ -13,8 +13,10 @@ struct Backward {
                 row = key_panels * kLanes, columns = dim_panels * kLanes;
   const bool whole = item.queries <= kChunk;
   Unit *k_columns, *v_columns, *k_rows, *q_rows, *grad_rows, *query, *grad, *weights, *slopes, *slope_rows;
-  float *scores, *products, *dk_sum, *dv_sum;
+  float *scores, *products, *dk_sum, *dv_sum, *gradient;
+  T* room;  // for rows that are turned
   float lse[kRows];
+  HeadRows<T> q;  // of the chunk
 
   template <class Take>
   void lay_out(Take take) {
@@ -25,6 +27,8 @@ struct Backward {
     take(weights, chunk_units * row), take(slopes, chunk_units * row), take(slope_rows, kRows * row / Math::kPair);
     take(scores, kRows * row), take(products, kRows * row);
     take(dk_sum, whole ? 0 : keys * columns), take(dv_sum, whole ? 0 : keys * columns);
+    const int64_t turned_rows = p.rotation.cos ? std::max(keys, whole ? item.queries : kChunk) : 0;
+    take(room, turned_rows * dim), take(gradient, turned_rows ? kRows * columns : 0);
   }
 
   Backward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
@@ -38,13 +42,15 @@ struct Backward {
 
   void run() {
     const int64_t head = item.head;
-    pack_columns<Math>(p.k.at(item.first_key, head), p.k.token, keys, dim, k_columns);
+    const HeadRows<T> k = turned(p, p.k, item.first_key, head, keys, room);
+    pack_columns<Math>(k.data, k.stride, keys, dim, k_columns);
+    pack_rows<Math>(k.data, k.stride, keys, dim, k_rows);
     pack_columns<Math>(p.v.at(item.first_key, head), p.v.token, keys, dim, v_columns);
-    pack_rows<Math>(p.k.at(item.first_key, head), p.k.token, keys, dim, k_rows);
     for (int64_t chunk = 0; chunk < item.queries; chunk += kChunk) {
       const int64_t queries = item.queries - chunk < kChunk ? item.queries - chunk : kChunk;
       const int64_t token = item.first_query + chunk;
-      pack_rows<Math>(p.q.at(token, head), p.q.token, queries, dim, q_rows);
+      q = turned(p, p.q, token, head, queries, room);
+      pack_rows<Math>(q.data, q.stride, queries, dim, q_rows);
       pack_rows<Math>(p.grad.at(token, head), p.grad.token, queries, dim, grad_rows);
       for (int64_t first = 0; first < queries; first += kRows) {
         const int64_t count = queries - first < kRows ? queries - first : kRows;
@@ -57,8 +63,8 @@ struct Backward {
         }
       }
       const bool begin = chunk == 0, end = chunk + queries == item.queries;
-      columns_of(weights, grad_rows, units<Math>(queries), 1.f, p.dv, dv_sum, begin, end);
-      columns_of(slopes, q_rows, units<Math>(queries), p.scale, p.dk, dk_sum, begin, end);
+      columns_of(weights, grad_rows, units<Math>(queries), 1.f, p.dv, dv_sum, begin, end, false);
+      columns_of(slopes, q_rows, units<Math>(queries), p.scale, p.dk, dk_sum, begin, end, p.rotation.cos);
     }
   }
 
@@ -66,7 +72,7 @@ struct Backward {
   template <int R>
   __attribute__((noinline)) void rows(int64_t chunk, int64_t first, int64_t count) {
     const int64_t token = chunk + first, head = item.head, stride = row;
-    copy_rows<Math>(p.q.at(token, head), p.q.token, count, R, dim, query);
+    copy_rows<Math>(q.data + first * q.stride, q.stride, count, R, dim, query);
     copy_rows<Math>(p.grad.at(token, head), p.grad.token, count, R, dim, grad);
     for (int r = 0; r < R; ++r) {
       lse[r] = r < count ? p.lse[(token + r) * p.heads + head] * kLog2E : INFINITY;  // a row of padding weighs nothing
@@ -79,12 +85,23 @@ struct Backward {
     for (int r = 0; r < R && r < (count + Math::kPair - 1) / Math::kPair * Math::kPair; r += Math::kPair)
       slopes_of(r, (first + r) / Math::kPair);
     T* dq = p.dq.at(token, head);
-    const int64_t dq_stride = p.dq.token, n = dim;
+    float* unturned = p.rotation.cos ? gradient : nullptr;
+    const int64_t dq_stride = p.dq.token, n = dim, width_of_row = columns;
     const float scale = p.scale;
     product<Math, R, false>(slope_rows, row / Math::kPair, k_rows, key_units, dim_panels,
                             [=](int r, int64_t c, Floats x) INLINE_LAMBDA {
-                              if (r < count) store(dq + r * dq_stride + c, x * scale, n - c);
+                              if (unturned)
+                                write(unturned + r * width_of_row + c, x * scale);
+                              else if (r < count)
+                                store(dq + r * dq_stride + c, x * scale, n - c);
                             });
+    if (unturned) turn_back(token, count, p.dq);
+  }
+
+  // Stores `count` rows of gradients of what was turned as gradients of what came.
+  INLINE void turn_back(int64_t token, int64_t count, const Strided<T>& to) {
+    for (int64_t r = 0; r < count; ++r)
+      rotate_row<true>(p.rotation, token + r, item.head, gradient + r * columns, dim, to.at(token + r, item.head));
   }
 
   // Turns the scores of a row into weights. Returns their mean of the products: summing it here, not as out * grad,
@@ -127,11 +144,11 @@ struct Backward {
 
   // left^T (keys, queries) @ right (queries, dim), added to what earlier chunks left and, at the end, stored in y.
   void columns_of(const Unit* left, const Unit* right, int64_t query_units, float scale, const Strided<T>& y,
-                  float* sum, bool begin, bool end) {
+                  float* sum, bool begin, bool end, bool back) {
     for (int64_t blocks = ceil_div(keys, kRows), first = 0; blocks; --blocks) {
       const int64_t count = ceil_div(keys - first, blocks);
       auto block = [&](auto rows) {
-        column_rows<decltype(rows)::value>(left, right, query_units, scale, y, sum, begin, end, first);
+        column_rows<decltype(rows)::value>(left, right, query_units, scale, y, sum, begin, end, back, first);
       };
       switch (count) {
         case 1:
@@ -159,18 +176,23 @@ struct Backward {
 
   template <int R>
   __attribute__((noinline)) void column_rows(const Unit* left, const Unit* right, int64_t query_units, float scale,
-                                             const Strided<T>& y, float* sum, bool begin, bool end, int64_t first) {
+                                             const Strided<T>& y, float* sum, bool begin, bool end, bool back,
+                                             int64_t first) {
     T* to = y.at(item.first_key + first, item.head);
     float* partial = sum + first * columns;
+    float* unturned = back && end ? gradient : nullptr;
     const int64_t stride = y.token, n = dim, partial_stride = columns;
     product<Math, R, true>(left + first, row, right, query_units, dim_panels,
                            [=](int r, int64_t c, Floats x) INLINE_LAMBDA {
                              if (!begin) x += load(partial + r * partial_stride + c);
-                             if (end)
+                             if (unturned)
+                               write(unturned + r * partial_stride + c, x * scale);
+                             else if (end)
                                store(to + r * stride + c, x * scale, n - c);
                              else
                                write(partial + r * partial_stride + c, x);
                            });
+    if (unturned) turn_back(item.first_key + first, R, y);
   }
 };
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -83,6 +84,21 @@ Strided<T> strided(const Tensor& x) {
   return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
 }
 
+// cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,), each below the positions
+Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                     const std::optional<Tensor>& row, bool half) {
+  if (!cos) return {};
+  Rotation r;
+  r.cos = static_cast<const float*>(cos->data_ptr()), r.sin = static_cast<const float*>(sin->data_ptr());
+  r.row = static_cast<const int32_t*>(row->data_ptr());
+  r.pairs = cos->size(-1), r.half = half, r.position = cos->stride(0), r.head = cos->dim() == 3 ? cos->stride(1) : 0;
+  const int64_t tokens = row->size(0), positions = cos->size(0);
+  for (int64_t t = 0; t < tokens; ++t)
+    STD_TORCH_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ",
+                    r.row[t]);
+  return r;
+}
+
 template <class T>
 void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
   const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
@@ -99,8 +115,9 @@ void forward_images(const Problem<T>& p, const Boundaries& queries, const Bounda
 
 template <class T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
-             float scale, Tensor& y, Tensor& lse) {
+             float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
   Problem<T> p{};
+  p.rotation = rotation;
   p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
   p.lse = static_cast<float*>(lse.data_ptr());
   p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
@@ -143,8 +160,10 @@ namespace {
 
 template <class T>
 void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
-              const Boundaries& queries, const Boundaries& keys, float scale, Tensor& dq, Tensor& dk, Tensor& dv) {
+              const Boundaries& queries, const Boundaries& keys, float scale, const Rotation& rotation, Tensor& dq,
+              Tensor& dk, Tensor& dv) {
   Problem<T> p{};
+  p.rotation = rotation;
   p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v);
   p.grad = strided<const T>(grad);
   p.dq = strided<T>(dq), p.dk = strided<T>(dk), p.dv = strided<T>(dv);
@@ -170,28 +189,35 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
 
 // q, out: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                         const Tensor& cu_seqlens_k, double scale) {
+                                         const Tensor& cu_seqlens_k, double scale, const std::optional<Tensor>& cos,
+                                         const std::optional<Tensor>& sin, const std::optional<Tensor>& row,
+                                         bool half) {
+  const Rotation rotation = rotation_of(cos, sin, row, half);
   const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, torch::headeronly::ScalarType::Float);
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
-    forward<float>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
+    forward<float>(q, k, v, queries, keys, static_cast<float>(scale), rotation, y, lse);
   else
-    forward<Bfloat16>(q, k, v, queries, keys, static_cast<float>(scale), y, lse);
+    forward<Bfloat16>(q, k, v, queries, keys, static_cast<float>(scale), rotation, y, lse);
   return {y, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                           const Tensor& v, const Tensor& lse, const Tensor& cu_seqlens,
-                                                          const Tensor& cu_seqlens_k, double scale) {
+                                                          const Tensor& cu_seqlens_k, double scale,
+                                                          const std::optional<Tensor>& cos,
+                                                          const std::optional<Tensor>& sin,
+                                                          const std::optional<Tensor>& row, bool half) {
+  const Rotation rotation = rotation_of(cos, sin, row, half);
   const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
   Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
-    backward<float>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
+    backward<float>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), rotation, dq, dk, dv);
   else
-    backward<Bfloat16>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), dq, dk, dv);
+    backward<Bfloat16>(grad, q, k, v, lse, queries, keys, static_cast<float>(scale), rotation, dq, dk, dv);
   return {dq, dk, dv};
 }
 
@@ -200,11 +226,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, co
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
-      "attention_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale)"
-      " -> (Tensor, Tensor)");
+      "attention_cpu(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale,"
+      " Tensor? cos=None, Tensor? sin=None, Tensor? row=None, bool half=False) -> (Tensor, Tensor)");
   m.def(
       "attention_backward_cpu(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor cu_seqlens,"
-      " Tensor cu_seqlens_k, float scale) -> (Tensor, Tensor, Tensor)");
+      " Tensor cu_seqlens_k, float scale, Tensor? cos=None, Tensor? sin=None, Tensor? row=None, bool half=False)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, CPU, m) {
   m.impl("attention_cpu", TORCH_BOX(&revit::attention_cpu));

@@ -3,6 +3,7 @@
 // any company.
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
 
 #include "cuda_backward.h"
@@ -29,7 +30,24 @@ int head_group(int tiles, int heads) {
   return group;
 }
 
-Packed packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, double scale) {
+using Table = std::optional<Tensor>;
+
+// cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,)
+Rotary rotary(const Table& cos, const Table& sin, const Table& row, bool half) {
+  if (!cos) return {};
+  STD_TORCH_CHECK(!half || cos->size(-1) % 8 == 0, "halves need a multiple of 8 pairs, got ", cos->size(-1));
+  return {static_cast<const float*>(cos->data_ptr()),
+          static_cast<const float*>(sin->data_ptr()),
+          static_cast<const int*>(row->data_ptr()),
+          cos->stride(0),
+          cos->dim() == 3 ? cos->stride(1) : 0,
+          static_cast<int>(cos->size(0)),
+          static_cast<int>(cos->size(-1)),
+          half};
+}
+
+Packed packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, double scale,
+              const Rotary& rotary) {
   return {static_cast<const int*>(cu_seqlens.data_ptr()),
           static_cast<const int*>(cu_seqlens_k.data_ptr()),
           static_cast<int>(q.size(0)),
@@ -38,7 +56,8 @@ Packed packed(const Tensor& q, const Tensor& k, const Tensor& cu_seqlens, const 
           static_cast<int>(q.size(1)),
           static_cast<int>(q.size(2)),
           1,
-          static_cast<float>(scale)};
+          static_cast<float>(scale),
+          rotary};
 }
 
 // A block for every tile of rows that the images can have, and those that write zeros behind the last image.
@@ -91,7 +110,7 @@ template <int kDim, class Kind>
 bool forward_on_hopper(const revit::Stream& stream, const Tensor& q, const Tensor& k, const Tensor& v, uint16_t* y,
                        float* lse, Packed p) {
   using Shape = HopperShape<kDim>;
-  if (!p.tokens_k || !revit::on_hopper(hopper_kernel<kDim, Kind>)) return false;
+  if (!p.tokens_k || p.rotary.cos || !revit::on_hopper(hopper_kernel<kDim, Kind>)) return false;
   HopperMaps maps;
   auto encode = [&](revit::TensorMap(&to)[2], const Tensor& x) {
     for (int tail = 0; tail < (Shape::kTail ? 2 : 1); ++tail)
@@ -110,12 +129,13 @@ bool forward_on_hopper(const revit::Stream& stream, const Tensor& q, const Tenso
 
 // q, y: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
 std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
-                                          const Tensor& cu_seqlens_k, double scale) {
+                                          const Tensor& cu_seqlens_k, double scale, const Table& cos, const Table& sin,
+                                          const Table& row, bool half) {
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   if (!y.numel()) return {y, lse};
   const revit::Stream stream(q);
-  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale);
+  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale, rotary(cos, sin, row, half));
   for_shape(q, [&](auto columns, auto kind) {
     constexpr int kDim = decltype(columns)::value;
     using Shape = ForwardShape<kDim>;
@@ -132,13 +152,14 @@ std::tuple<Tensor, Tensor> attention_cuda(const Tensor& q, const Tensor& k, cons
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                            const Tensor& v, const Tensor& y, const Tensor& lse,
                                                            const Tensor& cu_seqlens, const Tensor& cu_seqlens_k,
-                                                           double scale) {
+                                                           double scale, const Table& cos, const Table& sin,
+                                                           const Table& row, bool half) {
   Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});
   Tensor delta = torch::stable::new_empty(lse, {lse.size(0), lse.size(1)});
   const revit::Stream stream(q);
-  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale);
+  Packed p = packed(q, k, cu_seqlens, cu_seqlens_k, scale, rotary(cos, sin, row, half));
   const float* lse_data = static_cast<const float*>(lse.data_ptr());
   float* delta_data = static_cast<float*>(delta.data_ptr());
   for_shape(q, [&](auto columns, auto kind) {
@@ -164,11 +185,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& grad, c
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
-      "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale)"
-      " -> (Tensor, Tensor)");
+      "attention_cuda(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor cu_seqlens_k, float scale,"
+      " Tensor? cos=None, Tensor? sin=None, Tensor? row=None, bool half=False) -> (Tensor, Tensor)");
   m.def(
       "attention_backward_cuda(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor cu_seqlens,"
-      " Tensor cu_seqlens_k, float scale) -> (Tensor, Tensor, Tensor)");
+      " Tensor cu_seqlens_k, float scale, Tensor? cos=None, Tensor? sin=None, Tensor? row=None, bool half=False)"
+      " -> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(revit_kernels, REVIT_CUDA_KEY, m) {
   m.impl("attention_cuda", TORCH_BOX(&attention_cuda));

@@ -46,6 +46,7 @@ __global__ void __launch_bounds__(QueriesShape<kDim>::kWarps * 32, QueriesShape<
     if (busy) {
       const Rows own = rows_of_warp(plan);
       load_rows<kDim>(queries, q, head, own, p.dim);
+      turn_rows<kDim, Kind>(queries, p.rotary, head, own);
       load_rows<kDim>(grads, grad, head, own, p.dim);
       {
         uint32_t outputs[kDim / 16][4];
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(QueriesShape<kDim>::kWarps * 32, QueriesShape<
     for (int chunk = 0; chunk < plan.chunks; ++chunk, ++step) {
       wait_for_step(plan);
       start(step + plan.flight - 1);
+      turn_step<kDim, Kind>(shared, plan, p.rotary, step);
       if (!busy) continue;
       const SharedAddress chunk_keys = buffer + slot_of(plan, step, place) * kRow<kDim> * 2;
       const SharedAddress chunk_values = chunk_keys + plan.chunk * kRow<kDim> * 2;
@@ -99,6 +101,7 @@ __global__ void __launch_bounds__(QueriesShape<kDim>::kWarps * 32, QueriesShape<
     if (!busy) continue;
     const Rows own = rows_of_warp(plan);
     const float scale[2] = {p.scale, p.scale};
+    turn_back<kDim>(sums, p.rotary, head, own);
     store_rows<kDim, Kind>(dq, sums, scale, p.heads, head, own, p.dim);
   }
   revit::wait_for_copies<0>();
@@ -156,11 +159,13 @@ __global__ void __launch_bounds__(KeysShape<kDim>::kWarps * 32, KeysShape<kDim>:
     if (busy) {
       const Rows own = rows_of_warp(plan);
       load_rows<kDim>(own_keys, k, head, own, p.dim);
+      turn_rows<kDim, Kind>(own_keys, p.rotary, head, own);
       load_rows<kDim>(own_values, v, head, own, p.dim);
     }
     for (int chunk = 0; chunk < plan.chunks; ++chunk, ++step) {
       wait_for_step(plan);
       start(step + plan.flight - 1);
+      turn_step<kDim, Kind>(shared, plan, p.rotary, step);
       if (!busy) continue;
       const SharedAddress chunk_queries = buffer + slot_of(plan, step, place) * kRow<kDim> * 2;
       const SharedAddress chunk_grads = chunk_queries + plan.chunk * kRow<kDim> * 2;
@@ -199,6 +204,7 @@ __global__ void __launch_bounds__(KeysShape<kDim>::kWarps * 32, KeysShape<kDim>:
     if (!busy) continue;
     const Rows own = rows_of_warp(plan);
     const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
+    turn_back<kDim>(key_sums, p.rotary, head, own);
     store_rows<kDim, Kind>(dk, key_sums, scale, p.heads, head, own, p.dim);
     store_rows<kDim, Kind>(dv, value_sums, one, p.heads, head, own, p.dim);
   }

@@ -45,10 +45,14 @@ __global__ void __launch_bounds__(ForwardShape<kDim>::kWarps * 32, ForwardShape<
     uint32_t queries[kDim / 16][4];
     Softmax softmax;
     float sums[kDim / 8][4] = {};
-    if (busy) load_rows<kDim>(queries, q, head, rows_of_warp(plan), p.dim);
+    if (busy) {
+      load_rows<kDim>(queries, q, head, rows_of_warp(plan), p.dim);
+      turn_rows<kDim, Kind>(queries, p.rotary, head, rows_of_warp(plan));
+    }
     for (int chunk = 0; chunk < plan.chunks; ++chunk, ++step) {
       wait_for_step(plan);
       start(step + plan.flight - 1);
+      turn_step<kDim, Kind>(shared, plan, p.rotary, step);
       if (!busy) continue;
       const SharedAddress chunk_keys = buffer + slot_of(plan, step, place) * kRow<kDim> * 2;
       const SharedAddress chunk_values = chunk_keys + plan.chunk * kRow<kDim> * 2;

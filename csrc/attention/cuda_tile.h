@@ -28,11 +28,26 @@ struct View {
   __device__ const uint16_t* at(int64_t t, int h) const { return data + t * token + h * head; }
 };
 
+// Angles by which pairs of channels of queries and keys are turned; no cos where none are.
+struct Rotary {
+  const float *cos, *sin;  // (positions, pairs), or (positions, heads, pairs)
+  const int* row;          // (tokens,), outside the positions for a token that stays as it is
+  int64_t position, head;  // strides; that of heads is 0 where they share their angles
+  int positions, pairs;
+  bool half;  // channel c belongs to c + pairs, of which there is a multiple of 8, not to its neighbour
+  // Where a token's angles for a head are; below 0 for one that stays.
+  __device__ int64_t at(int64_t token, int h) const {
+    const int own = row[token];
+    return own < 0 || own >= positions ? -1 : own * position + h * head;
+  }
+};
+
 struct Packed {
   const int *cu_seqlens, *cu_seqlens_k;
   int tokens, tokens_k, images, heads, dim;
   int head_group;  // heads that a block goes through
   float scale;
+  Rotary rotary;
 };
 
 // Rows in shared memory are 16 bytes longer than they need: eight of them then start in eight different banks.
@@ -115,6 +130,75 @@ __device__ void load_rows(uint32_t (&y)[kDim / 16][4], const View& from, int hea
         y[k][half + 2 * right] = inside ? __ldg(reinterpret_cast<const uint32_t*>(source + column)) : 0u;
       }
     }
+  }
+}
+
+// Turns the two channels of a pair, or turns them back.
+template <bool kBack>
+__device__ inline void turn(float& a, float& b, const Rotary& r, int64_t at, int pair) {
+  const float cos = __ldg(r.cos + at + pair), sin = kBack ? -__ldg(r.sin + at + pair) : __ldg(r.sin + at + pair);
+  const float first = a * cos - b * sin;
+  b = b * cos + a * sin;
+  a = first;
+}
+
+// Turns a row of which a thread has two neighbouring channels in every 8: read(block) and write(block, both).
+template <int kDim, bool kBack, class Read, class Write>
+__device__ __forceinline__ void turn_row(const Rotary& r, int64_t at, Read read, Write write) {
+  const int own = threadIdx.x % 4 * 2;
+  if (!r.half) {
+#pragma unroll
+    for (int block = 0; block < kDim / 8; ++block) {
+      if (4 * block + own / 2 < r.pairs) {
+        float2 x = read(block);
+        turn<kBack>(x.x, x.y, r, at, 4 * block + own / 2);
+        write(block, x);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int apart = 1; apart <= kDim / 16; ++apart) {  // registers have no index but a constant
+    if (r.pairs == 8 * apart) {
+#pragma unroll
+      for (int block = 0; block < apart; ++block) {
+        float2 a = read(block), b = read(block + apart);
+        turn<kBack>(a.x, b.x, r, at, 8 * block + own);
+        turn<kBack>(a.y, b.y, r, at, 8 * block + own + 1);
+        write(block, a);
+        write(block + apart, b);
+      }
+    }
+  }
+}
+
+// Turns the 16 rows of a warp, as `load_rows` gives them.
+template <int kDim, class Kind>
+__device__ void turn_rows(uint32_t (&y)[kDim / 16][4], const Rotary& r, int head, Rows rows) {
+  if (!r.cos) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = threadIdx.x % 32 / 4 + 8 * half;
+    const int64_t at = row < rows.count() ? r.at(rows.begin + row, head) : -1;
+    if (at >= 0)
+      turn_row<kDim, false>(
+          r, at, [&](int block) { return revit::unpack(y[block / 2][half + block % 2 * 2], Kind()); },
+          [&](int block, float2 x) { y[block / 2][half + block % 2 * 2] = revit::pack(x.x, x.y, Kind()); });
+  }
+}
+
+// Turns the gradients of 16 turned rows of a warp back.
+template <int kDim>
+__device__ void turn_back(float (&sums)[kDim / 8][4], const Rotary& r, int head, Rows rows) {
+  if (!r.cos) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = threadIdx.x % 32 / 4 + 8 * half;
+    const int64_t at = row < rows.count() ? r.at(rows.begin + row, head) : -1;
+    if (at >= 0)
+      turn_row<kDim, true>(
+          r, at, [&](int block) { return float2{sums[block][2 * half], sums[block][2 * half + 1]}; },
+          [&](int block, float2 x) { sums[block][2 * half] = x.x, sums[block][2 * half + 1] = x.y; });
   }
 }
 
@@ -248,6 +332,36 @@ __device__ void start_step(SharedAddress shared, const Plan& plan, const View& a
     }
   }
   revit::commit_copies();
+}
+
+// Turns the rows of a step's first operand where they lie in shared memory, once they are there.
+template <int kDim, class Kind>
+__device__ void turn_step(unsigned char* shared, const Plan& plan, const Rotary& r, int step) {
+  if (!r.cos) return;
+  const int round = step / plan.chunks, row = (step - round * plan.chunks) * plan.chunk;
+  const int there = min(plan.chunk, plan.streamed.count() - row), words = r.half ? r.pairs / 2 : r.pairs;
+  for (int beside = 0; beside < plan.beside && round * plan.beside + beside < plan.heads; ++beside) {
+    const int head = plan.first_head + round * plan.beside + beside;
+    uint32_t* const rows = reinterpret_cast<uint32_t*>(shared) + slot_of(plan, step, beside) * (kRow<kDim> / 2);
+    for (int i = threadIdx.x; i < there * words; i += blockDim.x) {
+      const int own = i / words, word = i % words;
+      const int64_t at = r.at(plan.streamed.begin + row + own, head);
+      if (at < 0) continue;
+      uint32_t* const first = rows + own * (kRow<kDim> / 2) + word;
+      float2 a = revit::unpack(*first, Kind());
+      if (r.half) {
+        uint32_t* const second = first + r.pairs / 2;
+        float2 b = revit::unpack(*second, Kind());
+        turn<false>(a.x, b.x, r, at, 2 * word);
+        turn<false>(a.y, b.y, r, at, 2 * word + 1);
+        *second = revit::pack(b.x, b.y, Kind());
+      } else {
+        turn<false>(a.x, a.y, r, at, word);
+      }
+      *first = revit::pack(a.x, a.y, Kind());
+    }
+  }
+  __syncthreads();
 }
 
 // Until the step's rows are there for all threads, and all are done with those that the next copies go over.

@@ -36,19 +36,24 @@ struct Forward {
                 row = key_panels * kLanes;
   Unit *packed_k, *packed_v, *query, *weights;
   float* scores;
+  T* room;  // for rows that are turned
 
   Forward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
-    scratch.reserve(Arena::bytes<Unit>(row * depth) + Arena::bytes<Unit>(dim_panels * kLanes * key_units) +
-                    Arena::bytes<Unit>(kRows * width) + Arena::bytes<float>(kRows * row) * 2);
+    const int64_t turned_rows = p.rotation.cos ? std::max<int64_t>(keys, kRows) : 0;
+    scratch.reserve(Arena::bytes<T>(turned_rows * dim) + Arena::bytes<Unit>(row * depth) +
+                    Arena::bytes<Unit>(dim_panels * kLanes * key_units) + Arena::bytes<Unit>(kRows * width) +
+                    Arena::bytes<float>(kRows * row) * 2);
     packed_k = scratch.take<Unit>(row * depth);
     packed_v = scratch.take<Unit>(dim_panels * kLanes * key_units);
     query = scratch.take<Unit>(kRows * width);
     scores = scratch.take<float>(kRows * row);
     weights = scratch.take<Unit>(kRows * row / Math::kPair);
+    room = scratch.take<T>(turned_rows * dim);
   }
 
   void run() {
-    pack_columns<Math>(p.k.at(item.first_key, item.head), p.k.token, keys, dim, packed_k);
+    const HeadRows<T> k = turned(p, p.k, item.first_key, item.head, keys, room);
+    pack_columns<Math>(k.data, k.stride, keys, dim, packed_k);
     pack_rows<Math>(p.v.at(item.first_key, item.head), p.v.token, keys, dim, packed_v);
     for (int64_t blocks = ceil_div(item.queries, kRows), first = 0; blocks; --blocks) {
       const int64_t count = ceil_div(item.queries - first, blocks);
@@ -79,7 +84,8 @@ struct Forward {
   template <int R>
   __attribute__((noinline)) void rows(int64_t first) {
     const int64_t token = item.first_query + first, stride = row, head = item.head;
-    copy_rows<Math>(p.q.at(token, head), p.q.token, R, R, dim, query);
+    const HeadRows<T> q = turned(p, p.q, token, head, R, room);
+    copy_rows<Math>(q.data, q.stride, R, R, dim, query);
     float* s = scores;
     product<Math, R, false>(query, width, packed_k, depth, key_panels,
                             [=](int r, int64_t j, Floats x) INLINE_LAMBDA { write(s + r * stride + j, x); });

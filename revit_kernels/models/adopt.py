@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from revit_kernels import modules
+from revit_kernels.models.rotary import RotaryPositions
 
 if TYPE_CHECKING:
     from revit_kernels.models.vit import VarLenViT
@@ -19,9 +20,13 @@ CONTAINERS = {  # classes of timm's that we compute ourselves, by their names
         modules.Attention,
         modules.AttentionPoolLatent,
         modules.AttentionPoolPrr,
+        modules.AttentionRope,
         modules.Block,
         modules.DiffAttention,
         modules.DiffParallelScalingBlock,
+        modules.EvaAttention,
+        modules.EvaBlock,
+        modules.EvaBlockPostNorm,
         modules.GluMlp,
         modules.Mlp,
         modules.ParallelScalingBlock,
@@ -54,7 +59,42 @@ def _ours_by_name(module: nn.Module) -> bool:
     return type(module).__name__ in CONTAINERS and _from_timm(module)
 
 
+ROPES = {  # classes of timm's, the kinds of rotary positions that they are
+    "RotaryEmbeddingCat": "cat",
+    "RotaryEmbeddingDinoV3": "dinov3",
+    "RotaryEmbeddingMRope": "mrope",
+    "RotaryEmbeddingMixed": "mixed",
+}
+
+
+def _adopt_rope(rope: nn.Module) -> RotaryPositions:
+    """Raises NotImplementedError for options that no model of timm's eva.py has."""
+    kind, told = ROPES[type(rope).__name__], vars(rope)
+    pixels = kind == "cat" and told["grid_type"] != "index"
+    if pixels or told.get("normalize_coords", "separate") != "separate" or told.get("min_period") is not None:
+        raise NotImplementedError(
+            f"this {type(rope).__name__} normalizes its positions in a way that is not implemented"
+        )
+    new = RotaryPositions(
+        kind,
+        rope.dim // told.get("num_heads", 1),
+        temperature=rope.temperature,
+        indexing=rope.grid_indexing,
+        offset=told.get("grid_offset", 0.0),
+        reference=told.get("ref_feat_shape"),
+        half=told.get("rotate_half", False),
+        section=told.get("mrope_section", (8, 12, 12)),
+        augment=(rope.shift_coords, rope.jitter_coords, rope.rescale_coords),
+        device="meta",
+    )
+    if kind == "mixed":
+        new.freqs = rope.freqs
+    return new.train(rope.training)
+
+
 def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
+    if type(module).__name__ in ROPES and _from_timm(module):
+        return _adopt_rope(module)
     cls = cls or _ours(module)
     if cls is None:
         return module
@@ -68,20 +108,18 @@ def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
     return new
 
 
-def adopt_model(model: nn.Module) -> VarLenViT:
+def from_timm(model: nn.Module) -> VarLenViT:
     """See VarLenViT.from_timm."""
     from revit_kernels.models.distilled import VarLenViTDistilled
+    from revit_kernels.models.eva import VarLenEva
     from revit_kernels.models.vit import VarLenViT
 
-    classes = {"VisionTransformer": VarLenViT, "VisionTransformerDistilled": VarLenViTDistilled}
+    classes = {"VisionTransformer": VarLenViT, "VisionTransformerDistilled": VarLenViTDistilled, "Eva": VarLenEva}
     if isinstance(model, VarLenViT):
         return model
     cls = classes.get(type(model).__name__)
     if cls is None or not type(model).__module__.startswith("timm."):
-        raise NotImplementedError(
-            f"from_timm takes timm's VisionTransformer and VisionTransformerDistilled, got {type(model).__name__}"
-            + (" (rotary position models are not supported yet)" if type(model).__name__ == "Eva" else "")
-        )
+        raise NotImplementedError(f"from_timm takes timm's {', '.join(classes)}, got {type(model).__name__}")
     new = _adopt(model, cls)
     new._set_preprocessing()
     return new

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
+from revit_kernels.models import hugging_face
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
 HEADS = ("head.", "head_dist.")
+FC_NORM = {"VarLenEva": "use_fc_norm"}  # what a class calls the argument that says whether there is such a norm
 UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
 AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
 CFG = ("mean", "std", "label_names", "trained_on")  # fields of pretrained_cfg that a file keeps
@@ -96,7 +98,10 @@ def _to_timm(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return {key for key in keys if not key.startswith(HEADS)}
 
     wanted = model.state_dict().keys()
-    known = {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in state.items() if not k.startswith(UNUSED)}
+    if hugging_face.is_hugging_face(state):
+        state = {k: v for k, v in hugging_face.timm_state(state).items() if not k.startswith("pooler.")}
+    scale = r".gamma_\1" if any(k.endswith(".gamma_1") for k in wanted) else r".ls\1.gamma"
+    known = {re.sub(r"\.gamma_([12])$", scale, k): v for k, v in state.items() if not k.startswith(UNUSED)}
     if body(known) != body(wanted):
         converted = _by_timm(state, model)
         if len(body(converted) & body(wanted)) > len(body(known) & body(wanted)):
@@ -107,9 +112,14 @@ def _to_timm(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _by_timm(state, model) -> dict[str, Tensor]:
     """What timm's converter makes of the state; nothing where timm is missing or does not know the layout."""
     try:
-        from timm.models.vision_transformer import checkpoint_filter_fn
+        if type(model).__name__ == "VarLenEva":
+            from timm.models.eva import checkpoint_filter_fn
 
-        converted = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
+            converted = checkpoint_filter_fn(dict(state), model)
+        else:
+            from timm.models.vision_transformer import checkpoint_filter_fn
+
+            converted = checkpoint_filter_fn(dict(state), model, adapt_layer_scale=True)
     except Exception:  # the check then says what is missing
         return {}
     return {key: value for key, value in converted.items() if isinstance(value, Tensor)}
@@ -242,7 +252,7 @@ def _describe(model: nn.Module) -> dict:
         "img_size": list(model.patch_embed.img_size),
         "patch_size": list(model.patch_embed.patch_size),
         "global_pool": model.global_pool,
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        FC_NORM.get(type(model).__name__, "fc_norm"): not isinstance(model.fc_norm, nn.Identity),
         "depth": len(model.blocks),
     }
     kwargs = {name: value for name, value in created["kwargs"].items() if name not in PLACES} | changes

@@ -35,7 +35,8 @@ BLOCKS = {
         modules.ParallelThingsBlock,
     )
 }
-STREAMING = tuple(name for name, block in BLOCKS.items() if hasattr(block, "stream"))
+PACKED = (*BLOCKS.values(), modules.EvaBlock, modules.EvaBlockPostNorm)  # the blocks that take a packing
+STREAMING = tuple(block.__name__ for block in PACKED if hasattr(block, "stream"))
 EMBEDS = {"PatchEmbed": modules.PatchEmbed}
 
 

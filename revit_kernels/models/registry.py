@@ -15,13 +15,14 @@ from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
+from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
-CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
+CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
 MODEL_FILE = "model.safetensors"  # in the folder of a run
-ROPE = ("eva", "rope", "dinov3")  # what timm's eva.py calls its models
+MODULES = "vision_transformer.py, deit.py or eva.py"
 
 
 @cache
@@ -53,21 +54,15 @@ def _refuse(name: str):
     """Raise what is wrong with a name that is none of ours."""
     homes = {other: module for module, names in registry()["others"].items() for other in names.split()}
     known = registry()["models"]
-    nearest = difflib.get_close_matches(name, [*known, *homes], n=1, cutoff=0.8)
-    home = homes.get(name) or homes.get(nearest[0] if nearest else "")
-    if home == "eva" or (name not in homes and any(part in name for part in ROPE)):
-        raise NotImplementedError(f"{name!r} is an Eva model (rotary position embedding): these are not supported yet")
     if name in homes:
-        raise ValueError(
-            f"{name!r} is of timm's {home}.py, not a Vision Transformer of timm's vision_transformer.py or deit.py"
-        )
+        raise ValueError(f"{name!r} is of timm's {homes[name]}.py, not a Vision Transformer of timm's {MODULES}")
     raise ValueError(f"there is no model named {name!r}{_nearest(name, known)}")
 
 
 def resolve(name: str) -> tuple[str, str]:
     """(name, tag) of what timm calls `name`; the tag is timm's default one if `name` has none.
 
-    Raises ValueError for an unknown name or tag, NotImplementedError for an Eva model.
+    Raises ValueError for an unknown name or tag.
     """
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
     current = registry()["deprecated"].get(name, name)
@@ -93,7 +88,7 @@ def pretrained_cfg(name: str) -> dict:
 
 
 def constructor_kwargs(name: str) -> dict:
-    """The arguments of VarLenViT's constructor that `name` stands for, where they differ from the defaults."""
+    """The arguments of the class's constructor that `name` stands for, where they differ from the defaults."""
     base, _ = resolve(name)
     kwargs = dict(registry()["models"][base]["kwargs"])
     num_classes = pretrained_cfg(name)["num_classes"]
@@ -126,8 +121,8 @@ def create_model(
 ):
     """The model that timm knows by this name, or the one that a file holds.
 
-    name:            a name of timm's vision_transformer.py or deit.py, with or without a tag; or the path of a
-                     .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
+    name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; or the path of
+                     a .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
@@ -136,10 +131,11 @@ def create_model(
     features_only:   return timm's FeatureGetterNet of the model instead, which gives the features after blocks
                      `out_indices`, as `forward_intermediates` does without timm
     exportable:      changes nothing: every model can be exported
-    kwargs:          arguments of VarLenViT's constructor that replace the name's own; None is passed over
+    kwargs:          arguments of the constructor (VarLenViT's, or VarLenEva's) that replace the name's own; None is
+                     passed over
 
-    Returns the VarLenViT. Raises ValueError for a name that is unknown or belongs to another family, and for weights
-    that do not fit; NotImplementedError for an Eva model, and for scriptable=True.
+    Returns the model. Raises ValueError for a name that is unknown or belongs to another family, and for weights
+    that do not fit; NotImplementedError for scriptable=True.
     """
     if scriptable:
         raise NotImplementedError(SCRIPT)

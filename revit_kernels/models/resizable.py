@@ -23,11 +23,16 @@ NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_nor
 NORM_OWNERS = (
     "Attention",
     "AttentionPoolPrr",
+    "AttentionRope",
     "Block",
     "DiffParallelScalingBlock",
+    "EvaAttention",
+    "EvaBlock",
+    "EvaBlockPostNorm",
     "ParallelScalingBlock",
     "ResPostBlock",
     "Sequential",
+    "VarLenEva",
     "VarLenViT",
     "VarLenViTDistilled",
 )

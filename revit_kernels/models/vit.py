@@ -240,7 +240,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
         Raises NotImplementedError for a model of another family (Eva, NaFlexVit, ...), by name.
         """
-        return adopt.adopt_model(model)
+        return adopt.from_timm(model)
 
     def engine(self, *, quantize: str | None = None, stale: str = "raise", images: int | None = None, **options):
         """The model made ready to answer.
@@ -308,10 +308,12 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
         visit:  called with each block's number, its output (capacity, dim), and the packing
         """
-        blocks = list(self.blocks)[start:stop]
+        blocks, positions = list(self.blocks)[start:stop], self._block_positions(packing)
         for i, block in enumerate(blocks, start):
+            own = positions[i % len(positions)] if positions else {}
             streams = is_plain(block, *STREAMING) and not traced(stream[0])
-            stream = (self._stream_block if streams else self._call_block)(block, stream, packing, mask or {})
+            run = self._stream_block if streams else self._call_block
+            stream = run(block, stream, packing, mask or {}, own)
             packing = packing if streams else fitting(packing, stream[0])
             if visit is not None:
                 stream = [add(*stream), None, None]
@@ -335,22 +337,28 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         own = all(getattr(type(self), name) is getattr(VarLenViT, name) for name in methods)
         return own and self._own(*methods) and self.attn_pool is None and self.global_pool == "token"
 
+    def _block_positions(self, packing: Packing | None) -> list[dict]:
+        """Keyword arguments that give a block the positions of its tokens: for each block, one for all, or none."""
+        return []
+
     def _checkpoints(self, mask: dict) -> bool:
         return self.grad_checkpointing and torch.is_grad_enabled() and not mask
 
-    def _stream_block(self, block, stream: list, packing: Packing, mask: dict) -> list:
+    def _stream_block(self, block, stream: list, packing: Packing, mask: dict, positions: dict) -> list:
         if self._checkpoints(mask):
-            return checkpoint(block.stream, stream, packing, use_reentrant=False)
-        return block.stream(stream, packing, **mask)
+            return checkpoint(block.stream, stream, packing, **positions, use_reentrant=False)
+        return block.stream(stream, packing, **mask, **positions)
 
-    def _call_block(self, block, stream: list, packing: Packing | None, mask: dict) -> list:
+    def _call_block(self, block, stream: list, packing: Packing | None, mask: dict, positions: dict) -> list:
         """A block that somebody wrapped, hooked, traces or wrote."""
         x = add(*stream)
         if not takes_packing(block):
+            if positions:
+                raise ValueError(f"rotary positions need the model's own blocks, got {type(block).__name__}")
             if self._checkpoints(mask):
                 return [checkpoint(by_length, block, x, packing, mask, use_reentrant=False), None, None]
             return [by_length(block, x, packing, mask), None, None]
-        options = mask if packing is None else mask | {"packing": packing}
+        options = mask | positions | ({} if packing is None else {"packing": packing})
         if self._checkpoints(mask):
             return [checkpoint(block, x, **options, use_reentrant=False), None, None]
         return [block(x, **options), None, None]

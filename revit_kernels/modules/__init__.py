@@ -10,6 +10,7 @@ from revit_kernels.modules.block import (
     ParallelThingsBlock,
     ResPostBlock,
 )
+from revit_kernels.modules.eva import AttentionRope, EvaAttention, EvaBlock, EvaBlockPostNorm
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm
 from revit_kernels.modules.mlp import GluMlp, Mlp, QuickGELU, SwiGLU
 from revit_kernels.modules.patch_embed import PatchEmbed
@@ -19,10 +20,14 @@ __all__ = [
     "Attention",
     "AttentionPoolLatent",
     "AttentionPoolPrr",
+    "AttentionRope",
     "Block",
     "DiffAttention",
     "DiffParallelScalingBlock",
     "DropPath",
+    "EvaAttention",
+    "EvaBlock",
+    "EvaBlockPostNorm",
     "GluMlp",
     "LayerNorm",
     "LayerScale",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from revit_kernels import ops
 from revit_kernels.modules.layer_norm import PLAIN, RmsNorm, _PerLength, apply_norm
 from revit_kernels.modules.linear import is_plain, linear, traced
+from revit_kernels.ops.attention.rotary import Rotary, rotate
 from revit_kernels.packing import Packing
 
 
@@ -142,15 +143,19 @@ def attend(
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
     dropout: float = 0.0,
+    rope: Rotary | None = None,
 ) -> Tensor:
     """Attention inside each image. q, k, v: (capacity, heads, head_dim). Returns (capacity, heads, head_dim).
 
+    rope: angles by which q and k are turned, or None
     A mask (as F.scaled_dot_product_attention takes it), causality and dropout are no matter of the packed kernels:
     they run on torch's, and a mask and causality only for a dense batch. ValueError otherwise.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
-        return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale)
+        return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale, rotary=rope)
+    if rope is not None:
+        q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
 
     def dense(q, k, v):  # (images, length, heads, head_dim)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -206,22 +211,33 @@ class Attention(Maps):
         self.proj = nn.Linear(self.attn_dim, dim_out or dim, bias=proj_bias, **kwargs)
         self.proj_drop = nn.Dropout(proj_drop)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x, (capacity, heads, head_dim) each."""
+        return linear(self.qkv, x).view(-1, 3, self.num_heads, self.head_dim).unbind(1)
+
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        packing: Packing | None = None,
+        rope: Rotary | None = None,
     ) -> Tensor:
         if self._in_steps(x, self.q_norm, self.k_norm):
-            return self._steps(x, attn_mask, is_causal, packing)
+            return self._steps(x, attn_mask, is_causal, packing, rope)
         packing = fitting(packing, x)
         gate = None if self.gate is None else linear(self.gate, x).sigmoid()
-        qkv = linear(self.qkv, x).view(-1, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.unbind(1)
+        q, k, v = self.project(x)
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal}
         if self._gives_maps():
+            if rope is not None:
+                q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
             y = image_by_image(self._weigh, packing, q, k, v)
         else:
-            y = attend(q, k, v, packing, self.scale, dropout=self.attn_drop.p if self.training else 0.0, **mask)
-        y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.attn_dim), packing)
+            options = {"attn_mask": attn_mask, "is_causal": is_causal, "rope": rope}
+            y = attend(q, k, v, packing, self.scale, dropout=self.attn_drop.p if self.training else 0.0, **options)
+        y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
         y = y if gate is None else y * gate
         return self.proj_drop(linear(self.proj, y))
 
@@ -229,14 +245,22 @@ class Attention(Maps):
         """q, k, v: (images, length, heads, head_dim)"""
         return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
-    def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None) -> Tensor:
+    def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None, rope: Rotary | None) -> Tensor:
         """timm's steps with timm's shapes. x: (images, length, dim)"""
         images, length, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
-        qkv = self.qkv(x).reshape(images, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+
+        def heads_first(t):
+            return t.reshape(images, length, self.num_heads, self.head_dim).transpose(1, 2)
+
+        q, k, v = self.project(x)
+        q, k = heads_first(q), heads_first(k)
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
-        y = weigh(self, q, k, v, attn_mask, is_causal).transpose(1, 2).reshape(images, length, self.attn_dim)
+        if rope is not None:
+            rows = (t.transpose(1, 2).flatten(0, 1) for t in (q, k))
+            q, k = (heads_first(rotate(t, *rope).to(v.dtype)) for t in rows)
+        y = weigh(self, q, k, heads_first(v), attn_mask, is_causal)
+        y = y.transpose(1, 2).reshape(images, length, self.num_heads * self.head_dim)
         y = apply_norm(self.norm, y, packing)
         y = y if gate is None else y * gate
         return self.proj_drop(self.proj(y))

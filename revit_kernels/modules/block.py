@@ -22,6 +22,7 @@ from revit_kernels.modules.attention import (
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.mlp import Mlp
+from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.packing import Packing
 
 ATTENTION = {"": Attention, "attn": Attention, "diff": DiffAttention}
@@ -48,10 +49,13 @@ def make_attention(layer, dim: int, depth: int, **kwargs) -> nn.Module:
     return layer(dim, **kwargs)
 
 
-def run_attention(module: nn.Module, x: Tensor, packing: Packing, mask: dict) -> Tensor:
+def run_attention(module: nn.Module, x: Tensor, packing: Packing, mask: dict, rope: Rotary | None = None) -> Tensor:
     """module(x), where somebody may have put an attention of another library, or of his own, into the block."""
+    turned = {} if rope is None else {"rope": rope}
     if takes_packing(module):
-        return module(x, packing=packing, **mask)
+        return module(x, packing=packing, **mask, **turned)
+    if turned:
+        raise ValueError(f"rotary positions need the block's own attention, got {type(module).__name__}")
     return by_length(module, x, packing, mask)
 
 

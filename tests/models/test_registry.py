@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from revit_kernels.models.distilled import VarLenViTDistilled
+from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.registry import create_model, list_models, pretrained_cfg, registry, resolve
 from revit_kernels.models.vit import VarLenViT
 
@@ -23,14 +24,20 @@ def test_every_name_has_timms_tensors():
     timm = pytest.importorskip("timm")
     for name in NAMES:
         with torch.device("meta"):
-            theirs = timm.create_model(name, depth=1, weight_init="skip")
-            ours = create_model(name, depth=1, weight_init="skip")
+            entry = registry()["models"][name]
+            is_eva, fewer = entry.get("class") == "VarLenEva", entry["kwargs"].get("num_kv_heads")
+            few = {"depth": 1} | ({"num_kv_heads": [min(fewer)]} if fewer else {})
+            theirs = timm.create_model(name, **few, **({} if is_eva else {"weight_init": "skip"}))
+            ours = create_model(name, **few, weight_init="skip")
         assert shapes(ours) == shapes(theirs), name
         assert list(ours.state_dict()) == list(theirs.state_dict()), f"{name}: the order differs"
         assert isinstance(ours, VarLenViTDistilled) == hasattr(theirs, "head_dist"), name
+        assert isinstance(ours, VarLenEva) == is_eva == (type(theirs).__name__ == "Eva"), name
 
 
-@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_giant_patch14_dinov2", "aimv2_1b_patch14_224"])
+@pytest.mark.parametrize(
+    "name", ["vit_base_patch16_224", "vit_giant_patch14_dinov2", "aimv2_1b_patch14_224", "vit_7b_patch16_dinov3"]
+)
 def test_parameter_counts(name):
     with torch.device("meta"):
         model = create_model(name, weight_init="skip")
@@ -52,7 +59,9 @@ def test_no_name_is_left_out():
     timm = pytest.importorskip("timm")
     if timm.__version__ != registry()["timm"]:
         pytest.skip(f"the registry was made from timm {registry()['timm']}")
-    assert set(NAMES) == {*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")}
+    assert set(NAMES) == {
+        name for module in ("vision_transformer", "deit", "eva") for name in timm.list_models(module=module)
+    }
 
 
 def test_arguments_replace_the_names_own():
@@ -66,7 +75,7 @@ def test_arguments_replace_the_names_own():
 
 
 def test_list_models():
-    assert list_models("vit_tiny_*") == ["vit_tiny_patch16_224", "vit_tiny_patch16_384"]
+    assert list_models("vit_tiny_*_?[28]4") == ["vit_tiny_patch16_224", "vit_tiny_patch16_384"]
     assert "vit_small_patch16_224.dino" in list_models("small_patch16_224", tags=True)
     assert all("dinov2" in name for name in list_models("dinov2"))
 
@@ -82,9 +91,9 @@ def test_names_with_a_hub_or_of_old():
     [
         ("vit_smal_patch16_224", ValueError, "the nearest are vit_small_patch16_224"),
         ("vit_small_patch16_224.augreg", ValueError, "has no weights tagged 'augreg'; the nearest are augreg_in1k"),
-        ("eva02_tiny_patch14_224", NotImplementedError, "is an Eva model"),
-        ("vit_small_patch16_rope_224", NotImplementedError, "is an Eva model"),
-        ("vit_small_patch16_dinov3.lvd1689m", NotImplementedError, "not supported yet"),
+        ("eva02_tiny_patch14", ValueError, "the nearest are eva02_tiny_patch14_"),
+        ("vit_small_patch16_dinov3.lvd", ValueError, "has no weights tagged 'lvd'; the nearest are lvd1689m"),
+        ("beit_base_patch16_224", ValueError, r"is of timm's beit\.py, not a Vision Transformer"),
         ("resnet50", ValueError, r"is of timm's resnet\.py, not a Vision Transformer"),
         ("no such thing", ValueError, "there is no model named 'no such thing'"),
         ("weights.pth", ValueError, "does not say what model it is for"),

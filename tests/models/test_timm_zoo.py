@@ -1,4 +1,4 @@
-"""Acceptance: every entry of timm's vision_transformer.py and deit.py gives timm's answers, dense and mixed.
+"""Acceptance: every entry of timm's vision_transformer.py, deit.py and eva.py gives timm's answers, dense and mixed.
 
 Entries that differ only in depth, image size or number of classes are the same computation and tried once.
 """
@@ -33,7 +33,7 @@ def architectures():
     names = {}
     for name, entry in registry()["models"].items():
         kwargs = {k: v for k, v in entry["kwargs"].items() if k not in ("depth", "img_size", "dynamic_img_size")}
-        kwargs |= {k: v for k, v in small_kwargs(name).items() if k in ("num_heads", "embed_dim")}
+        kwargs |= {k: v for k, v in small_kwargs(name).items() if k in ("num_heads", "embed_dim", "num_kv_heads")}
         names.setdefault(json.dumps([kwargs, entry.get("class")], sort_keys=True), name)
     return sorted(names.values())
 
@@ -83,7 +83,16 @@ def test_bfloat16(models):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "test_vit3", "vit_base_patch16_224"]
+    "name",
+    [
+        "vit_tiny_patch16_224",
+        "deit_tiny_distilled_patch16_224",
+        "test_vit3",
+        "vit_base_patch16_224",
+        "eva02_tiny_patch14_224",
+        "vit_tiny_patch16_dinov3_qkvb",
+        "vit_small_patch16_rope_mixed_224",
+    ],
 )
 def test_whole(name):
     """At full depth and size."""

@@ -4,7 +4,9 @@ import pytest
 import torch
 from contract import DEVICE, assert_close, check, every_backend, every_dtype, require, run
 
-from revit_kernels.ops.attention import attention, rotate, sample
+from revit_kernels.dispatch import load, refusal
+from revit_kernels.ops.attention import Rotary, attention, sample
+from revit_kernels.ops.attention.rotary import rotate
 
 CASES = {
     "no image": dict(lengths=[]),
@@ -25,6 +27,21 @@ CASES = {
     "cross": dict(lengths=[1, 1, 1], lengths_k=[5, 70, 1], dim=32),
     "cross, empty on either side": dict(lengths=[2, 0, 9], lengths_k=[0, 6, 20], dim=32),
 }
+# Lengths, and pairs of channels turned of each head: all, some, or a number that no vector and no tile divides.
+TURNED = {
+    "no image": dict(lengths=[], pairs=32),
+    "lengths 0 and 1": dict(lengths=[0, 1, 5, 0], pairs=32),
+    "tile edges": dict(lengths=[63, 64, 65], heads=1, dim=16, pairs=8),
+    "double tile edges": dict(lengths=[127, 128, 129], heads=1, dim=16, pairs=8),
+    "menu": dict(lengths=[50, 17, 101, 26], heads=3, dim=64, pairs=32),
+    "dim 80": dict(lengths=[33], dim=80, pairs=40),
+    "dim 96, one axis of three": dict(lengths=[33], dim=96, pairs=16),
+    "dim 128": dict(lengths=[70], dim=128, pairs=64),
+    "partly": dict(lengths=[19, 7], dim=72, pairs=24),
+    "odd dim": dict(lengths=[18, 5], dim=27, pairs=13),
+    "one pair": dict(lengths=[9], dim=8, pairs=1),
+}
+SMALL_TURNED = ("lengths 0 and 1", "tile edges", "partly", "odd dim")
 SMALL = ("no image", "one image", "lengths 0 and 1", "tile edges", "dim 72", "odd dim", "cross, empty on either side")
 
 
@@ -181,46 +198,141 @@ def test_boundaries_outside_the_tensors_reach_nothing_there(cross, backend):
         assert torch.equal(right[name], wrong[name]), name
 
 
-@pytest.mark.parametrize("rotate_half", [False, True])
-@pytest.mark.parametrize("per_head", [False, True])
-def test_rotary_is_timms(rotate_half, per_head):
+def turned(q, k, v, cu_seqlens, max_seqlen, cos, sin, row, half, backend=None):
+    """The op with the tensors of its rotary table as arguments of their own."""
+    return attention(q, k, v, cu_seqlens, max_seqlen, rotary=Rotary(cos, sin, row, half), backend=backend)
+
+
+def make_turned(lengths, pairs, half, per_head=False, dtype=torch.float32, tail=0, prefix=1, **kwargs):
+    """Inputs of `turned`: the first token of each image stays, the others have a few positions, some of them alike."""
+    inputs = make_inputs(lengths, dtype=dtype, tail=tail, **kwargs)
+    tokens, heads = inputs["q"].shape[:2]
+    angles = 3 * torch.randn(23, heads, pairs) if per_head else 3 * torch.randn(23, pairs)
+    row = torch.randint(23, (tokens,), dtype=torch.int32).to(DEVICE)
+    row[inputs["cu_seqlens"][:-1][inputs["cu_seqlens"].diff() > 0].long()] = -1
+    return inputs | dict(cos=angles.cos().to(DEVICE), sin=angles.sin().to(DEVICE), row=row, half=half)
+
+
+every_pairing = pytest.mark.parametrize("half", [False, True], ids=["neighbours", "halves"])
+every_table = pytest.mark.parametrize("per_head", [False, True], ids=["shared", "per head"])
+
+
+@every_backend
+@every_dtype
+@every_pairing
+@pytest.mark.parametrize("name", TURNED)
+def test_contract_turned(name, half, dtype, backend):
+    if backend == "triton" and DEVICE == "cpu" and name not in SMALL_TURNED:
+        pytest.skip("triton: the interpreter is slow: run on a GPU")
+    inputs = make_turned(**TURNED[name], half=half, per_head=name in ("menu", "odd dim"), dtype=dtype)
+    check(turned, inputs, backend)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="every_dtype has it on a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@every_pairing
+def test_half_precision_turned_in_the_interpreter(half, backend):
+    check(turned, make_turned([19, 7], 24, half, dim=72, dtype=torch.float16), backend)
+
+
+@every_pairing
+@every_table
+def test_what_turning_is(half, per_head):
+    """Against complex numbers, and its gradients, those of the angles too, against autograd's."""
+    inputs = make_turned([9, 0, 20], 12, half, per_head, dtype=torch.float64, dim=32)
+    cos, sin, row = inputs["cos"].double(), inputs["sin"].double(), inputs["row"]
+    angles = torch.atan2(sin, cos).requires_grad_()
+
+    def plainly(x):
+        part = x[..., :24].unflatten(-1, (2, 12)).mT if half else x[..., :24].unflatten(-1, (12, 2))
+        per_token = angles[row.clamp(min=0).long()].masked_fill((row < 0).view(-1, *[1] * (angles.ndim - 1)), 0)
+        per_token = per_token if per_head else per_token[:, None]
+        y = torch.view_as_real(
+            torch.view_as_complex(part.contiguous()) * torch.polar(torch.ones_like(per_token), per_token)
+        )
+        return torch.cat([y.mT.flatten(-2) if half else y.flatten(-2), x[..., 24:]], -1)
+
+    tensors = [inputs[name].detach().requires_grad_() for name in "qkv"]
+    lengths = inputs["cu_seqlens"], inputs["max_seqlen"]
+    expected = attention(*map(plainly, tensors[:2]), tensors[2], *lengths)
+    actual = turned(*tensors, *lengths, angles.cos(), angles.sin(), row, half)
+    torch.testing.assert_close(actual, expected)
+    results = [torch.autograd.grad(y.square().sum(), [*tensors, angles]) for y in (actual, expected)]
+    torch.testing.assert_close(*results)
+    back = rotate(rotate(tensors[0], cos, sin, row, half), cos, sin, row, half, back=True)
+    torch.testing.assert_close(back, tensors[0])
+
+
+@every_pairing
+@every_table
+def test_turning_is_timms(half, per_head):
     timm = pytest.importorskip("timm.layers.pos_embed_sincos")
-    x = torch.randn(6, 2, 8)
-    cos, sin = torch.randn(2, 6, 2, 8) if per_head else torch.randn(2, 6, 8)
-    c, s = (cos, sin) if per_head else (cos[:, None], sin[:, None])
-    assert torch.equal(rotate(x, cos, sin, rotate_half), timm.apply_rot_embed(x, s, c, half=rotate_half))
+    x, angles = torch.randn(6, 2, 8), torch.randn(6, 2, 4) if per_head else torch.randn(6, 1, 4)
+    cos, sin = (torch.cat([t, t], -1) if half else t.repeat_interleave(2, -1) for t in (angles.cos(), angles.sin()))
+    table = angles if per_head else angles[:, 0]
+    y = rotate(x, table.cos(), table.sin(), torch.arange(6, dtype=torch.int32), half)
+    assert torch.equal(y, timm.apply_rot_embed(x, sin, cos, half=half))
 
 
-@pytest.mark.parametrize("rotate_half", [False, True])
-def test_rotary(rotate_half):
-    inputs = make_inputs([9, 20], dim=24)
-    cos, sin = torch.randn(2, 29, 24, device=DEVICE)
-    turned = {k: rotate(x, cos, sin, rotate_half) if k in "qk" else x for k, x in inputs.items()}
-    assert torch.equal(attention(**inputs, rotary=(cos, sin, rotate_half)), attention(**turned))
-    assert torch.equal(
-        attention(**inputs, rotary=(cos, sin)),
-        attention(**inputs, rotary=(cos, sin, False)),
-    )
+@every_backend
+@every_dtype
+@every_pairing
+def test_an_image_is_turned_the_same_alone_and_in_company(half, dtype, backend):
+    if backend == "reference":
+        pytest.skip("reference: its matrix products are the vendor's")
+    lengths = [5, 70] if backend == "triton" and DEVICE == "cpu" else [50, 129, 17, 64, 7]
+    inputs = make_turned(lengths, 20, half, dtype=dtype, dim=40)
+    table = {name: inputs[name] for name in ("cos", "sin", "half")}
+    told = {name: inputs[name] for name in ("cos", "sin", "row")}
+    require("attention", backend, *(inputs[k] for k in ("q", "k", "v")), *[None] * 5, *told.values(), half)
+    together = run(turned, inputs, backend)
+    seed = torch.cos(torch.arange(inputs["q"].numel(), device=DEVICE) * 1.0).view(inputs["q"].shape).to(dtype)
+    for first, last in pairwise(inputs["cu_seqlens"].tolist()):
+        q, k, v = (inputs[name][first:last].detach().clone().requires_grad_() for name in "qkv")
+        own = table | {"row": inputs["row"][first:last]}
+        alone = turned(q, k, v, boundaries([last - first]), 256, **own, backend=backend)
+        assert torch.equal(alone, together["output 0"][first:last])
+        for name, grad in zip("qkv", torch.autograd.grad(alone, (q, k, v), seed[first:last])):
+            assert torch.equal(grad, together[f"grad of {name}"][first:last]), name
 
 
-def test_nan_in_the_tail_does_not_reach_the_gradients_of_the_angles():
-    inputs = make_inputs([4, 3], dim=8, tail=2)
-    inputs["q"][7:] = float("nan")
-    cos, sin = torch.randn(2, 9, 8, device=DEVICE).unbind(0)
-    grads = torch.autograd.grad(
-        attention(**inputs, rotary=(cos.requires_grad_(), sin.requires_grad_())).sum(), (cos, sin)
-    )
-    assert all(torch.isfinite(grad).all() for grad in grads)
+@every_backend
+@every_dtype
+def test_nan_in_the_tail_reaches_nothing_turned(dtype, backend):
+    inputs = make_turned([9, 0, 20], 12, False, dtype=dtype, dim=24, tail=5)
+    told = (inputs["cos"], inputs["sin"], inputs["row"], False)
+    require("attention", backend, *(inputs[k] for k in ("q", "k", "v")), *[None] * 5, *told)
+    for name in "qkv":
+        inputs[name][29:] = float("nan")
+    tensors = [inputs[name].detach().requires_grad_() for name in ("q", "k", "v", "cos", "sin")]
+    named = inputs | dict(zip(("q", "k", "v", "cos", "sin"), tensors))
+    out = turned(**named, backend=backend)
+    seed = torch.ones_like(out)
+    seed[29:] = float("nan")
+    for x in (out, *torch.autograd.grad(out, tensors, seed)):
+        assert torch.isfinite(x).all()
+    assert not out[29:].any()
+
+
+@pytest.mark.parametrize("backend", ["flash_attn", "cudnn"])
+def test_others_backends_do_not_turn(backend):
+    inputs = make_turned([4], 4, False, dim=8)
+    told = (inputs["cos"], inputs["sin"], inputs["row"], False)
+    why = refusal("attention", backend, *(inputs[k] for k in ("q", "k", "v")), *[None] * 5, *told)
+    assert "rotary" in why or isinstance(load("attention", backend), str)
 
 
 def test_registration():
     inputs = make_inputs([3, 5], dim=16)
     q, k, v, cu_seqlens, longest = inputs.values()
-    arguments = (q, k, v, cu_seqlens, longest, cu_seqlens, longest, 0.25)
-    torch.library.opcheck(torch.ops.revit_kernels.attention_forward.default, (*arguments, None))
-    out, lse = torch.ops.revit_kernels.attention_forward(*arguments, None)
-    arguments = (out, q, k, v, out, lse, *arguments[3:], None)
-    torch.library.opcheck(torch.ops.revit_kernels.attention_backward.default, arguments)
+    angles = torch.ones(2, 8, device=DEVICE)
+    table = (angles.cos(), angles.sin(), torch.ones(8, dtype=torch.int32, device=DEVICE))
+    for rotary in ((None, None, None, False), (*table, True)):
+        arguments = (q, k, v, cu_seqlens, longest, cu_seqlens, longest, 0.25, *rotary, None)
+        torch.library.opcheck(torch.ops.revit_kernels.attention_forward.default, arguments)
+        out, lse = torch.ops.revit_kernels.attention_forward(*arguments)
+        arguments = (out, q, k, v, out, lse, *arguments[3:])
+        torch.library.opcheck(torch.ops.revit_kernels.attention_backward.default, arguments)
 
 
 def test_compiles_whole_with_gradients():
@@ -237,6 +349,26 @@ def test_compiles_whole_with_gradients():
         torch.testing.assert_close(actual, expected)
 
 
+def test_turning_compiles_whole_with_gradients():
+    def loss(q, k, v, cu_seqlens, longest, angles, row):
+        return turned(q, k, v, cu_seqlens, longest, angles.cos(), angles.sin(), row, False).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for lengths in ([3, 5], [7, 6, 2]):
+        inputs = make_turned(lengths, 6, False, dim=16)
+        arguments = (inputs["cu_seqlens"], inputs["max_seqlen"])
+        tensors = [inputs[name].detach().requires_grad_() for name in "qkv"]
+        angles = torch.randn(23, 6, device=DEVICE, requires_grad=True)
+        results = [
+            torch.autograd.grad(f(*tensors, *arguments, angles, inputs["row"]), [*tensors, angles])
+            for f in (compiled, loss)
+        ]
+        torch.testing.assert_close(*results)
+
+
+ANGLES = torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8, dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -250,8 +382,16 @@ def test_compiles_whole_with_gradients():
         (dict(cu_seqlens_k=boundaries([8]), max_seqlen_k=8), "cu_seqlens_k must have the 3 boundaries of cu_seqlens"),
         (dict(max_seqlen=5.0), "max_seqlen must be an integer, at least 0, got 5.0"),
         (dict(scale=-1.0), "scale must be finite and not negative, got -1.0"),
-        (dict(rotary=torch.zeros(2, 8, 16)), r"rotary must be \(cos, sin\)"),
-        (dict(rotary=(torch.zeros(8, 8), torch.zeros(8, 8))), r"cos of rotary must be \(8, 16\)"),
+        (dict(rotary=ANGLES), "rotary must be a Rotary of cos, sin, row and half, got tuple"),
+        (dict(rotary=Rotary(torch.zeros(3, 9), *ANGLES[1:])), r"cos .*, with 1 to 8 pairs, got \(3, 9\)"),
+        (dict(rotary=Rotary(torch.zeros(3, 3, 8), *ANGLES[1:])), r"\(positions, 2, pairs\), .* got \(3, 3, 8\)"),
+        (dict(rotary=Rotary(ANGLES[0], torch.zeros(3, 7), ANGLES[2])), r"sin .* shape of cos, \(3, 8\), got \(3, 7\)"),
+        (dict(rotary=Rotary(ANGLES[0].half(), *ANGLES[1:])), "must be float32, got torch.float16"),
+        (dict(rotary=Rotary(*ANGLES[:2], torch.zeros(8))), r"row of rotary must be \(8,\) int32, got \(8,\) torch.f"),
+        (
+            dict(rotary=Rotary(*ANGLES), cu_seqlens_k=boundaries([3, 5]), max_seqlen_k=5),
+            "rotary needs queries and keys of the same tokens",
+        ),
         (dict(k=torch.zeros(8, 2, 16, device="meta")), "all tensors must be on one device"),
         (dict(backend="tpu"), "backend must be one of"),
     ],
@@ -269,6 +409,13 @@ def test_boundaries_outside_the_buffer_are_an_error_on_the_cpu(ends):
     q = torch.zeros(8, 1, 8)
     with pytest.raises(RuntimeError, match="cu_seqlens must not decrease and must stay within the 8 tokens"):
         attention(q, q, q, torch.tensor(ends, dtype=torch.int32), 5)
+
+
+def test_positions_outside_the_table_are_an_error_on_the_cpu():
+    require("attention", "cpu", *sample())
+    q, row = torch.zeros(8, 1, 8), torch.full((8,), 3, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="row of rotary must stay within the 3 positions, got 3"):
+        turned(q, q, q, boundaries([8]).cpu(), 8, torch.ones(3, 4), torch.zeros(3, 4), row, False)
 
 
 def test_a_named_backend_never_falls_back():

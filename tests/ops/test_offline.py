@@ -35,6 +35,7 @@ DIMS = {"bits": (16, 32), "dim": range(48, 2049)}
 LINEAR = {"bits": (8, 16, 32), "parts": (1, 2), "loads": (1, 2, 3), "out": (64, 128, 4096)}
 SHAPES = {f"attention.{kernel}": {"bits": (16, 32), "head_dim": range(1, 129)} for kernel in ("forward", "backward_q")}
 SHAPES |= {"attention.backward_kv": SHAPES["attention.forward"], "linear.forward": LINEAR}
+SHAPES |= {f"attention.{step}_turned": SHAPES["attention.forward"] for step in ("forward", "backward_q", "backward_kv")}
 SHAPES |= {f"layer_norm.{kernel}": DIMS for kernel in ("forward", "backward", "reduce")}
 SHAPES |= {"linear.backward": {"parts": (1, 2)}, "linear.quantize": {"columns": range(128, 8193, 128)}}
 SHAPES |= {f"patch_embed.{kernel}": DIMS for kernel in ("forward", "sums")}

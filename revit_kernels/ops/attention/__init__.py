@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.attention import rotary as rotation
 from revit_kernels.ops.attention.handover import order
+from revit_kernels.ops.attention.rotary import Rotary
+
+_ROTARY = " Tensor? cos, Tensor? sin, Tensor? row, bool half, str? backend"
 
 
-def _fake_forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend):
+def _fake_forward(q, *_):
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=wide)
 
@@ -18,7 +22,7 @@ _forward = register(
     "attention",
     "forward",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, Tensor cu_seqlens_k, SymInt max_seqlen_k,"
-    " float scale, str? backend) -> (Tensor, Tensor)",
+    f" float scale,{_ROTARY}) -> (Tensor, Tensor)",
     _fake_forward,
     lambda args: order("forward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
 )
@@ -26,7 +30,7 @@ _backward = register(
     "attention",
     "backward",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_seqlen,"
-    " Tensor cu_seqlens_k, SymInt max_seqlen_k, float scale, str? backend) -> (Tensor, Tensor, Tensor)",
+    f" Tensor cu_seqlens_k, SymInt max_seqlen_k, float scale,{_ROTARY}) -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     lambda args: order("backward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
 )
@@ -34,40 +38,32 @@ _backward = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend):
+    def forward(ctx, q, k, v, cos, sin, row, half, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend):
         if cu_seqlens_k is None:  # the same: torch.compile takes no tensor twice
             cu_seqlens_k = cu_seqlens
-        out, lse = _forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, backend)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k)
-        ctx.max_seqlen, ctx.max_seqlen_k, ctx.scale, ctx.backend = max_seqlen, max_seqlen_k, scale, backend
+        told = (scale, cos, sin, row, half, backend)
+        out, lse = _forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *told)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, cos, sin, row)
+        ctx.max_seqlen, ctx.max_seqlen_k, ctx.scale, ctx.half, ctx.backend = (
+            max_seqlen,
+            max_seqlen_k,
+            scale,
+            half,
+            backend,
+        )
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *tensors, cu_seqlens, cu_seqlens_k = ctx.saved_tensors
+        *tensors, cu_seqlens, cu_seqlens_k, cos, sin, row = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         lengths = (cu_seqlens, ctx.max_seqlen, cu_seqlens_k, ctx.max_seqlen_k)
-        return *_backward(grad, *tensors, *lengths, ctx.scale, ctx.backend), None, None, None, None, None, None
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, rotate_half: bool = False) -> Tensor:
-    """Rotary position embedding, as timm's Eva applies it.
-
-    x:   (tokens, heads, head_dim)
-    cos: (tokens, head_dim), or (tokens, heads, head_dim) where each head has angles of its own
-    sin: like cos
-    rotate_half: which channels make a pair: False for (0, 1), (2, 3), ...; True for (0, head_dim / 2), ...
-
-    Returns (tokens, heads, head_dim) in the dtype of x, computed in the wider of the dtypes.
-    """
-    cos, sin = (t if t.ndim == 3 else t[:, None] for t in (cos, sin))
-    if rotate_half:
-        first, second = x.chunk(2, -1)
-        turned = torch.cat([-second, first], -1)
-    else:
-        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+        dq, dk, dv = _backward(grad, *tensors, *lengths, ctx.scale, cos, sin, row, ctx.half, ctx.backend)
+        dcos = dsin = None
+        if any(ctx.needs_input_grad[3:5]):
+            dcos, dsin = rotation.table_gradients(tensors[:2], (dq, dk), cos, sin, row, ctx.half, cu_seqlens)
+        return dq, dk, dv, dcos, dsin, *[None] * 8
 
 
 def _plain(q, k, v, cu_seqlens, max_seqlen) -> bool:
@@ -111,24 +107,6 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
             raise ValueError(f"{name} must be an integer, at least 0, got {n!r}")
 
 
-def _rotated(q, k, cu_seqlens, rotary):
-    if not isinstance(rotary, tuple | list) or len(rotary) not in (2, 3):
-        raise ValueError(f"rotary must be (cos, sin) or (cos, sin, rotate_half), got {type(rotary).__name__}")
-    cos, sin, *half = rotary
-    for name, x in (("cos", cos), ("sin", sin)):
-        if x.shape not in (q.shape, (q.shape[0], q.shape[2])):
-            expected = f"({q.shape[0]}, {q.shape[2]}) or {tuple(q.shape)}"
-            raise ValueError(f"{name} of rotary must be {expected}, got {tuple(x.shape)}")
-    if q.shape != k.shape:
-        raise ValueError("rotary needs queries and keys of the same tokens; rotate them beforehand for cross attention")
-    if q.shape[2] % 2:
-        raise ValueError(f"rotary needs an even head_dim, got {q.shape[2]}")
-    one_device(q=q, cos=cos, sin=sin)
-    # Rows of no image may hold NaN, which must not reach the gradients of cos and sin either.
-    outside = torch.arange(q.shape[0], device=q.device)[:, None, None] >= cu_seqlens[-1]
-    return (rotate(x.masked_fill(outside, 0), cos, sin, *half) for x in (q, k))
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -139,7 +117,7 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     scale: float | None = None,
-    rotary: tuple | None = None,
+    rotary: Rotary | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """softmax(q k^T scale) v within each image.
@@ -151,10 +129,11 @@ def attention(
     max_seqlen: at least the queries of the longest image, known to the host
     cu_seqlens_k, max_seqlen_k: the same for the keys, for cross attention
     scale:  head_dim ** -0.5 if not given; must not be negative
-    rotary: (cos, sin) or (cos, sin, rotate_half), applied to q and k first; see `rotate`
+    rotary: angles by which q and k are turned as they are loaded, rounded to their dtype; not for cross attention
 
     Returns (tokens, heads, head_dim), contiguous, in the dtype of q; products and softmax are accumulated in fp32.
-    Rows of no image, and of an image without keys, are zeros. Differentiable once in q, k, v, cos and sin.
+    Rows of no image, and of an image without keys, are zeros. Differentiable once in q, k, v, and in
+    cos and sin of rotary, which must be of one angle.
     Raises ValueError for arguments that do not fit together, NotImplementedError if no backend takes them.
     """
     if (cu_seqlens_k is None) != (max_seqlen_k is None):
@@ -170,15 +149,21 @@ def attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
+    cos = sin = row = None
+    half = False
     if rotary is not None:
-        q, k = _rotated(q, k, cu_seqlens, rotary)
+        rotation.check(rotary, q, cu_seqlens_k is not cu_seqlens)
+        if rotary.cos.shape[0]:
+            cos, sin, row, half = (*(t.contiguous() for t in rotary[:3]), rotary.half)
     q, k, v = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)]
     boundaries_k = None if cu_seqlens_k is cu_seqlens else cu_seqlens_k.contiguous()
     cu_seqlens = cu_seqlens.contiguous()
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k, scale, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, cos, sin)):
+        lengths = (cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k)
+        return _Attention.apply(q, k, v, cos, sin, row, half, *lengths, scale, backend)
     boundaries_k = cu_seqlens if boundaries_k is None else boundaries_k
-    return _forward(q, k, v, cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k, scale, backend)[0]
+    told = (scale, cos, sin, row, half, backend)
+    return _forward(q, k, v, cu_seqlens, max_seqlen, boundaries_k, max_seqlen_k, *told)[0]
 
 
 def sample(device="cpu", dtype=torch.float32) -> tuple:

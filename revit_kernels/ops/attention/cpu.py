@@ -15,12 +15,14 @@ def refusal(step, args):
         return f"needs a CPU tensor, got one on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {x.dtype}"
+    if args.cos is not None and args.cos.dtype != torch.float32:
+        return f"a rotary table must be of float32, got {args.cos.dtype}"
     return None
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, scale)
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
+    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, scale, *rotary)
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
-    return _backward(grad, q, k, v, lse, cu_seqlens, cu_seqlens_k, scale)
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
+    return _backward(grad, q, k, v, lse, cu_seqlens, cu_seqlens_k, scale, *rotary)

@@ -38,6 +38,8 @@ def _torch() -> tuple[int, ...]:
 
 
 def refusal(step, args):
+    if args.cos is not None:
+        return "does not turn queries and keys by a rotary table"
     x = args.q
     if why := _place(x) or native.gpu_refusal(DTYPES, x):
         return why
@@ -66,7 +68,7 @@ def _heads_first(device: torch.device) -> bool:
     return _forward(x, x, x, None, ends, ends, 8, 8, True, 0.0, False, False, scale=1.0)[1].shape[0] == 2
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     if not (q.numel() and k.numel() and cu_seqlens.shape[0] > 1 and max_seqlen and max_seqlen_k):
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), q.new_zeros(q.shape[:2], dtype=torch.float32)
     q, k, v = *tail.aligned(q.contiguous(), k.contiguous()), tail.cleaned(v, cu_seqlens_k)
@@ -76,7 +78,7 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     return tuple(tail.zero_(x.contiguous(), cu_seqlens, cu_seqlens_k) for x in (out, lse))
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     if not (q.numel() and k.numel() and cu_seqlens.shape[0] > 1 and max_seqlen and max_seqlen_k):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     grad, q = (tail.cleaned(x, cu_seqlens) for x in (grad, q))

@@ -56,6 +56,8 @@ def _place(x: Tensor) -> str | None:
 
 
 def refusal(step, args):
+    if args.cos is not None:
+        return "does not turn queries and keys by a rotary table"
     x, backward = args.q, step == "backward"
     if why := _place(x) or native.gpu_refusal(DTYPES, x):
         return why
@@ -93,7 +95,7 @@ def version(x: Tensor, backward: bool = False):
     raise NotImplementedError(f"no version of FlashAttention takes {tuple(x.shape)} {x.dtype} on {x.device}")
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     if not (q.numel() and k.numel() and cu_seqlens.shape[0] > 1 and max_seqlen and max_seqlen_k):
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), q.new_zeros(q.shape[:2], dtype=torch.float32)
     kernel = version(q)
@@ -104,7 +106,7 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     return tuple(tail.zero_(x, cu_seqlens, cu_seqlens_k) for x in (out, lse))
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, *rotary):
     if not (q.numel() and k.numel() and cu_seqlens.shape[0] > 1 and max_seqlen and max_seqlen_k):
         return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     kernel = version(q, backward=True)

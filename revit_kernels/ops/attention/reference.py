@@ -1,10 +1,13 @@
 """The definition of the op, in plain PyTorch: every other backend is tested against this file.
 
 Scores and the softmax are computed in fp32 (or float64); the weights, and in the backward pass the gradients of the
-scores, are rounded to the dtype of the tensors before they are multiplied with them, as flash attention does.
+scores, are rounded to the dtype of the tensors before they are multiplied with them, as flash attention does. Queries
+and keys that a rotary table turns are rounded likewise, once; their gradients are turned back before they are rounded.
 """
 
 import torch
+
+from revit_kernels.ops.attention.rotary import rotate
 
 
 def refusal(step, args):
@@ -19,12 +22,19 @@ def _images(cu_seqlens, cu_seqlens_k):
             yield slice(q0, q1), slice(k0, k1)
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def _turned(x, rows, cos, sin, row, half, back=False):
+    return x if cos is None else rotate(x, cos, sin, row[rows], half, back=back)
+
+
+def forward(
+    q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, cos=None, sin=None, row=None, half=False
+):
     wide = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)  # (tokens, heads, head_dim)
     lse = torch.zeros(q.shape[:2], dtype=wide, device=q.device)  # (tokens, heads)
     for rows, keys in _images(cu_seqlens, cu_seqlens_k):
-        scores = torch.einsum("qhd,khd->hqk", q[rows].to(wide), k[keys].to(wide)) * scale
+        qi, ki = (_turned(x[at], at, cos, sin, row, half).to(x.dtype).to(wide) for x, at in ((q, rows), (k, keys)))
+        scores = torch.einsum("qhd,khd->hqk", qi, ki) * scale
         weights = torch.exp(scores - scores.amax(2, keepdim=True))
         mixed = torch.einsum("hqk,khd->qhd", weights.to(q.dtype).to(wide), v[keys].to(wide))
         out[rows] = (mixed / weights.sum(2).T[:, :, None]).to(q.dtype)
@@ -32,16 +42,34 @@ def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
     return out, lse
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def backward(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens,
+    max_seqlen,
+    cu_seqlens_k,
+    max_seqlen_k,
+    scale,
+    cos=None,
+    sin=None,
+    row=None,
+    half=False,
+):
     wide = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for rows, keys in _images(cu_seqlens, cu_seqlens_k):
-        qi, gi, ki, vi = q[rows].to(wide), grad[rows].to(wide), k[keys].to(wide), v[keys].to(wide)
+        qi, ki = (_turned(x[at], at, cos, sin, row, half).to(x.dtype).to(wide) for x, at in ((q, rows), (k, keys)))
+        gi, vi = grad[rows].to(wide), v[keys].to(wide)
         weights = torch.exp(torch.einsum("qhd,khd->hqk", qi, ki) * scale - lse[rows].T[:, :, None])
         delta = (gi * out[rows].to(wide)).sum(2).T  # (heads, queries)
         slopes = weights * (torch.einsum("qhd,khd->hqk", gi, vi) - delta[:, :, None])  # gradients of the scores
         weights, slopes = (x.to(q.dtype).to(wide) for x in (weights, slopes))
-        dq[rows] = (torch.einsum("hqk,khd->qhd", slopes, ki) * scale).to(q.dtype)
-        dk[keys] = (torch.einsum("hqk,qhd->khd", slopes, qi) * scale).to(q.dtype)
+        di, dj = torch.einsum("hqk,khd->qhd", slopes, ki) * scale, torch.einsum("hqk,qhd->khd", slopes, qi) * scale
+        dq[rows] = _turned(di, rows, cos, sin, row, half, back=True).to(q.dtype)
+        dk[keys] = _turned(dj, keys, cos, sin, row, half, back=True).to(q.dtype)
         dv[keys] = torch.einsum("hqk,qhd->khd", weights, gi).to(q.dtype)
     return dq, dk, dv

@@ -1,12 +1,15 @@
 """The rule for the tiles of the Triton kernels of attention: of any head_dim, never of a length."""
 
 
-def pieces(dim: int) -> tuple[int, int]:
-    """The powers of two that cover head_dim: one, or a main one and a rest of at least 16 (what tl.dot takes)."""
+def pieces(dim: int, turned: bool = False) -> tuple[int, int]:
+    """The powers of two that cover head_dim: one, or a main one and a rest of at least 16 (what tl.dot takes).
+
+    turned: whether a rotary table turns the rows: then one, as pairs of channels would lie in two pieces
+    """
     whole = max(16, 1 << (dim - 1).bit_length())
     main = whole // 2
     rest = max(16, 1 << (dim - main - 1).bit_length()) if dim > main else 0
-    return (main, rest) if 16 <= main and 0 < rest < main else (whole, 0)
+    return (main, rest) if 16 <= main and 0 < rest < main and not turned else (whole, 0)
 
 
 def aligned(dim: int, bits: int) -> bool:
@@ -17,10 +20,21 @@ def aligned(dim: int, bits: int) -> bool:
 def rule(kernel: str, bits: int, head_dim: int) -> dict[str, int]:
     """What neither spills nor overflows shared memory on sm_80, sm_90 and sm_100.
 
+    kernel: forward, backward_q or backward_kv, with "_turned" behind it where a rotary table turns queries and keys
+
     Beyond head_dim 128, which no model has, the backward pass may spill.
     """
     main, rest = pieces(head_dim)
-    if bits == 32:
+    if kernel.endswith("_turned"):
+        step, wide = kernel.removesuffix("_turned"), main + rest > 64
+        if bits == 32:
+            narrow = (32, 32, 8, 1) if step == "forward" else (16, 32, 8, 1)
+            tiles = (16, 16, 8, 2 if step == "forward" else 1) if wide else narrow
+        elif not aligned(head_dim, bits) or main + rest > 128:
+            tiles = 16, 32, 8, 1
+        else:
+            tiles = (16, 32, 8, 1) if step == "backward_kv" else (32 if wide else 64, 32, 8, 2)
+    elif bits == 32:
         if main + rest > 128:
             tiles = 16, 16, 8, 1
         elif main == 128:

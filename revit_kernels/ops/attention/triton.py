@@ -14,7 +14,8 @@ from revit_kernels.ops.attention import tail
 from revit_kernels.ops.attention.tiles import aligned, pieces
 
 TAIL_PROGRAMS = 8  # programs that write zeros into the rows of no image
-COUNTS = ("tokens", "tokens_k", "images", "cu_seqlens_ptr", "cu_seqlens_k_ptr")  # what differs from batch to batch
+# What differs from batch to batch.
+COUNTS = ("tokens", "tokens_k", "images", "positions", "cu_seqlens_ptr", "cu_seqlens_k_ptr", "row_ptr")
 
 
 def refusal(step, args):
@@ -27,6 +28,8 @@ def refusal(step, args):
         return "Triton's interpreter multiplies the bits of bfloat16 as integers"
     if x.shape[2] > 256:
         return f"head_dim must be at most 256, got {x.shape[2]}"
+    if args.cos is not None and args.cos.dtype != torch.float32:
+        return f"a rotary table must be of float32, got {args.cos.dtype}"
     return None
 
 
@@ -44,6 +47,49 @@ def _split(
     if REST > 0:
         more = MAIN + tl.arange(0, REST)
         rest = tl.load(starts + more[None, :], mask=inside[:, None] & (more < DIM)[None, :], other=0.0)
+    return main, rest
+
+
+@triton.jit
+def _rotate(
+    x, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+    COLS: tl.constexpr, PAIRS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    """Rows x [rows, COLS], each turned by the angles of its token, or back by them; in fp32."""
+    row = tl.load(row_ptr + rows, mask=inside, other=-1)
+    stays = (row < 0) | (row >= positions)
+    at = tl.where(stays, 0, row).to(tl.int64) * angle_row + head * angle_head
+    cols = tl.arange(0, COLS)
+    if HALF:
+        second = cols >= PAIRS
+        pair, partner = tl.where(second, cols - PAIRS, cols), tl.where(second, cols - PAIRS, cols + PAIRS)
+    else:
+        second = cols % 2 == 1
+        pair, partner = cols // 2, tl.where(second, cols - 1, cols + 1)
+    turns = cols < 2 * PAIRS
+    partner = tl.broadcast_to(tl.where(turns, partner, cols)[None, :], [x.shape[0], COLS])
+    mask = turns[None, :] & (stays == 0)[:, None]
+    cos = tl.load(cos_ptr + at[:, None] + pair[None, :], mask=mask, other=1.0)
+    sin = tl.load(sin_ptr + at[:, None] + pair[None, :], mask=mask, other=0.0)
+    sin = tl.where((second != BACK)[None, :], -sin, sin)  # the first of a pair takes the second's away
+    x = x.to(tl.float32)
+    return x * cos - tl.gather(x, partner, 1) * sin
+
+
+@triton.jit
+def _split_turned(
+    x_ptr, rows, inside, stride, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """`_split`, with the rows turned by their angles and rounded, where there are any."""
+    main, rest = _split(x_ptr, rows, inside, stride, DIM, MAIN, REST, ALIGNED)
+    if PAIRS > 0:
+        y = _rotate(
+            main, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, False,
+        )  # fmt: skip
+        main = y.to(main.dtype)
     return main, rest
 
 
@@ -102,7 +148,9 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
+    row_ptr, cos_ptr, sin_ptr, positions, angle_row, angle_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
@@ -121,7 +169,10 @@ def _forward_kernel(
     begin_k, end_k = _bounds(cu_seqlens_k_ptr, image, tokens_k)
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
-    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)  # [BLOCK_QUERIES, MAIN]
+    q, q_rest = _split_turned(  # [BLOCK_QUERIES, MAIN]
+        q_ptr + head * q_head, rows, inside, q_token,
+        row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+    )  # fmt: skip
 
     factor = scale * 1.4426950408889634
     top = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
@@ -130,7 +181,10 @@ def _forward_kernel(
     sums_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
     for start in range(begin_k, end_k, BLOCK_KEYS):
         keys = start + tl.arange(0, BLOCK_KEYS)
-        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
+        k, k_rest = _split_turned(
+            k_ptr + head * k_head, keys, keys < end_k, k_token,
+            row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+        )  # fmt: skip
         s = _scores(q, q_rest, k, k_rest, REST) * factor  # [BLOCK_QUERIES, BLOCK_KEYS]
         s = tl.where((keys < end_k)[None, :], s, float("-inf"))
         higher = tl.maximum(top, tl.max(s, 1))
@@ -155,7 +209,9 @@ def _backward_q_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, y_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
+    row_ptr, cos_ptr, sin_ptr, positions, angle_row, angle_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dq, and delta = sum(y * grad) of each query for the other kernel."""
@@ -175,7 +231,10 @@ def _backward_q_kernel(
     rows = first + tl.arange(0, BLOCK_QUERIES)
     inside = rows < end
     y_row = heads * DIM
-    q, q_rest = _split(q_ptr + head * q_head, rows, inside, q_token, DIM, MAIN, REST, ALIGNED)
+    q, q_rest = _split_turned(
+        q_ptr + head * q_head, rows, inside, q_token,
+        row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+    )  # fmt: skip
     g, g_rest = _split(grad_ptr + head * grad_head, rows, inside, grad_token, DIM, MAIN, REST, ALIGNED)
     y, y_rest = _split(y_ptr + head * DIM, rows, inside, y_row, DIM, MAIN, REST, ALIGNED)
     delta = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)
@@ -190,7 +249,10 @@ def _backward_q_kernel(
     dq_rest = tl.zeros([BLOCK_QUERIES, REST if REST > 0 else 16], tl.float32)
     for start in range(begin_k, end_k, BLOCK_KEYS):
         keys = start + tl.arange(0, BLOCK_KEYS)
-        k, k_rest = _split(k_ptr + head * k_head, keys, keys < end_k, k_token, DIM, MAIN, REST, ALIGNED)
+        k, k_rest = _split_turned(
+            k_ptr + head * k_head, keys, keys < end_k, k_token,
+            row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+        )  # fmt: skip
         v, v_rest = _split(v_ptr + head * v_head, keys, keys < end_k, v_token, DIM, MAIN, REST, ALIGNED)
         p = tl.exp2(_scores(q, q_rest, k, k_rest, REST) * factor - lse[:, None])
         p = tl.where((keys < end_k)[None, :], p, 0.0)  # [BLOCK_QUERIES, BLOCK_KEYS]
@@ -198,6 +260,11 @@ def _backward_q_kernel(
         dq = tl.dot(slopes, k, dq, input_precision="ieee")
         if REST > 0:
             dq_rest = tl.dot(slopes, k_rest, dq_rest, input_precision="ieee")
+    if PAIRS > 0:
+        dq = _rotate(
+            dq, rows, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, True,
+        )  # fmt: skip
     _store(dq_ptr + head * DIM, rows, inside, y_row, dq * scale, dq_rest * scale, DIM, MAIN, REST, ALIGNED)
 
 
@@ -206,7 +273,9 @@ def _backward_kv_kernel(
     grad_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr,
     tokens, tokens_k, images, heads, scale,
     grad_token, grad_head, q_token, q_head, k_token, k_head, v_token, v_head,
+    row_ptr, cos_ptr, sin_ptr, positions, angle_row, angle_head,
     DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, ALIGNED: tl.constexpr,
+    PAIRS: tl.constexpr, HALF: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys."""
@@ -226,7 +295,10 @@ def _backward_kv_kernel(
     begin, end = _bounds(cu_seqlens_ptr, image, tokens)
     keys = first + tl.arange(0, BLOCK_KEYS)
     inside = keys < end_k
-    k, k_rest = _split(k_ptr + head * k_head, keys, inside, k_token, DIM, MAIN, REST, ALIGNED)
+    k, k_rest = _split_turned(
+        k_ptr + head * k_head, keys, inside, k_token,
+        row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+    )  # fmt: skip
     v, v_rest = _split(v_ptr + head * v_head, keys, inside, v_token, DIM, MAIN, REST, ALIGNED)
 
     factor = scale * 1.4426950408889634
@@ -236,7 +308,10 @@ def _backward_kv_kernel(
     dv_rest = tl.zeros([BLOCK_KEYS, REST if REST > 0 else 16], tl.float32)
     for start in range(begin, end, BLOCK_QUERIES):
         rows = start + tl.arange(0, BLOCK_QUERIES)
-        q, q_rest = _split(q_ptr + head * q_head, rows, rows < end, q_token, DIM, MAIN, REST, ALIGNED)
+        q, q_rest = _split_turned(
+            q_ptr + head * q_head, rows, rows < end, q_token,
+            row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head, DIM, MAIN, REST, ALIGNED, PAIRS, HALF,
+        )  # fmt: skip
         g, g_rest = _split(grad_ptr + head * grad_head, rows, rows < end, grad_token, DIM, MAIN, REST, ALIGNED)
         at = rows.to(tl.int64) * heads + head
         lse = tl.load(lse_ptr + at, mask=rows < end, other=float("inf")) * 1.4426950408889634
@@ -250,6 +325,11 @@ def _backward_kv_kernel(
             dv_rest = tl.dot(weights, g_rest, dv_rest, input_precision="ieee")
             dk_rest = tl.dot(slopes, q_rest, dk_rest, input_precision="ieee")
     y_row = heads * DIM
+    if PAIRS > 0:
+        dk = _rotate(
+            dk, keys, inside, row_ptr, cos_ptr, sin_ptr, positions, head, angle_row, angle_head,
+            MAIN, PAIRS, HALF, True,
+        )  # fmt: skip
     _store(dk_ptr + head * DIM, keys, inside, y_row, dk * scale, dk_rest * scale, DIM, MAIN, REST, ALIGNED)
     _store(dv_ptr + head * DIM, keys, inside, y_row, dv, dv_rest, DIM, MAIN, REST, ALIGNED)
 
@@ -259,10 +339,19 @@ def _align(*tensors):
     return tail.aligned(*tensors) if aligned(tensors[0].shape[2], 8 * tensors[0].element_size()) else tensors
 
 
-def _launch(step, x):
+def _angles(cos, sin, row):
+    """What a kernel is told of the rotary table; Triton leaves out what is None."""
+    if cos is None:
+        return (None,) * 6
+    return row, cos, sin, cos.shape[0], cos.stride(0), cos.stride(1) if cos.ndim == 3 else 0
+
+
+def _launch(step, x, cos, half):
     dim, bits = x.shape[2], 8 * x.element_size()
-    main, rest = pieces(dim)
+    main, rest = pieces(dim, cos is not None)
     launch = {"DIM": dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(dim, bits), "TAIL": TAIL_PROGRAMS}
+    launch |= {"PAIRS": 0 if cos is None else cos.shape[-1], "HALF": half}
+    step = step if cos is None else f"{step}_turned"
     return launch | measured.tiles("attention", step, x.device, bits=bits, head_dim=dim)
 
 
@@ -271,21 +360,39 @@ def _grid(cu_seqlens, heads, max_seqlen, block):
     return cu_seqlens.shape[0] * heads, max(triton.cdiv(max_seqlen, block), TAIL_PROGRAMS)
 
 
-def forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def forward(
+    q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale, cos=None, sin=None, row=None, half=False
+):
     tokens, heads = q.shape[:2]
     y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     q, k, v = _align(q, k, v)
-    launch = _launch("forward", q)
+    launch = _launch("forward", q, cos, half)
     if y.numel():
         _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
-            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], **launch,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_angles(cos, sin, row), **launch,
         )  # fmt: skip
     return y, lse
 
 
-def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, scale):
+def backward(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    cu_seqlens,
+    max_seqlen,
+    cu_seqlens_k,
+    max_seqlen_k,
+    scale,
+    cos=None,
+    sin=None,
+    row=None,
+    half=False,
+):
     heads = q.shape[1]
     tokens, images = (q.shape[0], k.shape[0]), cu_seqlens.shape[0] - 1
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -293,28 +400,32 @@ def backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_
     grad, q, k, v = _align(grad, q, k, v)
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
-        launch = _launch("backward_q", q)
+        launch = _launch("backward_q", q, cos, half)
         _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
             grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
-            *strides, **launch,
+            *strides, *_angles(cos, sin, row), **launch,
         )  # fmt: skip
     if dk.numel():
-        launch = _launch("backward_kv", q)
+        launch = _launch("backward_kv", q, cos, half)
         _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
             grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
-            *strides, **launch,
+            *strides, *_angles(cos, sin, row), **launch,
         )  # fmt: skip
     return dq, dk, dv
 
 
-def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), **_):
+def specification(step, tiles, bits=16, head_dim=64, dtype=None, ones=(), pairs=0, half=False, **_):
     """A kernel as it is launched, for the compiler alone: see tests/machine_code.py."""
-    kernel = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}[step]
-    dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim)
+    kernels = {"forward": _forward_kernel, "backward_q": _backward_q_kernel, "backward_kv": _backward_kv_kernel}
+    kernel = kernels[step.removesuffix("_turned")]
+    dtype, (main, rest) = dtype or ("fp32" if bits == 32 else "bf16"), pieces(head_dim, pairs > 0)
     constexprs = {"DIM": head_dim, "MAIN": main, "REST": rest, "ALIGNED": aligned(head_dim, bits)} | tiles
     options = {key: constexprs.pop(key) for key in ("num_warps", "num_stages")}
-    constexprs |= {"TAIL": TAIL_PROGRAMS} | dict.fromkeys(ones, 1)
-    types = {"cu_seqlens_ptr": "*i32", "cu_seqlens_k_ptr": "*i32", "lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+    constexprs |= {"TAIL": TAIL_PROGRAMS, "PAIRS": pairs, "HALF": half} | dict.fromkeys(ones, 1)
+    if not pairs:
+        constexprs |= dict.fromkeys(("row_ptr", "cos_ptr", "sin_ptr", "positions", "angle_row", "angle_head"))
+    types = dict.fromkeys(("cu_seqlens_ptr", "cu_seqlens_k_ptr", "row_ptr"), "*i32")
+    types |= dict.fromkeys(("lse_ptr", "delta_ptr", "cos_ptr", "sin_ptr"), "*fp32")
     signature = {}
     for name in kernel.arg_names:
         if name not in constexprs:
