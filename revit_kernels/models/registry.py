@@ -159,6 +159,7 @@ def create_model(
     arguments = constructor_kwargs(full) | kwargs
     if pretrained:
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
+        source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
