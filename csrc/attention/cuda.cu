@@ -173,6 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cuda(const Tensor& grad, c
     }
     if (dk.numel()) {
       using Shape = KeysShape<kDim>;
+      STD_TORCH_CHECK(Shape::kTurns || !p.rotary.cos, "no gradients of turned rows for head_dim ", p.dim);
       const dim3 blocks = grid(p, p.tokens_k, Shape::kWarps);
       stream.launch(backward_keys_kernel<kDim, Kind>, blocks, Shape::kWarps * 32, Shape::kShared, view(grad), view(q),
                     view(k), view(v), lse_data, static_cast<const float*>(delta_data), pointer(dk), pointer(dv), p);

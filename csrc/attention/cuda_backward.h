@@ -113,6 +113,7 @@ struct KeysShape {
   static constexpr int kSlots = kDim > 64 ? 2 : 4;
   static constexpr int kTiles = kDim > 96 ? 2 : 4;
   static constexpr int kBlocks = kDim > 64 ? 1 : 2;
+  static constexpr bool kTurns = kDim <= 96;  // beyond, turning takes more registers than there are
   // Queries and gradients, then lse and delta of each.
   static constexpr size_t kRows = size_t{kSlots} * 64;
   static constexpr size_t kShared = kRows * 2 * kRow<kDim> * sizeof(uint16_t) + kRows * 2 * sizeof(float);
@@ -159,13 +160,13 @@ __global__ void __launch_bounds__(KeysShape<kDim>::kWarps * 32, KeysShape<kDim>:
     if (busy) {
       const Rows own = rows_of_warp(plan);
       load_rows<kDim>(own_keys, k, head, own, p.dim);
-      turn_rows<kDim, Kind>(own_keys, p.rotary, head, own);
+      if constexpr (Shape::kTurns) turn_rows<kDim, Kind>(own_keys, p.rotary, head, own);
       load_rows<kDim>(own_values, v, head, own, p.dim);
     }
     for (int chunk = 0; chunk < plan.chunks; ++chunk, ++step) {
       wait_for_step(plan);
       start(step + plan.flight - 1);
-      turn_step<kDim, Kind>(shared, plan, p.rotary, step);
+      if constexpr (Shape::kTurns) turn_step<kDim, Kind>(shared, plan, p.rotary, step);
       if (!busy) continue;
       const SharedAddress chunk_queries = buffer + slot_of(plan, step, place) * kRow<kDim> * 2;
       const SharedAddress chunk_grads = chunk_queries + plan.chunk * kRow<kDim> * 2;
@@ -204,9 +205,9 @@ __global__ void __launch_bounds__(KeysShape<kDim>::kWarps * 32, KeysShape<kDim>:
     if (!busy) continue;
     const Rows own = rows_of_warp(plan);
     const float scale[2] = {p.scale, p.scale}, one[2] = {1, 1};
-    turn_back<kDim>(key_sums, p.rotary, head, own);
+    store_rows<kDim, Kind>(dv, value_sums, one, p.heads, head, own, p.dim);  // first: turning takes registers
+    if constexpr (Shape::kTurns) turn_back<kDim>(key_sums, p.rotary, head, own);
     store_rows<kDim, Kind>(dk, key_sums, scale, p.heads, head, own, p.dim);
-    store_rows<kDim, Kind>(dv, value_sums, one, p.heads, head, own, p.dim);
   }
   revit::wait_for_copies<0>();
 }

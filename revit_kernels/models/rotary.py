@@ -99,8 +99,10 @@ class RotaryPositions(nn.Module):
         cells = sum(h * w for h, w in menu)
         grid = torch.repeat_interleave(torch.arange(len(menu), device=device), h * w, output_size=cells)
         first = (h * w).cumsum(0) - h * w
-        h, w, cell = h[grid], w[grid], torch.arange(cells, device=device) - first[grid]
-        at, size = torch.stack([cell // w, cell % w], 1).float(), torch.stack([h, w], 1).float()
+        size = torch.stack([h, w], 1).float()[grid]
+        cell, columns = (torch.arange(cells, device=device) - first[grid]).float(), size[:, 1]
+        row = ((cell + 0.5) / columns).floor()  # exact; Inductor of torch 2.11 fails at the integers' division
+        at = torch.stack([row, cell - row * columns], 1)
         if self.kind == "dinov3":
             at = 2.0 * ((at + 0.5 + self.offset) / size) - 1.0
         elif self.kind == "cat":

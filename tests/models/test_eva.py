@@ -18,6 +18,7 @@ sincos = pytest.importorskip("timm.layers.pos_embed_sincos")
 
 MENU = ((7, 5), (4, 8), (3, 3), (1, 6), (1, 1))
 SMALL = dict(img_size=(80, 64), patch_size=16, embed_dim=128, depth=2, num_heads=2, num_classes=5, use_rot_pos_emb=True)
+NAMES = ["eva02_tiny_patch14_224", "vit_tiny_patch16_dinov3_qkvb", "vit_small_patch16_rope_mixed_224"]
 OPTIONS = {  # what an Eva may be beside the entries of timm's eva.py
     "cat in halves": dict(rope_rotate_half=True),
     "cat, offset and scaled": dict(rope_grid_offset=1.0, ref_feat_shape=(6, 9), rope_grid_indexing="xy"),
@@ -93,9 +94,7 @@ def test_options_that_no_entry_has(options):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_224", "vit_tiny_patch16_dinov3_qkvb", "vit_small_patch16_rope_mixed_224"]
-)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_image_answers_the_same_in_any_batch(name, dtype):
     _, ours = pair(name)
@@ -218,3 +217,23 @@ def test_saved_and_read_again(tmp_path):
     assert isinstance(again, VarLenEva) and again.menu == made.menu
     for key, value in made.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_whole(name):
+    _, ours = pair(name)
+    x = batch(ours)
+    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))
+
+
+@torch.no_grad()
+def test_grids_chosen_on_the_device():
+    _, ours = pair("vit_small_patch16_dinov3")
+    menu, size = [(5, 4), (2, 3)], ours.patch_embed.patch_size[0]
+    choice = torch.tensor([1, 0, -1, 1], device=DEVICE)
+    images = [torch.randn(3, size * h, size * w, device=DEVICE) for h, w in [menu[max(c, 0)] for c in choice.tolist()]]
+    packing = Packing.from_choice(choice, menu, ours.num_prefix_tokens, capacity=70)
+    answers = ours(images, packing=packing)
+    assert not answers[2].any()
+    same(answers[[0, 1, 3]], ours([images[i] for i in (0, 1, 3)], grids=[menu[i] for i in (1, 0, 1)]))

@@ -25,6 +25,8 @@ def refusal(step, args):
         return f"head_dim must be a multiple of 8, at most 128, got {x.shape[2]}"
     if args.cos is not None and args.cos.dtype != torch.float32:
         return f"a rotary table must be of float32, got {args.cos.dtype}"
+    if args.cos is not None and step == "backward" and x.shape[2] > 96:
+        return f"gradients of what a rotary table turns need a head_dim of at most 96, got {x.shape[2]}"
     if args.cos is not None and args.half and args.cos.shape[-1] % 8:
         return f"a rotary table that turns halves must be of a multiple of 8 pairs, got {args.cos.shape[-1]}"
     return None
