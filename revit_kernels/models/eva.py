@@ -237,6 +237,6 @@ class VarLenEva(VarLenViT):
             raise NotImplementedError("tracers and exporters do not take rotary positions yet: use torch.compile")
         return [{"rope": rotary} for rotary in self.rope(packing)]
 
-    def _embed(self, *args, **kwargs) -> tuple[Tensor, object]:
-        x, packing = super()._embed(*args, **kwargs)
+    def _tokens(self, *args, **kwargs) -> tuple[Tensor, object]:
+        x, packing = super()._tokens(*args, **kwargs)
         return (x if self.pos_embed is not None else self.pos_drop(x)), packing
