@@ -22,6 +22,10 @@ def _pair(value) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(_whole(n) and n for n in value)
 
 
+def _several(value) -> bool:
+    return isinstance(value, list | tuple) and all(map(_whole, value))
+
+
 def _number(value) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= LARGEST
 
@@ -43,6 +47,8 @@ KINDS = {  # by the annotation in the constructor
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "str": ("a word", lambda value: isinstance(value, str)),
     "int | tuple[int, int]": ("a whole number or two", lambda value: (_whole(value) and value > 0) or _pair(value)),
+    "int | tuple[int, ...]": ("whole numbers", lambda value: _whole(value) or _several(value)),
+    "tuple[int, int, int]": ("three whole numbers", lambda value: _several(value) and len(value) == 3),
     "layer": ("the name of a layer", _layer),
 }
 
@@ -50,10 +56,12 @@ KINDS = {  # by the annotation in the constructor
 def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     """The arguments of the constructors of a class and of those that it passes its own on to."""
     found = {}
-    for base in reversed(cls.__mro__):
+    for base in cls.__mro__:
         if "__init__" in vars(base) and base not in (object, nn.Module):
-            parameters = inspect.signature(base.__init__).parameters
-            found |= {p.name: p for p in list(parameters.values())[1:] if p.kind == p.POSITIONAL_OR_KEYWORD}
+            parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
+            found = {p.name: p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD} | found
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
     return {name: parameter for name, parameter in found.items() if name not in PLACES}
 
 

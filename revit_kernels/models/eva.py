@@ -12,6 +12,7 @@ from revit_kernels.models.rotary import RotaryPositions
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.eva import EvaBlock, EvaBlockPostNorm
 from revit_kernels.modules.patch_dropout import PatchDropout
+from revit_kernels.packing import Packing
 
 POOLS = ("", "avg", "avgmax", "max", "token", "map")
 
@@ -76,7 +77,7 @@ class VarLenEva(VarLenViT):
         attn_pool_mlp_ratio: float | None = None,
         dynamic_img_size: bool = False,
         dynamic_img_pad: bool = False,
-        ref_feat_shape: tuple[int, int] | int | None = None,
+        ref_feat_shape: int | tuple[int, int] | None = None,
         head_init_scale: float = 0.001,
         weight_init: str = "",
         device=None,
@@ -230,13 +231,13 @@ class VarLenEva(VarLenViT):
     def no_weight_decay(self) -> set[str]:
         return super().no_weight_decay() | ({"rope.freqs"} if self.rope is not None else set())
 
-    def _block_positions(self, packing) -> list[dict]:
+    def _block_positions(self, packing: Packing | None) -> list[dict]:
         if self.rope is None:
             return []
         if packing is None:
-            raise NotImplementedError("tracers and exporters do not take rotary positions yet: use torch.compile")
+            raise NotImplementedError("a model with rotary positions cannot be traced or exported yet")
         return [{"rope": rotary} for rotary in self.rope(packing)]
 
-    def _tokens(self, *args, **kwargs) -> tuple[Tensor, object]:
-        x, packing = super()._tokens(*args, **kwargs)
-        return (x if self.pos_embed is not None else self.pos_drop(x)), packing
+    def _embed(self, *args) -> Tensor:
+        x = super()._embed(*args)
+        return x if self.pos_embed is not None else self.pos_drop(x)

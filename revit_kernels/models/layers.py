@@ -35,8 +35,7 @@ BLOCKS = {
         modules.ParallelThingsBlock,
     )
 }
-PACKED = (*BLOCKS.values(), modules.EvaBlock, modules.EvaBlockPostNorm)  # the blocks that take a packing
-STREAMING = tuple(block.__name__ for block in PACKED if hasattr(block, "stream"))
+STREAMING = (*(name for name, block in BLOCKS.items() if hasattr(block, "stream")), "EvaBlock", "EvaBlockPostNorm")
 EMBEDS = {"PatchEmbed": modules.PatchEmbed}
 
 

@@ -21,8 +21,8 @@ from revit_kernels.models.vit import SCRIPT, VarLenViT
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
-MODEL_FILE = "model.safetensors"  # in the folder of a run
 MODULES = "vision_transformer.py, deit.py or eva.py"
+MODEL_FILE = "model.safetensors"  # in the folder of a run
 
 
 @cache
@@ -134,7 +134,7 @@ def create_model(
     kwargs:          arguments of the constructor (VarLenViT's, or VarLenEva's) that replace the name's own; None is
                      passed over
 
-    Returns the model. Raises ValueError for a name that is unknown or belongs to another family, and for weights
+    Returns the VarLenViT. Raises ValueError for a name that is unknown or belongs to another family, and for weights
     that do not fit; NotImplementedError for scriptable=True.
     """
     if scriptable:

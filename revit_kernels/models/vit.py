@@ -312,8 +312,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         for i, block in enumerate(blocks, start):
             own = positions[i % len(positions)] if positions else {}
             streams = is_plain(block, *STREAMING) and not traced(stream[0])
-            run = self._stream_block if streams else self._call_block
-            stream = run(block, stream, packing, mask or {}, own)
+            stream = (self._stream_block if streams else self._call_block)(block, stream, packing, mask or {}, own)
             packing = packing if streams else fitting(packing, stream[0])
             if visit is not None:
                 stream = [add(*stream), None, None]

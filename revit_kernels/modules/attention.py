@@ -115,6 +115,11 @@ def image_by_image(core, packing: Packing, *tensors: Tensor) -> Tensor:
     return F.pad(used, (0, 0) * (used.ndim - 1) + (0, packing.capacity - len(used)))
 
 
+def turned(q: Tensor, k: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor]:
+    """q and k (capacity, heads, head_dim), turned by torch's ops where there are angles, in their own dtypes."""
+    return (q, k) if rope is None else tuple(rotate(t, *rope).to(t.dtype) for t in (q, k))
+
+
 class Maps(nn.Module):
     """What computes attention, in one kernel; or as timm's `fused_attn = False`, with maps that `attn_drop` sees."""
 
@@ -154,8 +159,7 @@ def attend(
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
         return ops.attention(q, k, v, packing.cu_seqlens, packing.max_seqlen, scale=scale, rotary=rope)
-    if rope is not None:
-        q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
+    q, k = turned(q, k, rope)
 
     def dense(q, k, v):  # (images, length, heads, head_dim)
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -230,13 +234,12 @@ class Attention(Maps):
         gate = None if self.gate is None else linear(self.gate, x).sigmoid()
         q, k, v = self.project(x)
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal}
         if self._gives_maps():
-            if rope is not None:
-                q, k = (rotate(t, *rope).to(t.dtype) for t in (q, k))
-            y = image_by_image(self._weigh, packing, q, k, v)
+            y = image_by_image(self._weigh, packing, *turned(q, k, rope), v)
         else:
-            options = {"attn_mask": attn_mask, "is_causal": is_causal, "rope": rope}
-            y = attend(q, k, v, packing, self.scale, dropout=self.attn_drop.p if self.training else 0.0, **options)
+            dropout = self.attn_drop.p if self.training else 0.0
+            y = attend(q, k, v, packing, self.scale, dropout=dropout, rope=rope, **mask)
         y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
         y = y if gate is None else y * gate
         return self.proj_drop(linear(self.proj, y))
@@ -245,22 +248,17 @@ class Attention(Maps):
         """q, k, v: (images, length, heads, head_dim)"""
         return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
-    def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None, rope: Rotary | None) -> Tensor:
+    def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None, rope: Rotary | None = None) -> Tensor:
         """timm's steps with timm's shapes. x: (images, length, dim)"""
         images, length, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
-
-        def heads_first(t):
-            return t.reshape(images, length, self.num_heads, self.head_dim).transpose(1, 2)
-
-        q, k, v = self.project(x)
-        q, k = heads_first(q), heads_first(k)
+        shape = images, length, self.num_heads, self.head_dim
+        q, k, v = (t.reshape(shape).transpose(1, 2) for t in self.project(x))
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
         if rope is not None:
-            rows = (t.transpose(1, 2).flatten(0, 1) for t in (q, k))
-            q, k = (heads_first(rotate(t, *rope).to(v.dtype)) for t in rows)
-        y = weigh(self, q, k, heads_first(v), attn_mask, is_causal)
-        y = y.transpose(1, 2).reshape(images, length, self.num_heads * self.head_dim)
+            q, k = turned(*(t.transpose(1, 2).reshape(-1, *shape[2:]) for t in (q, k)), rope)
+            q, k = (t.to(v.dtype).reshape(shape).transpose(1, 2) for t in (q, k))
+        y = weigh(self, q, k, v, attn_mask, is_causal).transpose(1, 2).reshape(images, length, -1)
         y = apply_norm(self.norm, y, packing)
         y = y if gate is None else y * gate
         return self.proj_drop(self.proj(y))

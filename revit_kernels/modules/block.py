@@ -51,10 +51,10 @@ def make_attention(layer, dim: int, depth: int, **kwargs) -> nn.Module:
 
 def run_attention(module: nn.Module, x: Tensor, packing: Packing, mask: dict, rope: Rotary | None = None) -> Tensor:
     """module(x), where somebody may have put an attention of another library, or of his own, into the block."""
-    turned = {} if rope is None else {"rope": rope}
+    positions = {} if rope is None else {"rope": rope}
     if takes_packing(module):
-        return module(x, packing=packing, **mask, **turned)
-    if turned:
+        return module(x, packing=packing, **mask, **positions)
+    if positions:
         raise ValueError(f"rotary positions need the block's own attention, got {type(module).__name__}")
     return by_length(module, x, packing, mask)
 
