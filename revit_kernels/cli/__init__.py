@@ -13,6 +13,7 @@ COMMANDS = (
     "train",
     "label",
     "train_assigner",
+    "costs",
     "evaluate",
     "data",
     "samples",
