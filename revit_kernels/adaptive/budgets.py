@@ -111,9 +111,9 @@ class _Problem:
     def cost(self, found: Simulated) -> float:
         return float((found.tokens if self.budget.tokens is not None else found.seconds).mean())
 
-    def measure(self, policy: Policy, probabilities=None) -> tuple[float, float]:
+    def measure(self, policy: Policy) -> tuple[float, float]:
         """(accuracy, cost); under a budget of loss the accuracy is less one standard error of the loss."""
-        found = policy.simulate(self.outcomes, self.costs, self.prefix, probabilities)
+        found = policy.simulate(self.outcomes, self.costs, self.prefix)
         accuracy = float(found.right.mean())
         if self.budget.loss is not None:
             difference = self.outcomes.correct[:, 0].astype(float) - found.right
@@ -206,20 +206,49 @@ def _priced(problem: _Problem, policy: Policy):
     per, costs = problem.costs.per_length, problem.costs
     repack = costs.repack if isinstance(policy, Cascade) else 0.0
     policy = replace(policy, costs=tuple((c + repack) / per[0] for c in per))
-    probabilities = policy.probabilities(problem.outcomes)
-    turns = _turns(probabilities.double().numpy(), np.array(policy.weighed()))
+    right, weighed = policy.probabilities(problem.outcomes).double().numpy(), np.array(policy.weighed())
+    turns = _turns(right, weighed)
 
     def best(places):
-        places = dict.fromkeys(places.astype(int).tolist())
-        found = ((place, replace(policy, price=float(turns[place]))) for place in places)
-        found = [(place, (priced, problem.measure(priced, probabilities))) for place, priced in found]
-        return min(found, key=lambda pair: problem._order(pair[1][1], MARGIN))
+        places = list(dict.fromkeys(places.astype(int).tolist()))
+        measured = _at_prices(problem, policy, right, weighed, turns[places])
+        return min(zip(places, measured), key=lambda pair: problem._order(pair[1], MARGIN))
 
-    coarse = np.linspace(0, len(turns) - 1, PRICES)
-    place, found = best(coarse)
+    place, found = best(np.linspace(0, len(turns) - 1, PRICES))
     step = len(turns) / PRICES
-    low, high = max(0, place - step), min(len(turns) - 1, place + step)
-    return problem.best([found, best(np.linspace(low, high, FINER))[1]], MARGIN)
+    near = np.linspace(max(0, place - step), min(len(turns) - 1, place + step), FINER)
+    place, _ = min([(place, found), best(near)], key=lambda pair: problem._order(pair[1], MARGIN))
+    policy = replace(policy, price=float(turns[place]))
+    return policy, problem.measure(policy)
+
+
+def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np.ndarray, prices: np.ndarray):
+    """What `problem.measure` gives of the policy at each price, without simulating it image by image.
+
+    right: (images, lengths) probabilities; weighed: (lengths,) by which a price is multiplied
+    """
+    correct, rows = problem.outcomes.correct.astype(np.float64), right.shape[1]
+    lengths = np.array([problem.prefix + h * w for h, w in problem.outcomes.menu], np.float64)
+    costs, by_tokens, found = problem.costs, problem.budget.tokens is not None, []
+    per = lengths if by_tokens else np.array(costs.per_length)
+    full, every = correct[:, 0], np.arange(len(correct))
+    for price in prices:
+        row = rows - 1 - (right - price * weighed)[:, ::-1].argmax(1)
+        won = correct[every, row]
+        share = np.bincount(row, minlength=len(per)) / len(row)
+        cost = float(share @ per)
+        if policy.passes > 1:  # all begin at the first, and those that stay are not run again
+            going = 1 - share[policy.first]
+            cost += going * per[policy.first]
+            cost += 0.0 if by_tokens else going * costs.repack + costs.later_pass(going)
+        if policy.uses_assigner and not by_tokens:
+            begun = share[-1] if policy.passes == 1 else float(policy.first == len(per) - 1)
+            cost += costs.assigner - costs.reused * begun
+        accuracy = float(won.mean())
+        if problem.budget.loss is not None:
+            accuracy -= float((full - won).std() / np.sqrt(len(won)))
+        found.append((accuracy, cost))
+    return found
 
 
 def _turns(right: np.ndarray, costs: np.ndarray) -> np.ndarray:

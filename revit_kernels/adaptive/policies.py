@@ -100,22 +100,19 @@ class Policy:
         """(images, lengths) of being right, which a price is weighed against; None for a policy without a price."""
         return None
 
-    def rows_run(self, outcomes: Outcomes, probabilities: Tensor | None = None) -> list[np.ndarray]:
-        """For each pass in turn, (images,) the menu row that each image runs at, -1 for none.
-
-        probabilities: what the method of this name gives, if that is known already
-        """
+    def rows_run(self, outcomes: Outcomes) -> list[np.ndarray]:
+        """For each pass in turn, (images,) the menu row that each image runs at, -1 for none."""
         labels = torch.from_numpy(outcomes.label)
         return [self.start(Seen(range(len(outcomes)), torch.device("cpu"), None, labels)).numpy().astype(int)]
 
-    def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int = 1, probabilities=None) -> Simulated:
-        """What the policy comes to on outcomes that it was not solved from, or was. probabilities: as of `rows_run`"""
+    def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int = 1) -> Simulated:
+        """What the policy comes to on outcomes that it was not solved from, or was."""
         lengths = np.array([prefix + h * w for h, w in outcomes.menu])
         per_length = np.array(costs.per_length)
         every = np.arange(len(outcomes))
         row = np.full(len(outcomes), -1)
         tokens, seconds = np.zeros(len(outcomes)), np.zeros(len(outcomes))
-        for step, rows in enumerate(self.rows_run(outcomes, probabilities)):
+        for step, rows in enumerate(self.rows_run(outcomes)):
             runs = rows >= 0
             tokens[runs] += lengths[rows[runs]]
             seconds[runs] += per_length[rows[runs]] + (costs.repack if step else 0.0)
@@ -243,9 +240,8 @@ class Assign(Policy):
     def probabilities(self, outcomes):
         return evidence.probability(torch.from_numpy(_kept(outcomes, "assigner")))
 
-    def rows_run(self, outcomes, probabilities=None):
-        right = self.probabilities(outcomes) if probabilities is None else probabilities
-        return [_best(right, self.price, self.costs).numpy().astype(int)]
+    def rows_run(self, outcomes):
+        return [_best(self.probabilities(outcomes), self.price, self.costs).numpy().astype(int)]
 
     def require(self, menu):
         if len(self.costs) != len(menu):
@@ -292,9 +288,9 @@ class Cascade(Policy):
     def probabilities(self, outcomes):
         return evidence.right(torch.from_numpy(self.columns_of(outcomes)), self.weights[: self.first + 1])
 
-    def rows_run(self, outcomes, probabilities=None):
-        right = self.probabilities(outcomes) if probabilities is None else probabilities
-        return [np.full(len(outcomes), self.first), self._next(right).numpy().astype(int)]
+    def rows_run(self, outcomes):
+        following = self._next(self.probabilities(outcomes)).numpy().astype(int)
+        return [np.full(len(outcomes), self.first), following]
 
     def columns(self, logits, assigned):
         return evidence.summary(logits)

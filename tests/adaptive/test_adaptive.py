@@ -10,7 +10,7 @@ from tiny_revit import MENU, held_out, labelled, make_model, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revit_kernels.adaptive import evidence
-from revit_kernels.adaptive.budgets import Budget, _Problem, fitted, solve
+from revit_kernels.adaptive.budgets import Budget, _at_prices, _Problem, fitted, solve
 from revit_kernels.adaptive.calibration import auc, calibration_error
 from revit_kernels.adaptive.costs import COUNTED, Costs, counted, device_name, measure_costs, model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
@@ -148,6 +148,18 @@ def test_prices_are_as_good_as_brute_force(name, budget):
             measured = [problem.measure(replace(known, price=float(p))) for p in np.linspace(0, 2, 2001)]
             best = max(best, *(accuracy for accuracy, cost in measured if cost <= 0.98 * problem.limit), best)
     assert problem.measure(solve(name, outcomes, COSTS, budget))[0] >= best - 1 / 100  # of one image in a hundred
+
+
+@pytest.mark.parametrize("budget", ["2x", "9 tokens", "full-1"])
+def test_many_prices_are_measured_as_each_is(budget):
+    outcomes, costs = synthetic(), replace(COSTS, reused=0.01)
+    problem, prices = _Problem(outcomes, costs, Budget.parse(budget), 1), np.linspace(0, 1.5, 13)
+    for policy in fitted(outcomes).values():
+        policy = replace(policy, costs=PRICED)
+        right = policy.probabilities(outcomes).double().numpy()
+        found = _at_prices(problem, policy, right, np.array(policy.weighed()), prices)
+        for price, measured in zip(prices, found):
+            assert measured == pytest.approx(problem.measure(replace(policy, price=float(price))))
 
 
 def test_a_second_pass_of_few_images_takes_as_long_to_launch():
