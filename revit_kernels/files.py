@@ -1,7 +1,66 @@
 """Files written whole or not at all."""
 
+import glob
 import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+ABANDONED = 3600  # seconds after which what a process that is gone has left is removed
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; the file written there takes its place on leaving without an exception.
+
+    It is on disk by then, with the permissions of the file of before, or those of a new file. Where `path` is a link,
+    the file that it leads to is replaced. What killed processes left under such names is removed.
+    """
+    path = Path(os.path.realpath(path))
+    _clear(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if path.exists():
+            mode = stat.S_IMODE(path.stat().st_mode)
+        yield temporary
+        os.chmod(temporary, mode)  # some writers make files of their own that only their owner can read
+        _sync(temporary)
+        os.replace(temporary, path)
+        with suppress(OSError):  # some file systems cannot do it for folders
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _clear(path: Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = re.fullmatch(r"\.(\d+)\.tmp", left.name.removeprefix(f".{path.name}"))
+        with suppress(OSError):
+            if number and time.time() - left.stat().st_mtime > ABANDONED and not _runs(int(number[1])):
+                left.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_whole(path: Path, write) -> None:
@@ -10,13 +69,10 @@ def write_whole(path: Path, write) -> None:
     Raises RuntimeError, in one sentence, where the disk is full or the folder cannot be written to; what was there
     before is then still there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        with whole(path) as temporary:
+            write(temporary)
     except Exception as error:  # of the disk, but writers have exceptions of their own for it
         why = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
         kept = " (the file of before is unharmed)" if path.exists() else ""
         raise RuntimeError(f"{path} could not be written: {why}{kept}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

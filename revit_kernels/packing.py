@@ -94,7 +94,8 @@ def _on_host(index: np.ndarray, lengths: np.ndarray, capacity: int, menu: tuple[
 def _traced(rows: list[int], lengths: list[int], capacity: int, total: int, device) -> list[Tensor | None]:
     """The tensors of a packing, by torch's ops alone."""
     index = torch.tensor(rows, dtype=torch.int32)
-    image = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths, dtype=torch.long))
+    numbered = [torch.full((n,), i) for i, n in enumerate(lengths)]
+    image = torch.cat(numbered) if numbered else torch.empty(0, dtype=torch.long)
     unused = image.new_full((capacity - total,), -1)
     row = torch.cat([index[image], unused.int()]).to(device)
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)

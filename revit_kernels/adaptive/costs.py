@@ -63,7 +63,7 @@ class Costs:
             found = json.loads(text)
             menu = tuple((int(rows), int(columns)) for rows, columns in found.pop("menu"))
             return cls(menu, tuple(found.pop("per_length")), **found)
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"this is no JSON of costs: {error}") from None
 
     def later_pass(self, share: float) -> float:

@@ -12,6 +12,7 @@ import numpy as np
 from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
+from revit_kernels.modules.lengths import check_menu
 
 METADATA = b"revit_kernels"
 UNSOLVED = ("smallest", "largest", "drop")
@@ -181,8 +182,12 @@ class Outcomes:
             raise ValueError(f"{path} holds no labels that `revit label` wrote")
         try:
             head = json.loads(head)
-            menu = tuple((int(rows), int(columns)) for rows, columns in head["menu"])
+            menu = check_menu(head["menu"])
+            if not isinstance(head["fingerprint"], str) or not isinstance(head["about"], dict):
+                raise ValueError("its fingerprint is no text, or what it is about no dictionary")
             arrays = {name: _array(table, name, len(menu)) for name in COLUMNS if name in table.column_names}
+            if not ((arrays["label"] >= -1) & (arrays["label"] < len(menu))).all():
+                raise ValueError(f"it has labels that are no rows of the menu of {len(menu)} lengths")
             return cls(
                 menu=menu,
                 keys=tuple(table["key"].to_pylist()),
@@ -191,7 +196,7 @@ class Outcomes:
                 targets=arrays.pop("target"),
                 **arrays,
             )
-        except (KeyError, TypeError, ValueError) as error:  # a column or an entry is missing, or of another shape
+        except Exception as error:  # a column or an entry is missing, or of another shape or kind
             raise ValueError(f"{path} is no whole file of labels: {' '.join(str(error).split())[:200]}") from error
 
 

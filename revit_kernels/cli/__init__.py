@@ -6,6 +6,8 @@ import argparse
 import os
 import signal
 import sys
+import warnings
+from contextlib import suppress
 from importlib import import_module
 
 COMMANDS = (
@@ -22,7 +24,7 @@ COMMANDS = (
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one sentence; the usage is a --help away
+        self.exit(2, _clean(f"{self.prog}: error: {message}") + "\n")  # one sentence; the usage is a --help away
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,18 +49,20 @@ def _terminate(number, frame):
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status. Errors are one sentence on standard error."""
-    args = parser().parse_args(argv)
-    if args.version:
-        print(_version())
-        return 0
-    if args.command is None:
-        parser().print_help()
-        return 2
-    previous = _catch()
+    _open_streams()
+    previous, formatwarning = _catch(), warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"revit: warning: {_clean(message)}\n"
     try:
+        args = parser().parse_args(argv)
+        if args.version:
+            print(_version())
+            return 0
+        if args.command is None:
+            parser().print_help()
+            return 2
         return args.run(args)
     except KeyboardInterrupt:
-        print("revit: interrupted, nothing was left half-written", file=sys.stderr)
+        _say("revit: interrupted, nothing was left half-written")
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
         _forget_output()
@@ -70,8 +74,23 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError:
         return _error("out of memory", 1)
     finally:
+        warnings.formatwarning = formatwarning
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _open_streams() -> None:
+    """Let a standard stream that was closed be /dev/null: a file that is opened must not take its place.
+
+    sys.stdout stays None: who writes records there says so.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
 
 
 def _catch() -> dict:
@@ -87,9 +106,20 @@ def _catch() -> dict:
     return previous
 
 
+def _clean(message) -> str:
+    """The message in one line, without what a terminal would take for a command."""
+    text = " ".join(str(message).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # whoever read it has gone
+        print(text, file=sys.stderr, flush=True)
+
+
 def _error(error: Exception | str, status: int) -> int:
-    print(f"revit: error: {' '.join(str(error).split())}", file=sys.stderr)
-    if sys.stdout is sys.__stdout__:
+    _say(f"revit: error: {_clean(error)}")
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
         try:
             sys.stdout.flush()
         except OSError:  # on a full disk: it would be tried again at exit

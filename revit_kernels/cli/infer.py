@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
-from revit_kernels.data.images import find_images, show
+from revit_kernels.data.images import find_images, left_out_text, printable, show
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER
 from revit_kernels.serving.compare import Sample, compare, table
@@ -37,9 +37,9 @@ examples:
   revit infer photos/ --model deit_small_patch16_224 --pretrained --grids 14x14,10x10,7x7 --compare
   revit infer tiles/ --model flexivit_small --pretrained --grids 8x8 --method patch
 
-A PATH is an image, a folder, a pattern such as "photos/**/*.jpg", or a list (@FILE or a .txt file, a path a line, no
-patterns; "@-" reads standard input). An image that is missing or broken becomes a record with its error; the others
-are unharmed.
+A PATH is an image, a folder, an archive (.tar, .zip, a .parquet with a column of images), a pattern such as
+"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "@-"
+reads standard input). An image that is missing or broken becomes a record with its error; the others are unharmed.
 
 exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
 """
@@ -61,8 +61,8 @@ def add(commands):
     model.add_argument(
         "--model",
         metavar="NAME_OR_FILE",
-        help="timm's name, or a .safetensors file (default: the small ReViT that comes with the package, which tells "
-        "ten kinds of clothes apart)",
+        help="timm's name, a .safetensors file, or the folder of a run (default: the small ReViT that comes with the "
+        "package, which tells ten kinds of clothes apart)",
     )
     model.add_argument("--checkpoint", "--weights", metavar="FILE", help="the weights of --model NAME")
     model.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
@@ -125,7 +125,7 @@ def add(commands):
     )
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
-    output.add_argument("--labels", metavar="FILE", help="class names, one a line, or .json")
+    output.add_argument("--labels", metavar="FILE", help="class names: one a line, .json or .csv")
     output.add_argument("--compare", action="store_true", help="also time the first images padded, and per length")
     output.add_argument(
         "--workers", type=count, metavar="N", help="threads that decode (default: one per core, 16 at most)"
@@ -141,10 +141,12 @@ def run(args) -> int:
     """
     check_output(args.output)
     _check_options(args)
-    paths, empty, problems = find_images(args.paths, args.recursive)
+    paths, empty, problems, left_out = find_images(args.paths, args.recursive)
+    _check_overwritten(args, paths)
+    others = left_out_text(left_out)
     if not paths:
         none = [f"there are no images in {', '.join(show(path) for path in empty)}"] if empty else []
-        raise ValueError("; ".join(problems + none) or "no images")
+        raise ValueError("; ".join(problems + none + ([others] if others else [])) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
@@ -153,13 +155,13 @@ def run(args) -> int:
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
         with _out_of_memory(device, args.batch_tokens):
-            totals = _answer(args, paths, device)
+            totals = _answer(args, paths, device, others)
     for problem in problems:
         _say(f"revit: {problem}")
     return max(_report(totals), 1 if problems else 0)
 
 
-def _answer(args, paths: list[str], device: torch.device) -> Totals:
+def _answer(args, paths: list[str], device: torch.device, others: str | None) -> Totals:
     name = args.model or str(SHIPPED)
     model = load_model(
         name,
@@ -195,7 +197,7 @@ def _answer(args, paths: list[str], device: torch.device) -> Totals:
             keep=sample.keep if sample else None,
         )
     if not args.quiet:
-        _say(closing_line(totals, full_length(adaptive or model)))
+        _say(closing_line(totals, full_length(adaptive or model), others))
     if sample is not None and sample.pixels:
         _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
     return totals
@@ -227,7 +229,19 @@ def _written(output: str | None):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(OSError):  # whoever read it has gone; the records are what counts
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def _check_overwritten(args, paths: list[str]) -> None:
+    """Raise ValueError where the output would take the place of an input."""
+    if args.output is None or not os.path.exists(args.output):
+        return
+    suffix = os.path.splitext(os.path.realpath(args.output))[1].lower()
+    for path in [*(path.removeprefix("@") for path in args.paths), *paths]:
+        real = os.path.realpath(path)
+        if real.lower().endswith(suffix) and os.path.exists(real) and os.path.samefile(real, args.output):
+            raise ValueError(f"--output {args.output} is an input: it would be overwritten")
 
 
 def _cores() -> int:

@@ -16,8 +16,9 @@ from revit_kernels.cli.arguments import add_device, add_images, count, grids
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
 from revit_kernels.devices import choose_device
+from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
-from revit_kernels.models.registry import create_model
+from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
 from revit_kernels.modules.lengths import cells
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
@@ -26,6 +27,7 @@ from revit_kernels.training.run_folder import RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
 UNSETTLED = ("output", "resume", "run", "command", "device", "workers", "quiet", "save_every", "tensorboard", "root")
+UNSETTLED += ("version",)  # the option of that name
 SMALL = 64  # pixels: images of one size up to this side are trained on as they are
 
 EXAMPLES = """\
@@ -186,7 +188,7 @@ def run(args) -> int:
     with tqdm(unit=" steps", disable=True if args.quiet or rank else None, file=sys.stderr) as bar:
         best = trainer.train(save_every=args.save_every, tensorboard=args.tensorboard, progress=_progress(bar))
     if rank == 0:
-        path = folder.path / "model.safetensors"
+        path = folder.path / MODEL_FILE
         save_checkpoint(best, path)
         print(f"revit: {trainer.steps:,} steps done; the model is {path}", file=sys.stderr)
     if dist.is_initialized():
@@ -235,9 +237,10 @@ def _model(args, classes: tuple[str, ...]):
     options = dict(args.model_args)
     if args.drop_path:
         options["drop_path_rate"] = args.drop_path
-    if Path(args.model).suffix == ".safetensors":
+    if Path(model_file(args.model)).suffix == ".safetensors":
         model = create_model(args.model, **options)
     else:
+        check_arguments(class_of(args.model), options)
         model = create_model(args.model, pretrained=args.pretrained, **options)
         if args.checkpoint:
             model = _from_checkpoint(args, options)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from revit_kernels.data import hubs, sets
 from revit_kernels.data.image_set import ArraySet, EncodedSet, ImageSet, check_classes, pick_split, plain_split
-from revit_kernels.data.images import find_images, show
+from revit_kernels.data.images import find_images, left_out_text, show
 from revit_kernels.data.tables import csv_set, options_of, parquet_set
 
 __all__ = ["ArraySet", "EncodedSet", "ImageSet", "open_set", "read_batches"]
@@ -76,10 +77,11 @@ def folder_set(path: Path, split: str) -> ImageSet:
     check_classes(str(path), {name: set(inner) for name, inner in parts.items()})
     chosen = pick_split(str(path), split, sorted(parts))
     classes = sorted(set().union(*parts.values())) if parts else sorted(folders)
-    keys, targets, sources = [], [], []
+    keys, targets, sources, left_out = [], [], [], Counter()
     for inner in [parts[name] for name in chosen] or [folders]:
         for name, folder in inner.items():
-            files, _, problems = find_images([str(folder)])
+            files, _, problems, others = find_images([str(folder)])
+            left_out += others
             if problems:
                 raise ValueError(problems[0])
             if not files:
@@ -90,6 +92,8 @@ def folder_set(path: Path, split: str) -> ImageSet:
     if len(classes) < 2:
         found = f"only the class {classes[0]!r}" if classes else "no folders of images"
         raise ValueError(f"{path} has {found}: there must be a folder for each class, with its images in it")
+    if left_out:
+        warnings.warn(f"{path}: {left_out_text(left_out)}")
     name = path.resolve().name
     return EncodedSet(f"{name}/{split}" if parts else name, classes, targets, keys, sources)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
-import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from revit_kernels.data.class_names import match_classes
 from revit_kernels.data.division import hold_out
 from revit_kernels.data.images import ImageError, decode
 
@@ -60,13 +60,20 @@ class ImageSet:
     def with_classes(self, classes: Sequence[str]) -> ImageSet:
         """The same images with targets that number `classes`, such as the ones that a model was trained on.
 
-        Case, and what is neither letter nor digit, make no difference. Raises ValueError for an image of another class.
+        Names are matched as by `match_classes`. Raises ValueError for an image of another class, and for a name that
+        could be several.
         """
-        number = {class_folder(name): i for i, name in enumerate(classes)}
-        places = np.array([number.get(class_folder(name), -1) for name in self.classes])
-        if len(missing := np.flatnonzero(places < 0)) and np.isin(self.targets, missing).any():
-            names = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
-            raise ValueError(f"{self.name} has the class {self.classes[missing[0]]!r}, which is none of {names}")
+        present = np.unique(self.targets)
+        try:
+            matched = match_classes(self.classes, classes, present)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        places = np.full(len(self.classes), -1)
+        for i, place in zip(present, matched):
+            if place is None:
+                names = ", ".join(classes[:4]) + (", ..." if len(classes) > 4 else "")
+                raise ValueError(f"{self.name} has the class {self.classes[i]!r}, which is none of {names}")
+            places[i] = place
         found = copy.copy(self)
         found.targets, found.classes = places[self.targets], tuple(classes)
         return found
@@ -141,15 +148,10 @@ class EncodedSet(ImageSet):
         return found
 
 
-def class_folder(name: str) -> str:
-    """A class's name as that of a folder: "T-shirt/top" is t-shirt-top."""
-    return re.sub(r"[\W_]+", "-", name.casefold()).strip("-") or name
-
-
 def numbered(labels: Sequence) -> tuple[list[str], np.ndarray]:
     """(class names, targets) of one label per image; whole numbers keep their order, names are sorted."""
     try:
-        names = sorted(set(labels), key=int)
+        names = sorted(set(labels), key=lambda label: (int(label), str(label)))
     except (TypeError, ValueError):
         names = sorted(set(map(str, labels)))
         labels = list(map(str, labels))

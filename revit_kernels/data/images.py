@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
+import re
 import stat
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from revit_kernels.data.archives import Member, data_url, is_archive, members
+
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .avif .jp2".split()
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .avif .jp2 .heic .heif .hif".split()
 )
+# By Pillow's names. No others are tried, whatever a file is called: some would start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "HEIF", "TGA")
 ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {  # orientation: what makes the image upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+UPRIGHT = {  # orientation: what makes (height, width, 3) upright
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
 }
 SIDEWAYS = (5, 6, 7, 8)
-STRIP = 128  # rows
+TILE = 1 << 20  # pixels that are converted at a time
+LONG = 8192  # pixels: an axis up to this long is decoded as it is, whatever its target
+HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+LISTED = 5  # kinds of files that are left out
 
 
 class ImageError(ValueError):
@@ -45,49 +57,101 @@ class Decoded(NamedTuple):
 
 
 class Found(NamedTuple):
-    """paths:    image files, in the order of the arguments
-    empty:    folders without image files
-    problems: a sentence for each pattern that matches nothing, and for each folder that cannot be read
+    """paths:    images, in the order of the arguments
+    empty:    folders without images
+    problems: a sentence for each pattern that matches nothing, and for each folder and archive that cannot be read
+    left_out: how many files in folders and archives are not taken as images, by what they are
     """
 
     paths: list[str]
     empty: list[str]
     problems: list[str]
+    left_out: Counter[str]
 
 
 def find_images(arguments: Sequence[str], recursive: bool = True) -> Found:
-    """The image files that the arguments name.
+    """The images that the arguments name.
 
-    arguments: files; folders (their image files, sorted by name; hidden ones are left out); patterns such as
-               "photos/**/*.jpg"; and lists, as @FILE or a .txt file: a file or folder a line ("@-": standard input)
+    arguments: files; folders (their image files, sorted by name; hidden ones are left out; folders that are linked in
+               are looked into, each once); archives (.tar, .zip; of a .parquet, its column of images); patterns such as
+               "photos/**/*.jpg"; data URLs; and lists, as @FILE or a .txt file: one of these a line ("@-": standard
+               input), where a line that begins with # is a comment unless there is such a file
     recursive: also look into the folders of a folder
 
     A file named outright is taken whatever its name, and whether or not it exists: decoding it says what is wrong.
-    A line of a list is never a pattern: the names of files have brackets. Raises ValueError for a list that cannot be
-    read.
+    A line of a list is never a pattern: the names of files have brackets. Archives in a folder are left out: name them.
+    Raises ValueError for a list that cannot be read, and for "-".
     """
-    found = Found([], [], [])
+    found = Found([], [], [], Counter())
     for argument, is_line in _expand_lists(arguments):
-        if os.path.isdir(argument):
+        if argument[:5].lower() == "data:" and not os.path.lexists(argument):
+            found.paths.append(data_url(argument))
+        elif argument == "-" and not os.path.lexists(argument):
+            raise ValueError("- is no image: give @- to read a list of paths from standard input")
+        elif os.path.isdir(argument):
             before = len(found.paths), len(found.problems)
-            found.paths.extend(_walk(argument, recursive, found.problems))
+            found.paths.extend(_walk(argument, recursive, found))
             if before == (len(found.paths), len(found.problems)):
                 found.empty.append(argument)
-        elif is_line or os.path.lexists(argument) or not glob.has_magic(argument):
-            found.paths.append(argument)
+        elif is_line or os.path.lexists(argument) or URL.match(argument) or not glob.has_magic(argument):
+            _take(argument, found)
         else:
             images = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
-            found.paths.extend(images)
+            for path in images:
+                _take(path, found)
             if not images:
                 found.problems.append(f"there is no file {show(argument)}, and none that matches it as a pattern")
     return found
+
+
+def _take(path: str, found: Found) -> None:
+    """A file named outright: an image, or an archive of some."""
+    if not is_archive(path) or not os.path.isfile(path):
+        found.paths.append(path)
+        return
+    before = len(found.paths)
+    try:
+        for member in members(path):
+            if path.lower().endswith(".parquet") or _is_image(member, found.left_out):
+                found.paths.append(member)
+    except ValueError as error:
+        found.problems.append(show(str(error)))
+    else:
+        if before == len(found.paths):
+            found.problems.append(f"there are no images in {show(path)}")
+
+
+def _is_image(path: str, left_out: Counter[str]) -> bool:
+    """Whether a file in a folder or an archive is taken; if not, it is counted by its suffix."""
+    name = os.path.basename(path)
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in SUFFIXES and not name.startswith("."):
+        return True
+    if suffix in SUFFIXES:
+        left_out["hidden"] += 1
+    elif is_archive(name):
+        left_out[f"{suffix} to be named outright"] += 1
+    elif not name.startswith("."):
+        left_out[suffix or "without a suffix"] += 1
+    return False
+
+
+def left_out_text(left_out: Counter[str]) -> str | None:
+    """One clause that says what was not taken as an image, and how much; None if nothing."""
+    if not left_out:
+        return None
+    kinds = ", ".join(f"{count:,} {show(kind)}" for kind, count in left_out.most_common(LISTED))
+    others = left_out.total() - sum(count for _, count in left_out.most_common(LISTED))
+    kinds += f", {others:,} others" if others else ""
+    files = "1 file was" if left_out.total() == 1 else f"{left_out.total():,} files were"
+    return f"{files} not taken as images ({kinds})"
 
 
 def _expand_lists(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Each argument, or the lines of the list that it is; and whether it is a line."""
     for argument in arguments:
         is_list = argument.startswith("@") and not os.path.lexists(argument)
-        if is_list or (argument.lower().endswith(".txt") and not os.path.isdir(argument)):
+        if is_list or (argument.lower().endswith(".txt") and not os.path.isdir(argument) and not URL.match(argument)):
             yield from ((line, True) for line in _read_list(argument[1:] if is_list else argument))
         else:
             yield argument, False
@@ -100,23 +164,37 @@ def _read_list(path: str) -> list[str]:
     except OSError as error:
         raise ValueError(f"the list {show(path)} cannot be read: {error.strerror}") from None
     lines = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")).split("\n")
-    return [line.removesuffix("\r") for line in lines if line.strip()]
+    lines = [line.removesuffix("\r") for line in lines if line.strip()]
+    return [line for line in lines if not line.startswith("#") or os.path.lexists(line)]
 
 
-def _walk(folder: str, recursive: bool, problems: list[str]) -> Iterator[str]:
+def _walk(folder: str, recursive: bool, found: Found) -> Iterator[str]:
     def unreadable(error: OSError) -> None:
-        problems.append(f"the folder {show(error.filename)} cannot be read: {error.strerror}")
+        found.problems.append(f"the folder {show(error.filename)} cannot be read: {error.strerror}")
 
-    for root, folders, files in os.walk(folder, onerror=unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith(".")) if recursive else []
+    entered = {os.path.realpath(folder)}
+    for root, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
+        inside, folders[:] = sorted(folders), []
+        for name in inside if recursive else []:
+            real = os.path.realpath(os.path.join(root, name))
+            if name.startswith("."):
+                found.left_out["hidden folders"] += 1
+            elif real not in entered:  # a link may lead back to where it lies
+                entered.add(real)
+                folders.append(name)
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            if _is_image(name, found.left_out):
                 yield os.path.join(root, name)
 
 
 def show(path: str) -> str:
     """The path as text that can be written anywhere: bytes that are no UTF-8 appear as \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def printable(text: str) -> str:
+    """The text with whatever a terminal could take for a command, or would not show, as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---------------------------------------------------------------------- decoding
@@ -129,21 +207,27 @@ def decode(
 ) -> Decoded:
     """The image in a file, upright and as RGB.
 
-    path:   of the file; or a file object, open for reading bytes; or the image as Pillow opened it
+    path:   of the file; or a Member of an archive; or a file object, open for reading bytes; or the image as Pillow
+            opened it
     target: from the image's (height, width) to the (height, width) it will be resized to. A JPEG may then be decoded
             at half, a quarter or an eighth of its size, but never at less than twice the target: an antialiased resize
             from there is still right.
     hold:   called with the bytes that the pixels will take, before any is decoded; it may wait, or raise ImageError
 
-    Transparent pixels are laid on white, 16 bits are reduced to 8, of an animation the first frame is taken.
-    Raises ImageError for whatever is wrong with the file.
+    Transparent pixels are laid on white, 16 bits are reduced to 8, of an animation the first frame is taken. An axis
+    that is longer than LONG and than 16 times its target is reduced by averages to no less than 8 times the target.
+    Only the formats in FORMATS are read, whatever the file's name. Raises ImageError for whatever is wrong with it.
     """
     try:
         if isinstance(path, Image.Image):
             return _decode(path, target, hold)
+        if isinstance(path, Member):
+            path = io.BytesIO(_bytes(path))
         if isinstance(path, str | os.PathLike):
+            if URL.match(os.fspath(path)) and not os.path.lexists(path):
+                raise ImageError("it is a URL, and URLs are not fetched: download it first")
             _check_file(os.stat(path))
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return _decode(image, target, hold)
     except ImageError:
         raise
@@ -162,6 +246,54 @@ def decode(
         raise ImageError(f"the image cannot be decoded: {why}") from error
 
 
+def _bytes(member: Member) -> bytes:
+    try:
+        data = member.read()
+    except ValueError as error:
+        raise ImageError(str(error)) from None
+    if not data:
+        raise ImageError("the file is empty")
+    return data
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow reads."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _opened(file) -> Image.Image:
+    """The file as Pillow opens it; HEIC by pillow-heif, and where it or AVIF cannot be read, an ImageError says so."""
+    try:
+        return Image.open(file, formats=_readable())
+    except UnidentifiedImageError:
+        start = _start(file)
+        if start[4:8] != b"ftyp":
+            raise
+        brand = start[8:12]
+        if brand in (b"avif", b"avis"):
+            raise ImageError("it is an AVIF image, or damaged: AVIF needs Pillow 11.3 or newer") from None
+        if brand not in HEIC:
+            raise
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ImageError("it is a HEIC image, which needs pillow-heif: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        return Image.open(file, formats=("HEIF",))
+
+
+def _start(file) -> bytes:
+    if isinstance(file, str | os.PathLike):
+        with open(file, "rb") as opened:
+            return opened.read(12)
+    file.seek(0)
+    start = file.read(12)
+    file.seek(0)
+    return start
+
+
 def _check_file(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
@@ -171,29 +303,55 @@ def _check_file(status: os.stat_result) -> None:
 
 def _decode(image: Image.Image, target, hold) -> Decoded:
     limit = Image.MAX_IMAGE_PIXELS
+    if image.format is not None and image.format not in (*FORMATS, "MPO"):
+        raise ImageError(f"it is of the format {image.format}, which is not supported")
     if limit is not None and image.width * image.height > limit:
         raise ImageError(f"the image has {image.width} x {image.height} pixels, more than the limit of {limit:,}")
-    orientation = _orientation(image)
-    sideways = orientation in SIDEWAYS
-    size = (image.width, image.height) if sideways else (image.height, image.width)
-    if target is not None:
-        height, width = target(size)
-        image.draft(None, (2 * height, 2 * width) if sideways else (2 * width, 2 * height))  # no-op but for JPEG
-    if hold is not None:
-        hold(3 * image.width * image.height)
-    image.load()
-    rgb = _to_rgb(image)
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return Decoded(_array(rgb), size)
+    has_16_bits = ";16" in str([tile[3] for tile in getattr(image, "tile", ())])
+
+    def measure() -> tuple[int, tuple[int, int], tuple[int, int]]:
+        """The orientation, the upright (height, width), and the target's as the image lies."""
+        orientation = _orientation(image)
+        lie = slice(None, None, -1 if orientation in SIDEWAYS else 1)
+        size = (image.height, image.width)[lie]
+        return orientation, size, size[lie] if target is None else tuple(target(size))[lie]
+
+    def load() -> None:
+        if hold is not None:
+            hold(3 * image.width * image.height)
+        image.load()
+
+    if image.format in ("JPEG", "MPO"):
+        orientation, size, wanted = measure()
+        if target is not None:
+            image.draft(None, (2 * wanted[1], 2 * wanted[0]))
+        load()
+    else:  # of a TIFF, Pillow turns the pixels when it decodes them; a PNG may have its EXIF block behind them
+        load()
+        orientation, size, wanted = measure()
+    if has_16_bits and isinstance(clear := image.info.get("transparency"), tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in clear)  # as Pillow reduced the pixels
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+        raise ImageError("its pixels have signs or 32 bits and no known range: convert it to 8 or 16 bits")
+    pixels = _pixels(image, *(max(1, now // max(8 * to, LONG)) for now, to in zip((image.height, image.width), wanted)))
+    pixels = UPRIGHT.get(orientation, lambda pixels: pixels)(pixels)
+    return Decoded(np.ascontiguousarray(pixels), size)
 
 
-def _array(rgb: Image.Image) -> np.ndarray:
-    """The pixels, copied in strips: all at once, Pillow would hold two more copies of them."""
-    pixels = np.empty((rgb.height, rgb.width, 3), np.uint8)
-    for top in range(0, rgb.height, STRIP):
-        bottom = min(top + STRIP, rgb.height)
-        pixels[top:bottom] = rgb.crop((0, top, rgb.width, bottom))
+def _pixels(image: Image.Image, down: int, across: int) -> np.ndarray:
+    """The pixels, every `down` rows and `across` columns averaged to one.
+
+    A tile at a time: all at once, Pillow would hold several more copies of them.
+    """
+    pixels = np.empty((-(-image.height // down), -(-image.width // across), 3), np.uint8)
+    columns = max(1, min(TILE, image.width) // across) * across
+    rows = max(1, TILE // columns // down) * down
+    for top in range(0, image.height, rows):
+        for left in range(0, image.width, columns):
+            tile = _to_rgb(image.crop((left, top, min(left + columns, image.width), min(top + rows, image.height))))
+            tile = np.asarray(tile if down == across == 1 else tile.reduce((across, down)))
+            y, x = top // down, left // across
+            pixels[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
     return pixels
 
 
@@ -205,20 +363,16 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _reduce(np.asarray(image)).convert("RGB")
-    if image.mode in ("I", "F"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ImageError("its pixels have 32 bits and no known range: convert it to 8 or 16 bits")
-        return _reduce(values).convert("RGB")
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ImageError("its pixels have more than 16 bits and no known range: convert it to 8 or 16 bits")
+        reduced = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        if isinstance(clear := image.info.get("transparency"), int):
+            reduced[values == clear] = 255
+        return Image.fromarray(reduced).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _reduce(values: np.ndarray) -> Image.Image:
-    """8 bits of 16, rounded."""
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))

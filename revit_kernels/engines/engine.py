@@ -34,7 +34,8 @@ class Engine:
               "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
     stale:    what to do in a call where the model went through `train()`, or the versions, addresses or identities of
               its parameters, or hooks on its modules, show a change: "raise" StaleEngine, or "refresh". A write through
-              `.data` or a NumPy view raises no version and goes unnoticed: call `refresh()` after one
+              `.data`, a NumPy view or, without `train()`, a fused optimizer raises no version and goes unnoticed: call
+              `refresh()` after one
 
     Many threads may call one engine. Raises ValueError for another `quantize` or `stale`, NotImplementedError where the
     model cannot be quantized here.

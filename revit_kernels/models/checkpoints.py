@@ -1,12 +1,12 @@
-"""Weights from files: safetensors, PyTorch's and Google's .npz, checked before anything is copied."""
+"""A model's weights from a file and into one, checked before anything is copied."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -14,143 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
+from revit_kernels.models.arguments import PLACES, check_arguments, check_description
+from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # what training scripts put a state_dict under
-PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel and torch.compile
 HEADS = ("head.", "head_dist.")
-UNUSED = ("mask_token", "decoder_", "pre_logits")  # of pretraining; timm's models have none of them
+UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
+AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
 CFG = ("mean", "std", "label_names", "trained_on")  # fields of pretrained_cfg that a file keeps
-LISTED = 4  # how many keys of each kind an error names
-
-
-def read_checkpoint(path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors, .pth, .pt, .bin or .npz file by key, on the CPU.
-
-    Wrappers of training scripts and prefixes of DistributedDataParallel and torch.compile are taken off; Google's
-    .npz layout gets timm's keys. Raises ValueError for a file that cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no checkpoint at {path}")
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-    readers |= dict.fromkeys((".pth", ".pt", ".bin", ".tar", ".ckpt"), _read_torch)
-    if path.suffix not in readers:
-        raise ValueError(f"{path} is none of {', '.join(readers)}")
-    try:
-        state = readers[path.suffix](path)
-    except Exception as error:  # each reader has its own, and none names the file
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    for prefix in PREFIXES:
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _read_safetensors(path):
-    from safetensors.torch import load_file
-
-    return load_file(path)
-
-
-def _read_torch(path):
-    with torch.serialization.safe_globals([argparse.Namespace]):  # many recipes save their arguments beside
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-            break
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
-    if not tensors:
-        raise ValueError(f"it holds no state_dict but {type(state).__name__}")
-    return tensors
-
-
-def _read_npz(path):
-    import numpy as np
-
-    def tensor(array):
-        if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # how numpy stores bfloat16, which it does not know
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    with np.load(path, allow_pickle=False) as arrays:
-        state = {key: tensor(arrays[key]) for key in arrays.files if arrays[key].dtype.kind in "fiuV"}
-    return from_flax(state) if any(key.endswith("embedding/kernel") for key in state) else state
-
-
-FLAX = [  # modules in Google's vision_transformer and big_vision, and timm's names of them
-    (r"^embedding$", "patch_embed.proj"),
-    (r"^Transformer/encoder_norm$", "norm"),
-    (r"^Transformer/encoderblock_(\d+)/", r"blocks.\1."),
-    (r"^MAPHead_0/", "attn_pool."),
-    (r"^attn_pool\.LayerNorm_0$", "attn_pool.norm"),
-    (r"LayerNorm_0$", "norm1"),
-    (r"LayerNorm_[12]$", "norm2"),
-    (r"MlpBlock_\d/Dense_0$", "mlp.fc1"),
-    (r"MlpBlock_\d/Dense_1$", "mlp.fc2"),
-    (r"^attn_pool\.MultiHeadDotProductAttention_\d/", "attn_pool."),
-    (r"MultiHeadDotProductAttention_\d/", "attn."),
-    (r"\.out$", ".proj"),
-]
-FLAX_TENSORS = {
-    "cls": "cls_token",
-    "pos_embedding": "pos_embed",
-    "Transformer/posembed_input/pos_embedding": "pos_embed",
-    "MAPHead_0/probe": "attn_pool.latent",
-}
-FLAX_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-
-
-def from_flax(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Google's layout (vision_transformer, big_vision; blocks apart or stacked) with timm's keys and axes."""
-    start = next(key for key in state if key.endswith("embedding/kernel")).removesuffix("embedding/kernel")
-    state = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-    for key in [key for key in state if key.startswith("Transformer/encoderblock/")]:
-        rest = key.removeprefix("Transformer/encoderblock/")
-        state |= {f"Transformer/encoderblock_{i}/{rest}": layer for i, layer in enumerate(state.pop(key))}
-    converted = {}
-    for key, value in state.items():
-        module, _, leaf = key.rpartition("/")
-        if key in FLAX_TENSORS:
-            converted[FLAX_TENSORS[key]] = value
-        elif module.startswith("pre_logits"):
-            continue  # timm has no such layer
-        elif leaf in FLAX_LEAVES:
-            for pattern, name in FLAX:
-                module = re.sub(pattern, name, module)
-            converted[f"{module}.{FLAX_LEAVES[leaf]}"] = _flax_tensor(module, leaf, value)
-        else:
-            converted[key] = value
-    return _join_attention(converted)
-
-
-def _flax_tensor(module: str, leaf: str, value: Tensor) -> Tensor:
-    if leaf != "kernel":
-        return value.flatten()
-    if value.ndim == 4:
-        return value.permute(3, 2, 0, 1)  # height, width, in, out
-    if value.ndim == 3:  # an attention's: in, heads, head_dim; but heads, head_dim, out for its output
-        value = value.flatten(0, 1) if module.endswith(".proj") else value.flatten(1)
-    return value.T
-
-
-def _join_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """query, key, value as timm's qkv; in attention pooling, as its q and kv."""
-    joined = {}
-    for key, value in state.items():
-        module, name, leaf = (key.rsplit(".", 2) + ["", ""])[:3]
-        if name == "query" and module == "attn_pool":
-            joined[f"{module}.q.{leaf}"] = value
-        elif name == "query":
-            joined[f"{module}.qkv.{leaf}"] = torch.cat(
-                [state[f"{module}.{n}.{leaf}"] for n in ("query", "key", "value")]
-            )
-        elif name == "key" and module == "attn_pool":
-            joined[f"{module}.kv.{leaf}"] = torch.cat([value, state[f"{module}.value.{leaf}"]])
-        elif name not in ("key", "value"):
-            joined[key] = value
-    return joined
 
 
 def resample_positions(
@@ -175,7 +46,7 @@ def resample_positions(
     return torch.cat([table[:, :prefix], image.flatten(2).mT.to(table.dtype)], dim=1)
 
 
-def _fit_positions(state, model, grid, interpolation, antialias):
+def _fit_positions(state, model, path, grid, interpolation, antialias):
     """Resample state["pos_embed"] to the model's grid; a table whose grid cannot be told is left for the check."""
     table, wanted = state.get("pos_embed"), getattr(model, "pos_embed", None)
     if table is None or wanted is None or table.ndim != 3:
@@ -186,8 +57,36 @@ def _fit_positions(state, model, grid, interpolation, antialias):
     if grid is None:
         side = math.isqrt(max(cells, 0))
         grid = new if table.shape[1] == wanted.shape[1] else (side, side)
-    if grid[0] * grid[1] == cells > 0:
+    if grid != new and grid[0] * grid[1] == cells > 0:
+        warnings.warn(f"the positions of {path} were resampled from {_by(grid)} to {_by(new)} patches", stacklevel=3)
         state["pos_embed"] = resample_positions(table, prefix, grid, new, interpolation, antialias)
+
+
+def _by(grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+def _of_model(state: dict[str, Tensor], model: nn.Module, path) -> dict[str, Tensor]:
+    """The tensors under the prefix (model., backbone., teacher.backbone., ...) at which the model's keys begin.
+
+    Without one, all of them. Of several models in a file the average is taken: a teacher before its student. Raises
+    ValueError where that does not tell which.
+    """
+    wanted, fitting = model.state_dict().keys(), {}
+    for key in state:
+        parts = key.split(".")
+        for i in range(len(parts)):
+            if ".".join(parts[i:]) in wanted:
+                prefix = ".".join([*parts[:i], ""])
+                fitting[prefix] = fitting.get(prefix, 0) + 1
+    prefixes = [prefix for prefix, count in fitting.items() if count >= len(wanted) / 2]
+    if "" in prefixes or not prefixes:
+        return state
+    if len(prefixes) > 1 and len(averages := [one for one in prefixes if AVERAGES & set(one.split("."))]) == 1:
+        prefixes = averages
+    if len(prefixes) > 1:
+        raise ValueError(f"{path} holds several models, under {some(prefixes)}: name one, as prefix={prefixes[0]!r}")
+    return {key.removeprefix(prefixes[0]): value for key, value in state.items() if key.startswith(prefixes[0])}
 
 
 def _to_timm(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -216,49 +115,75 @@ def _by_timm(state, model) -> dict[str, Tensor]:
     return {key: value for key, value in converted.items() if isinstance(value, Tensor)}
 
 
-def _some(items) -> str:
-    items = list(items)
-    more = f" and {len(items) - LISTED} more" if len(items) > LISTED else ""
-    return ", ".join(items[:LISTED]) + more
-
-
 def _check(state, model, source, strict):
     """Raise one ValueError that lists everything that does not fit."""
     wanted = model.state_dict()
+    both = [key for key in wanted if key in state]
     shape = [
-        f"{key} is {tuple(state[key].shape)} where the model has {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
+        f"{key} is {tuple(state[key].shape)} where the model has {tuple(wanted[key].shape)}"
+        for key in both
+        if state[key].shape != wanted[key].shape
     ]
+    whole = [key for key in both if wanted[key].is_floating_point() and not state[key].is_floating_point()]
     missing = [key for key in wanted if key not in state] if strict else []
     unexpected = [key for key in state if key not in wanted] if strict else []
-    wrong = [_some(shape)] if shape else []
-    wrong += [f"missing: {_some(missing)}"] if missing else []
-    wrong += [f"unexpected: {_some(unexpected)}"] if unexpected else []
+    wrong = [some(shape)] if shape else []
+    wrong += [f"of integers or another dtype than floats: {some(whole)}"] if whole else []
+    wrong += [f"missing: {some(missing)}"] if missing else []
+    wrong += [f"unexpected: {some(unexpected)}"] if unexpected else []
     if not wrong:
         return
     advice = ""
-    if shape and all(line.startswith("head") for line in shape):
-        advice = " (to begin a new head, load into a model with num_classes=0 and call reset_classifier)"
+    if shape and all(line.startswith(HEADS) for line in shape):
+        advice = " (to begin a new head, give num_classes to create_model, or new_head=True)"
+    elif missing and all(key.startswith(HEADS) for key in missing):
+        advice = " (it has no head: load it into a model with num_classes=0, or give new_head=True)"
     raise ValueError(f"{source} does not fit the model: {'; '.join(wrong)}{advice}")
 
 
+def _begin_head(state, model, path) -> None:
+    """Give the state the model's own head where it has none, or one of another number of classes; say so."""
+    heads = {key: value for key, value in model.state_dict().items() if key.startswith(HEADS)}
+    if all(key in state and state[key].shape == value.shape for key, value in heads.items()):
+        return
+    had = [value.shape[0] for key, value in state.items() if key.startswith(HEADS)]
+    for key in [key for key in state if key.startswith(HEADS)]:
+        del state[key]
+    state |= heads
+    was = f"the head of {path} has {had[0]} classes" if had else f"{path} has no head"
+    warnings.warn(f"{was}: the model's of {model.num_classes} begins anew", stacklevel=3)
+
+
 def load_checkpoint(
-    model: nn.Module, path, strict: bool = True, *, interpolation: str = "bicubic", antialias: bool = True
+    model: nn.Module,
+    path,
+    strict: bool = True,
+    *,
+    prefix: str = "",
+    new_head: bool = False,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
 ):
     """Load the weights of a file into the model, all or nothing.
 
-    path:          .safetensors, .pth, .pt, .bin or .npz (timm's keys or Google's layout). Facebook's DeiT III, MAE and
-                   DINOv2 files load as they are; other layouts (OpenAI's CLIP, ...) need timm, whose converter is used
+    path:          .safetensors, .pth, .pt, .bin, .ckpt or .npz (timm's keys or Google's layout), see `read_checkpoint`.
+                   Facebook's DeiT III, MAE and DINOv2 files load as they are; other layouts (OpenAI's CLIP, ...) need
+                   timm, whose converter is used
     strict:        every key must be there and no other; otherwise only shapes must agree
-    interpolation: how a position table of another grid is resampled, with `antialias`. A table with as many rows as the
-                   model's is taken for the same grid; any other must be square
+    prefix:        where in the file the model is, as "student.backbone."; if not given, what all its keys begin with is
+                   found, and of several models an average or a teacher is taken
+    new_head:      a head of another number of classes, or none, leaves the model's own as it is, with a warning
+    interpolation: how a position table of another grid is resampled, with `antialias` and a warning. A table with as
+                   many rows as the model's is taken for the same grid; any other must be square
 
-    A model with num_classes=0 takes no head. Returns what load_state_dict does: the missing and unexpected keys.
-    Raises ValueError, naming keys and shapes, before anything is copied.
+    A model with num_classes=0 takes no head. Weights in other floating-point types become the model's. Returns what
+    load_state_dict does: the missing and unexpected keys. Raises ValueError, naming keys and shapes, before anything is
+    copied.
     """
-    state = _to_timm(read_checkpoint(path), model)
-    _fit_positions(state, model, _grid_of(path), interpolation, antialias)
+    state = _to_timm(_of_model(read_checkpoint(path, prefix), model, path), model)
+    _fit_positions(state, model, path, _grid_of(path), interpolation, antialias)
+    if new_head and model.num_classes:
+        _begin_head(state, model, path)
     if model.menu is not None:
         model.fill_lengths(state)
     _check(state, model, path, strict)
@@ -266,7 +191,10 @@ def load_checkpoint(
 
 
 def description(path) -> dict | None:
-    """What save_checkpoint wrote of the model into a .safetensors file: name, kwargs, grid, dtype; None if nothing."""
+    """What save_checkpoint wrote of the model into a .safetensors file: name, kwargs, grid, dtype; None if nothing.
+
+    Raises ValueError where there is no such file, and for a description whose entries are none.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -276,7 +204,23 @@ def description(path) -> dict | None:
             text = (file.metadata() or {}).get(METADATA)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    return json.loads(text) if text else None
+    if not text:
+        return None
+    try:
+        return check_description(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} does not describe a model: {error}") from None
+
+
+def check_shapes(model: nn.Module, path) -> None:
+    """Raise ValueError unless a .safetensors file has the tensors of the model, which may be on the meta device."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if differ := [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]:
+        raise ValueError(f"{path} does not hold the model that it describes: they differ in {some(differ)}")
 
 
 def _grid_of(path):
@@ -286,6 +230,10 @@ def _grid_of(path):
 
 def _describe(model: nn.Module) -> dict:
     """Name and arguments from which create_model makes a model of the same tensors, the changes since included."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{type(model).__name__} is no model: save its model, and make it anew (a quantization too)")
+    if quantized := [name for name, module in model.named_modules() if type(module).__name__ == "Fp8Linear"]:
+        raise ValueError(f"the model is quantized ({quantized[0]}): save it before, and quantize it once it is loaded")
     created = getattr(model, "created_from", None)
     if created is None:
         raise ValueError("the model was not made by create_model: save its state_dict() instead")
@@ -297,11 +245,11 @@ def _describe(model: nn.Module) -> dict:
         "fc_norm": not isinstance(model.fc_norm, nn.Identity),
         "depth": len(model.blocks),
     }
-    kwargs = created["kwargs"] | changes
+    kwargs = {name: value for name, value in created["kwargs"].items() if name not in PLACES} | changes
     try:
-        json.dumps(kwargs)
-    except TypeError:
-        raise ValueError(f"the arguments of the model cannot be written down: {kwargs}") from None
+        check_arguments(type(model), kwargs)
+    except ValueError as error:
+        raise ValueError(f"the arguments of the model cannot be written down: {error}") from None
     resizable = None if model.menu is None else {"menu": [list(grid) for grid in model.menu], **model.resizable}
     with torch.device("meta"):
         again = type(model)(**created["arguments"] | changes)
@@ -309,9 +257,7 @@ def _describe(model: nn.Module) -> dict:
     here = model.state_dict()
     shared = [k for k in here.keys() & again.keys() if here[k].shape == again[k].shape]
     if differ := (here.keys() | again.keys()) - set(shared):
-        raise ValueError(
-            f"the model is no longer what create_model({created['name']!r}) makes: {_some(sorted(differ))}"
-        )
+        raise ValueError(f"the model is no longer what create_model({created['name']!r}) makes: {some(sorted(differ))}")
     dtype = str(model.patch_embed.proj.weight.dtype).removeprefix("torch.")
     found = {"name": created["name"], "kwargs": kwargs, "grid": list(model.patch_embed.grid_size), "dtype": dtype}
     cfg = {field: model.pretrained_cfg[field] for field in CFG if model.pretrained_cfg.get(field) is not None}

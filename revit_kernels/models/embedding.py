@@ -14,7 +14,7 @@ from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
-from revit_kernels.modules.patch_embed import PatchEmbed
+from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
@@ -212,7 +212,7 @@ class Embedding:
         if torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
             grid = tuple(map(int, grid))
         x = self.patch_embed(x)
-        if x.ndim == 3 and (any(type(n) is not int for n in grid) or grid != self.patch_embed.grid_size):
+        if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
             x = x.unflatten(1, grid)  # which timm's own model takes no images of
         return self._pos_embed(x)
 

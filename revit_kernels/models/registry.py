@@ -12,13 +12,15 @@ from pathlib import Path
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models.checkpoints import description, fingerprint, load_checkpoint
+from revit_kernels.models.arguments import check_arguments
+from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
+MODEL_FILE = "model.safetensors"  # in the folder of a run
 ROPE = ("eva", "rope", "dinov3")  # what timm's eva.py calls its models
 
 
@@ -98,6 +100,17 @@ def constructor_kwargs(name: str) -> dict:
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
 
 
+def model_file(name) -> str:
+    """The file that is meant by a name: of the folder of a run, its model.safetensors; else the name as it is."""
+    inside = Path(name) / MODEL_FILE
+    return str(inside) if str(name) not in registry()["models"] and inside.is_file() else str(name)
+
+
+def class_of(name: str) -> type[VarLenViT]:
+    """The class of the model that `name` stands for."""
+    return CLASSES[registry()["models"][resolve(name)[0]].get("class", "VarLenViT")]
+
+
 def create_model(
     name: str,
     pretrained: bool = False,
@@ -114,7 +127,7 @@ def create_model(
     """The model that timm knows by this name, or the one that a file holds.
 
     name:            a name of timm's vision_transformer.py or deit.py, with or without a tag; or the path of a
-                     .safetensors file that save_checkpoint wrote
+                     .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
@@ -135,6 +148,7 @@ def create_model(
         return _feature_getter(create_model(name, pretrained, checkpoint_path, **options, **kwargs), out_indices)
     overlay = pretrained_cfg_overlay or {}
     kwargs = _of_overlay(overlay) | {key: value for key, value in kwargs.items() if value is not None}
+    name = model_file(name)
     if Path(name).suffix == ".safetensors":
         if pretrained or checkpoint_path is not None:
             raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
@@ -144,11 +158,12 @@ def create_model(
     if pretrained and checkpoint_path is not None:
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     base, tag = resolve(name)
-    cls = CLASSES[registry()["models"][base].get("class", "VarLenViT")]
+    cls = class_of(base)
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
     if pretrained:
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
+        source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
@@ -156,7 +171,7 @@ def create_model(
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
     if checkpoint_path is not None:
         smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
-        load_checkpoint(model, checkpoint_path, **smooth)
+        load_checkpoint(model, checkpoint_path, new_head="num_classes" in kwargs, **smooth)
     return model
 
 
@@ -170,7 +185,7 @@ def _of_overlay(overlay: dict) -> dict:
 
 def _feature_getter(model: VarLenViT, out_indices):
     try:
-        from timm.models import FeatureGetterNet
+        from timm.models._features import FeatureGetterNet
     except ImportError:
         raise ValueError("features_only=True needs timm: without it, use model.forward_intermediates") from None
     getter = FeatureGetterNet(model, out_indices=out_indices)
@@ -184,14 +199,29 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     found = description(path)
     if found is None:
         raise ValueError(f"{path} does not say what model it is for: use create_model(name, checkpoint_path={path!r})")
+    _check_described(found, path)
     model = create_model(found["name"], **found["kwargs"] | kwargs).to(getattr(torch, found["dtype"]))
     cfg = {k: tuple(v) if k in ("mean", "std") else v for k, v in found.get("cfg", {}).items()}
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
-    load_checkpoint(model, path)
+    load_checkpoint(model, path, new_head="num_classes" in kwargs)
     model.created_from["fingerprint"] = fingerprint(model)
     return model
+
+
+def _check_described(found: dict, path: str) -> None:
+    """Raise ValueError unless the file describes the model whose tensors it holds; nothing is allocated."""
+    cls = class_of(found["name"])
+    try:
+        check_arguments(cls, found["kwargs"])
+        with torch.device("meta"):
+            model = create_model(found["name"], **found["kwargs"])
+            if "resizable" in found:
+                model.make_resizable(**found["resizable"])
+    except Exception as error:  # a size that fits no other is noticed wherever it is first used
+        raise ValueError(f"{path} does not describe a model: {' '.join(str(error).split())[:200]}") from error
+    check_shapes(model, path)
 
 
 def _timm_model(name: str, kwargs: dict):
@@ -207,6 +237,7 @@ def _timm_model(name: str, kwargs: dict):
 
 def load_resizable(path: str, device_name: str | None, dtype: str | None):
     """A ReViT from its file, in eval mode. Raises ValueError for a file of another kind of model."""
+    path = model_file(path)
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"{path} is no .safetensors file of a ReViT: train one with `revit train`")
     device = choose_device(device_name)

@@ -12,7 +12,7 @@ from revit_kernels.device_cache import numbers
 from revit_kernels.modules import layer_norm
 from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
 from revit_kernels.modules.linear import is_plain, traced
-from revit_kernels.modules.patch_embed import PatchEmbed
+from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
 
 EMBEDDINGS = ("resize", "patch", "per_length")
@@ -164,7 +164,7 @@ class Resizable:
     def _by_torch(self, table: Tensor, grid: Grid) -> Tensor:
         """(cells, dim), by torch's ops alone. grid: of numbers that a tracer may know by name only"""
         own = self.patch_embed.grid_size if isinstance(table, Proxy) else tuple(table.shape[:2])
-        if all(type(n) is int for n in grid) and grid == own:
+        if is_grid(grid, own):
             return table.flatten(0, 1)
         how = {"mode": self.pos_interpolation, "antialias": self.pos_antialias, "align_corners": False}
         wide = torch.float32 if isinstance(table, Proxy) else torch.promote_types(table.dtype, torch.float32)

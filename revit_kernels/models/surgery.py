@@ -47,7 +47,7 @@ class Surgery:
         """Load a checkpoint file; see `revit_kernels.models.checkpoints.load_checkpoint`."""
         from revit_kernels.models.checkpoints import load_checkpoint
 
-        load_checkpoint(self, checkpoint_path)
+        load_checkpoint(self, checkpoint_path, prefix=prefix)
 
     def no_weight_decay(self) -> set[str]:
         """The names of parameters that an optimiser should not decay."""

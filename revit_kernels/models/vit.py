@@ -383,10 +383,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
         Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,
         as with timm; a hook on it sees (images, heads, length, length) of a dense batch, and each image of a mixed one.
-        Raises ValueError for a model whose blocks have no attention of ours.
+        Not while another thread calls the model. Raises ValueError for a model whose blocks have no attention of ours.
         """
         attentions = [m for m in self.blocks.modules() if isinstance(m, Maps)]
-        if not attentions or any("forward" in m.__dict__ for m in attentions):
+        if not attentions or not all(takes_packing(m) for m in attentions):
             raise ValueError("the model's blocks have no attention that can give its maps")
         maps = {m: [] for m in attentions}
         handles, before = [], {m: m.__dict__.get("fused_attn") for m in attentions}

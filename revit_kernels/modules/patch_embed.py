@@ -18,6 +18,17 @@ def pair(n) -> tuple[int, int]:
     return (int(n), int(n)) if isinstance(n, Integral) else tuple(n)
 
 
+def is_grid(grid, other: tuple[int, int]) -> bool:
+    """Whether both are the same for certain: a tracer may know the numbers of `grid` by name only."""
+    if any(isinstance(n, Proxy) for n in grid):
+        return False
+    if not torch.compiler.is_compiling():
+        return tuple(grid) == tuple(other)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and loaded by then
+
+    return all([statically_known_true(n == m) for n, m in zip(grid, other)])
+
+
 def _statistics(mean: tuple, std: tuple, like: Tensor) -> tuple[Tensor, ...]:
     """Both as (channels, 1, 1)."""
     key = "statistics", mean, std, like.dtype

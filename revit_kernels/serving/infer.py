@@ -18,6 +18,8 @@ from revit_kernels.serving.batching import token_batches
 from revit_kernels.serving.loading import Loaded, Pace, load_all
 from revit_kernels.serving.records import Answer
 
+LARGEST_PATCH = 1024  # pixels a side, of a kernel that is resized instead of the image
+NOT_FINITE = "the model's answer is not finite: its weights are damaged, or the dtype is too small for them"
 BATCH_BYTES = 512 << 20  # decoded images in one batch
 
 
@@ -66,7 +68,12 @@ class GridRule:
         return pixels[top : top + h, left : left + w]
 
     def check(self, size: tuple[int, int], grid: Grid) -> None:
-        """Raise ImageError where a patch would not be a whole number of pixels, and the image may not be resized."""
+        """Raise ImageError where the image may not be resized, and a patch would not be a whole number of pixels, or
+        larger than a kernel can be resized to."""
+        if not self.resize and max(size[0] / grid[0], size[1] / grid[1]) > LARGEST_PATCH:
+            raise ImageError(
+                f"its patches would have a side of more than {LARGEST_PATCH} pixels, as --method patch cuts"
+            )
         if not self.resize and (size[0] % grid[0] or size[1] % grid[1]):
             raise ImageError(
                 f"its {size[1]} x {size[0]} pixels are no whole multiple of the grid {grid[0]}x{grid[1]}, as --method "
@@ -169,6 +176,11 @@ def infer(
                 continue
             row = next(rows)
             grid, tokens = next(chosen, (loaded.grid, None))
+            if not np.isfinite(row).all():
+                totals.errors.append((loaded.path, NOT_FINITE))
+                totals.full -= full_length(model)
+                writer.write(Answer(show(loaded.path), error=NOT_FINITE))
+                continue
             cost = None if tokens is None else tokens / full_length(model)
             totals.tokens += grid[0] * grid[1] if tokens is None else tokens
             kind = {"features": row} if features else {"probabilities": row}
@@ -254,8 +266,8 @@ def images_text(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def closing_line(totals: Totals, length: int) -> str:
-    """What the run came to, in one line."""
+def closing_line(totals: Totals, length: int, others: str | None = None) -> str:
+    """What the run came to, in one line. others: a clause on files that were not taken"""
     seconds = max(totals.seconds, 1e-9)
     line = f"{images_text(totals.images)} in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
     line += f", {totals.tokens / seconds:,.0f} tokens/s"
@@ -263,7 +275,7 @@ def closing_line(totals: Totals, length: int) -> str:
         share = totals.tokens / totals.full - 1
         change = "saved" if share <= 0 else "added"
         line += f", {abs(share):.0%} of tokens {change} against {length} an image"
-    return f"{line}. {found}" if (found := bottleneck(totals)) else line
+    return ". ".join(part for part in (line, others, bottleneck(totals)) if part)
 
 
 def bottleneck(totals: Totals) -> str | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from revit_kernels.data.class_names import read_class_names
 from revit_kernels.models.checkpoints import description
-from revit_kernels.models.registry import create_model, resolve
+from revit_kernels.models.registry import create_model, model_file, resolve
 
 WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
 
@@ -24,11 +24,12 @@ def load_model(
 ):
     """The model with its weights, in eval mode, on the device.
 
-    name:       of timm, or a .safetensors file that says what model it is for
+    name:       of timm, or a .safetensors file that says what model it is for, or the folder of a run
     checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
 
     Raises ValueError where there are no weights, or they do not fit, and for a model of other images than RGB.
     """
+    name = model_file(name)
     is_file = Path(name).suffix == ".safetensors"
     sources = sum((bool(checkpoint), pretrained, untrained, is_file))
     if sources > 1:
@@ -57,25 +58,14 @@ def make_engine(model, quantize: str | None):
 
 
 def read_labels(path: str | None, model) -> list[str] | None:
-    """The names of the model's classes: from a file (a name a line; or JSON, a list or {"0": name, ...}), or the
-    model's own. Raises ValueError for a file that cannot be read or has another number of names than there are classes.
+    """The names of the model's classes: from a file, see `read_class_names`, or the model's own.
+
+    Raises ValueError for a file that cannot be read or has another number of names than there are classes.
     """
     if path is None:
         names = model.pretrained_cfg.get("label_names")
         return [str(name) for name in names] if names and len(names) == model.num_classes else None
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.lower().endswith(".json") else text.rstrip("\n").split("\n")
-        if isinstance(names, dict):
-            names = [names[str(i)] for i in range(len(names))]
-    except OSError as error:
-        raise ValueError(f"--labels {path} cannot be read: {error.strerror}") from None
-    except KeyError as error:
-        raise ValueError(f"--labels {path} names no class {error.args[0]}") from None
+        return read_class_names(path, model.num_classes)
     except ValueError as error:
-        raise ValueError(f"--labels {path} cannot be read: {error}") from None
-    if not isinstance(names, list):
-        raise ValueError(f"--labels {path} must hold a list of names")
-    if len(names) != model.num_classes:
-        raise ValueError(f"--labels {path} has {len(names)} names, the model {model.num_classes} classes")
-    return [str(name).strip() for name in names]
+        raise ValueError(f"--labels {path} {error}") from None

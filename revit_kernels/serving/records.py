@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -14,6 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from revit_kernels.files import whole
+
+# Controls that JSON lets pass, but terminals and readers of lines may take for commands or for ends of lines.
+UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -74,6 +80,8 @@ class JsonLines:
 
     def __init__(self, path: Path | None, columns: Columns):
         self.columns = columns
+        if path is None and sys.stdout is None:
+            raise ValueError("standard output is closed: give --output FILE")
         self.file = sys.stdout.buffer if path is None else open(path, "wb")
 
     def write(self, answer: Answer) -> None:
@@ -89,7 +97,8 @@ class JsonLines:
             else:
                 best = self.columns.best(answer)
                 record["classes"] = [row | {"probability": short(row["probability"])} for row in best]
-        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        text = UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(record, ensure_ascii=False))
+        self.file.write(text.encode() + b"\n")
         if self.file is sys.stdout.buffer:
             self.file.flush()
 
@@ -100,8 +109,22 @@ class JsonLines:
     discard = close
 
 
+def _cell(text: str) -> str:
+    """The text so that no spreadsheet takes it for a formula: an apostrophe comes before what would begin one."""
+    if text[:1] not in ("=", "+", "-", "@", "\t", "\r"):
+        return text
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}"
+    return text
+
+
 class Csv:
-    """One row an image; features or the best classes in numbered columns, empty where there is an error."""
+    """One row an image; features or the best classes in numbered columns, empty where there is an error.
+
+    A path or label that begins as a formula does (=, +, -, @) has an apostrophe before it.
+    """
 
     def __init__(self, path: Path, columns: Columns):
         self.columns = columns
@@ -117,15 +140,16 @@ class Csv:
 
     def write(self, answer: Answer) -> None:
         if answer.error is not None:
-            self.writer.writerow([answer.path, *[""] * (len(self.names) - 2), answer.error])
+            self.writer.writerow([_cell(answer.path), *[""] * (len(self.names) - 2), answer.error])
             return
-        row = [answer.path, answer.size[1], answer.size[0], *answer.grid, answer.tokens]
+        row = [_cell(answer.path), answer.size[1], answer.size[0], *answer.grid, answer.tokens]
         row += [round(answer.cost, 4)] if self.columns.adaptive else []
         if answer.features is not None:
             row += [short(value) for value in answer.features]
         else:
             for best in self.columns.best(answer):
-                row += [*list(best.values())[:-1], short(best["probability"])]
+                label = [_cell(best["label"])] if self.columns.labels else []
+                row += [best["class"], *label, short(best["probability"])]
         self.writer.writerow([*row, ""])
 
     def close(self) -> None:
@@ -256,6 +280,9 @@ def check_output(path: str | None) -> None:
         raise ValueError(f"--output must end in {', '.join(WRITERS)}, got {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"--output {path} is a folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output {path} is not a regular file")
+    path = Path(os.path.realpath(path))  # of a link, what it leads to is written
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --output {path} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -273,17 +300,11 @@ def open_records(path: str | None, columns: Columns):
     if path is None:
         yield JsonLines(None, columns)
         return
-    path = Path(path)
-    # In the same folder, so that the rename is one step of the file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer = WRITERS[path.suffix.lower()](temporary, columns)
+    with whole(Path(path)) as temporary:
+        writer = WRITERS[Path(path).suffix.lower()](temporary, columns)
         try:
             yield writer
         except BaseException:
             writer.discard()
             raise
         writer.close()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

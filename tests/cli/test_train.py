@@ -1,5 +1,6 @@
 """`revit train`: from its command line to a file that infers, resuming after a kill, and wrong use in one sentence."""
 
+import json
 import os
 import signal
 import subprocess
@@ -50,12 +51,14 @@ def test_trains_and_infers(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--epochs", 2, "--held-out", 0.2, "--ema", 0.9, "--drop-path", 0.1) == 0
     model = create_model(str(tmp_path / "run" / "model.safetensors"))
     assert model.menu == ((4, 4), (2, 2)) and model.pretrained_cfg["label_names"][0] == "flat"
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert "version" not in settings and settings["epochs"] == 2
     log = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert log[0].startswith("step,epoch,lr,images_per_s,loss_4x4,loss_2x2,accuracy_4x4") and len(log) == 3
     image = next(folder.rglob("*.png"))
     assert cli.main(["infer", str(image), "--model", str(tmp_path / "run" / "model.safetensors"), "-q"]) == 0
-    # from there on, as a file
-    again = ["train", str(tmp_path / "run" / "model.safetensors"), "--data", str(folder), "--epochs", "1", "--quiet"]
+    # from there on, as a file, or as the folder of the run
+    again = ["train", str(tmp_path / "run"), "--data", str(folder), "--epochs", "1", "--quiet"]
     assert cli.main([*again, "--output", str(tmp_path / "more"), "--batch", "16"]) == 0
     assert cli.main([*again, "--output", str(tmp_path / "other"), "--menu", "4x4,3x3"]) == 2
     assert "has the menu 4x4,2x2 already" in capsys.readouterr().err
@@ -103,6 +106,10 @@ def test_wrong_use(folder, tmp_path, capsys):
         (folder, ["--fold", "3/2"], "--fold must be I/K"),
         (folder, ["--output", tmp_path / "file"], "is not a folder"),
         (folder, ["--epochs", "0"], "epochs must be above 0"),
+        (folder, ["--model-args", "nonsense=3"], "VarLenViT has no argument 'nonsense': it has img_size, patch_size"),
+        (folder, ["--model-args", "pretrained=true"], "VarLenViT has no argument 'pretrained'"),
+        (folder, ["--model-args", "depth=many"], "depth must be a whole number, got 'many'"),
+        (folder, ["--model-args", "qkv_bias=3"], "qkv_bias must be true or false, got '3'"),
     ]
     for data, arguments, said in cases:
         assert train(data, tmp_path / "run", *arguments) == 2, arguments

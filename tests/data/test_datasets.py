@@ -12,7 +12,6 @@ from PIL import Image
 
 from revit_kernels import cli
 from revit_kernels.data.datasets import ArraySet, open_set, read_batches
-from revit_kernels.data.image_set import class_folder
 
 
 def picture(value, size=(8, 6)):
@@ -307,7 +306,6 @@ def test_classes_in_another_order():
     assert images.with_classes(known[:1] + known[2:]).targets.tolist() == [0, 1, 0]  # no image is a bag
     with pytest.raises(ValueError, match="fake has the class 'ankle-boot', which is none of T-shirt/top, Bag"):
         images.with_classes(known[:2])
-    assert class_folder("T-shirt/top") == "t-shirt-top" and class_folder("???") == "???"
 
 
 def test_large_photographs_are_decoded_smaller(folder):

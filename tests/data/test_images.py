@@ -2,15 +2,31 @@
 
 import io
 import os
+import struct
+import subprocess
 import sys
+import zlib
+from collections import Counter
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
-from revit_kernels.data.images import ORIENTATION, ImageError, decode, find_images, show
+from revit_kernels.data import images
+from revit_kernels.data.images import ORIENTATION, ImageError, decode, find_images, left_out_text, printable, show
 
 RED, BLUE = (254, 0, 0), (0, 0, 254)
+
+
+TURNED = {  # what a camera did to the image that is then marked so
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def halves(size=(32, 16), mode="RGB"):
@@ -62,6 +78,120 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette.save(tmp_path / "p.png", transparency=0)
     for name in ("la.png", "p.png"):
         assert decode(str(tmp_path / name)).pixels.tolist() == [[[255] * 3]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.tiff", "a.jp2", "a.avif"])
+def test_orientation_in_every_format(tmp_path, name, orientation):
+    """What is upright: the image itself, saved turned, with the EXIF tag that says so."""
+    if name == "a.avif" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    upright, exif, seen = noise((64, 32)), Image.Exif(), []
+    exif[ORIENTATION] = orientation
+    turned = upright.transpose(TURNED[orientation]) if orientation > 1 else upright
+    options = {"a.tiff": {"compression": "tiff_lzw"}, "a.jp2": {}}.get(name, {"lossless": True, "quality": 100})
+    turned.save(tmp_path / name, exif=exif, **options)
+    if name == "a.jp2":  # Pillow writes no EXIF into these
+        upright = turned
+    pixels, size = decode(str(tmp_path / name), lambda size: seen.append(size) or (2, 2))
+    assert size == (upright.height, upright.width) and seen == [size]
+    assert pixels.shape == (*size, 3)
+    assert np.abs(pixels.astype(int) - np.asarray(upright).astype(int)).mean() < 4
+
+
+def test_a_long_image_is_reduced_before_it_is_resized(tmp_path):
+    """Memory goes with the target: every axis beyond LONG and 16 targets is averaged, in tiles."""
+    stripes = np.zeros((3, 200_000, 3), np.uint8)
+    stripes[:, 100_000:] = 200
+    Image.fromarray(stripes).save(tmp_path / "wide.png")
+    pixels, size = decode(str(tmp_path / "wide.png"), lambda size: (16, 160))
+    assert size == (3, 200_000) and pixels.shape == (3, -(-200_000 // (200_000 // 8192)), 3)
+    middle = pixels.shape[1] // 2
+    assert not pixels[:, : middle - 1].any() and (pixels[:, middle + 1 :] == 200).all()
+    Image.fromarray(stripes.swapaxes(0, 1)).save(tmp_path / "tall.png")
+    np.testing.assert_array_equal(
+        decode(str(tmp_path / "tall.png"), lambda size: (160, 16)).pixels, pixels.swapaxes(0, 1)
+    )
+    assert decode(str(tmp_path / "wide.png"), lambda size: (16, 3136)).pixels.shape[1] >= 8 * 3136
+    assert decode(str(tmp_path / "wide.png")).pixels.shape == stripes.shape
+
+
+def test_tiles_join_to_the_image(tmp_path, monkeypatch):
+    noise((96, 80)).convert("P").save(tmp_path / "a.png", transparency=3)
+    whole = decode(str(tmp_path / "a.png")).pixels
+    monkeypatch.setattr(images, "TILE", 200)
+    np.testing.assert_array_equal(decode(str(tmp_path / "a.png")).pixels, whole)
+    monkeypatch.setattr(images, "LONG", 4)
+    reduced = decode(str(tmp_path / "a.png"), lambda size: (1, 1)).pixels
+    with Image.open(tmp_path / "a.png") as image:
+        white = Image.new("RGBA", image.size, "white")
+        expected = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB").reduce((12, 10))
+    np.testing.assert_array_equal(reduced, np.asarray(expected))
+
+
+def test_transparent_values_of_16_bits_are_laid_on_white(tmp_path):
+    grey = np.full((4, 4), 30_000, np.uint16)
+    grey[:, 0] = 1234
+    write_png(tmp_path / "grey.png", grey[..., None], 0, struct.pack(">H", 1234))
+    colour = np.zeros((4, 4, 3), np.uint16)
+    colour[:, 1:] = 257 * 100
+    colour[:, 0] = 257 * 7, 257 * 8, 257 * 9
+    write_png(tmp_path / "colour.png", colour, 2, struct.pack(">HHH", *colour[0, 0]))
+    assert decode(str(tmp_path / "grey.png")).pixels[0, :2, 0].tolist() == [255, 117]
+    assert decode(str(tmp_path / "colour.png")).pixels[0, :2].tolist() == [[255] * 3, [100] * 3]
+
+
+def write_png(path, values, kind, transparent):
+    """A PNG of 16 bits with a transparent value, which Pillow cannot write."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    chunks = chunk(b"IHDR", head) + chunk(b"tRNS", transparent) + chunk(b"IDAT", zlib.compress(rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int16, np.float32])
+def test_numbers_of_no_known_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((2, 2), 200, dtype if dtype != np.int16 else np.int32)).save(tmp_path / "a.tif")
+    if dtype == np.int16:  # the tag that says signed, over 16 bits
+        Image.fromarray(np.full((2, 2), 200, np.uint16)).save(tmp_path / "a.tif", tiffinfo={339: 2})
+    with pytest.raises(ImageError, match="signs or 32 bits and no known range"):
+        decode(str(tmp_path / "a.tif"))
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.eps"])
+def test_no_format_is_read_that_could_start_a_program(tmp_path, name, monkeypatch):
+    halves().save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / name)
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("a program was started"))
+    with pytest.raises(ImageError, match="not an image, or of a format that is not supported"):
+        decode(str(tmp_path / name))
+    with Image.open(tmp_path / name) as opened, pytest.raises(ImageError, match="of the format EPS"):
+        decode(opened)
+
+
+def test_heic(tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(halves()).save(tmp_path / "a.HEIC", quality=100)
+    pixels, size = decode(str(tmp_path / "a.HEIC"))
+    assert size == (16, 32) and np.abs(pixels[8, 4].astype(int) - RED).max() <= 6
+    with open(tmp_path / "a.HEIC", "rb") as file:
+        np.testing.assert_array_equal(decode(file).pixels, pixels)
+
+
+def test_heic_says_what_it_needs(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setattr(images, "_readable", lambda: ("JPEG", "PNG"))
+    with pytest.raises(ImageError, match="HEIC image, which needs pillow-heif: pip install pillow-heif"):
+        decode(str(tmp_path / "a.heic"))
+    (tmp_path / "a.avif").write_bytes(b"\0\0\0\x18ftypavif" + bytes(40))
+    with pytest.raises(ImageError, match="AVIF needs Pillow"):
+        decode(str(tmp_path / "a.avif"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -162,40 +292,41 @@ def tree(tmp_path, monkeypatch):
 
 
 def test_folders(tree):
-    assert find_images(["in"]) == (["in/a.png", "in/b.JPG", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"], [], [])
-    assert find_images(["in"], recursive=False) == (["in/a.png", "in/b.JPG"], [], [])
+    others = {".txt": 1, "hidden": 1, "hidden folders": 1}
+    assert find_images(["in"]) == (["in/a.png", "in/b.JPG", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"], [], [], others)
+    assert find_images(["in"], recursive=False) == (["in/a.png", "in/b.JPG"], [], [], {".txt": 1, "hidden": 1})
 
 
 def test_order_duplicates_and_missing_files_are_kept(tree):
     given = ["nowhere.jpg", "in/sub/c.webp", "in/a.png", "in/a.png"]
-    assert find_images(given) == (given, [], [])
+    assert find_images(given) == (given, [], [], {})
 
 
 def test_patterns(tree):
-    assert find_images(["in/*.png"]) == (["in/a.png"], [], [])
-    paths, empty, (problem,) = find_images(["in/**/*.webp", "in/*.tiff"])
+    assert find_images(["in/*.png"]) == (["in/a.png"], [], [], {})
+    paths, empty, (problem,), _ = find_images(["in/**/*.webp", "in/*.tiff"])
     assert paths == ["in/sub/c.webp"] and empty == []
     assert problem == "there is no file in/*.tiff, and none that matches it as a pattern"
     (tree / "x[1].png").touch()
-    assert find_images(["x[1].png"]) == (["x[1].png"], [], [])  # a file of that very name comes first
+    assert find_images(["x[1].png"]) == (["x[1].png"], [], [], {})  # a file of that very name comes first
 
 
 def test_lists(tree, monkeypatch):
     (tree / "list.txt").write_bytes(b"\xef\xbb\xbfin/a.png\r\n\n in/odd\nin/sub\n")
     expected = ["in/a.png", " in/odd", "in/sub/c.webp", "in/sub/deep/é ü.jpeg"]
-    assert find_images(["list.txt"]) == find_images(["@list.txt"]) == (expected, [], [])
+    assert find_images(["list.txt"]) == find_images(["@list.txt"]) == (expected, [], [], {})
     (tree / "list.txt").write_text("in/IMG[1].jpg\nin/*.png\n")
     (tree / "in" / "IMG1.jpg").touch()
-    assert find_images(["list.txt"]) == (["in/IMG[1].jpg", "in/*.png"], [], [])  # names, not patterns
+    assert find_images(["list.txt"]) == (["in/IMG[1].jpg", "in/*.png"], [], [], {})  # names, not patterns
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.JPG\n")))
-    assert find_images(["@-"]) == (["in/b.JPG"], [], [])
+    assert find_images(["@-"]) == (["in/b.JPG"], [], [], {})
     with pytest.raises(ValueError, match=r"the list gone\.txt cannot be read: No such file"):
         find_images(["@gone.txt"])
 
 
 def test_nothing_found_is_told(tree):
     (tree / "void").mkdir()
-    assert find_images(["void"]) == ([], ["void"], [])
+    assert find_images(["void"]) == ([], ["void"], [], {})
 
 
 def test_a_folder_that_cannot_be_read_is_told(tree, monkeypatch):
@@ -211,8 +342,9 @@ def test_a_folder_that_cannot_be_read_is_told(tree, monkeypatch):
         ["in/a.png", "in/b.JPG"],
         [],
         ["the folder in/sub cannot be read: Permission denied"],
+        {".txt": 1, "hidden": 1, "hidden folders": 1},
     )
-    assert find_images(["in/sub"]) == ([], [], ["the folder in/sub cannot be read: Permission denied"])
+    assert find_images(["in/sub"]) == ([], [], ["the folder in/sub cannot be read: Permission denied"], {})
 
 
 def test_names_that_are_no_text(tmp_path):
@@ -223,3 +355,47 @@ def test_names_that_are_no_text(tmp_path):
     assert decode(path).size == (16, 32)
     assert show(path).endswith(r"/\xff\xe9.png")
     show(path).encode()
+
+
+def test_linked_folders_are_looked_into_once(tree):
+    (tree / "disk").mkdir()
+    (tree / "disk" / "far.png").touch()
+    (tree / "in" / "linked").symlink_to(tree / "disk")
+    (tree / "in" / "sub" / "loop").symlink_to(tree / "in")
+    (tree / "disk" / "back").symlink_to(tree / "disk")
+    (tree / "in" / "file.png").symlink_to(tree / "disk" / "far.png")
+    found = find_images(["in"]).paths
+    assert [path for path in found if "far" in path or "file" in path] == ["in/file.png", "in/linked/far.png"]
+    assert len(found) == 4 + 2
+
+
+def test_what_is_left_out_is_counted(tree):
+    for name in ("x.PDF", "y.pdf", "README", "z.tar", "w.zip", ".DS_Store"):
+        (tree / "in" / name).touch()
+    left_out = find_images(["in"]).left_out
+    assert left_out == {".pdf": 2, ".txt": 1, "without a suffix": 1, "hidden": 1, "hidden folders": 1} | {
+        ".tar to be named outright": 1,
+        ".zip to be named outright": 1,
+    }
+    assert left_out_text(left_out).startswith("8 files were not taken as images (2 .pdf, ")
+    assert left_out_text(Counter({".txt": 1})) == "1 file was not taken as images (1 .txt)"
+    assert left_out_text(Counter()) is None
+
+
+def test_comments_in_a_list(tree):
+    (tree / "#1.png").touch()
+    (tree / "list.txt").write_text("# the good ones\nin/a.png\n#1.png\n#2.png\n")
+    assert find_images(["list.txt"]).paths == ["in/a.png", "#1.png"]
+
+
+def test_a_url_is_not_fetched_and_standard_input_is_a_list(tree):
+    for url in ("https://example.org/a.jpg?size=1", "s3://bucket/a.txt"):
+        assert find_images([url]).paths == [url]
+        with pytest.raises(ImageError, match="it is a URL, and URLs are not fetched"):
+            decode(url)
+    with pytest.raises(ValueError, match="give @- to read a list of paths from standard input"):
+        find_images(["-"])
+
+
+def test_terminals_are_not_commanded():
+    assert printable("a\x1b[31m\x9b2J\u202e\nü 東.png") == "a\\x1b[31m\\x9b2J\\u202e\nü 東.png"

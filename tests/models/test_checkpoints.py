@@ -1,15 +1,21 @@
 """Weights from files: every layout gives the same model, and a file that does not fit changes nothing."""
 
 import argparse
+import collections
+import datetime
+import decimal
 import os
+import pathlib
+import re
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from revit_kernels.models import checkpoints
 from revit_kernels.models.checkpoints import load_checkpoint, read_checkpoint, resample_positions, save_checkpoint
+from revit_kernels.models.quantize import fp8
 from revit_kernels.models.registry import create_model
 
 TINY = {"depth": 2, "img_size": 64, "num_classes": 10}
@@ -97,6 +103,133 @@ def test_pytorch_files(tmp_path, wrap, prefix):
     torch.save(state, tmp_path / "weights.pth")
     target = create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "weights.pth", **TINY)
     assert_same(target, source)
+
+
+def within(keys, *parts):
+    return {".".join([*parts, key]): value for key, value in keys.items()}
+
+
+def every_block(state, part):
+    return {re.sub(r"^blocks\.(\d+)", rf"blocks.\1.{part}", key): value for key, value in state.items()}
+
+
+WRAPPED = {
+    "DDP around compile": lambda s: within(s, "module", "_orig_mod"),
+    "compile around DDP": lambda s: within(s, "_orig_mod", "module"),
+    "FSDP, unit by unit": lambda s: within(every_block(s, "_fsdp_wrapped_module"), "_fsdp_wrapped_module"),
+    "checkpointed blocks": lambda s: every_block(s, "_checkpoint_wrapped_module"),
+    "blocks compiled in FSDP": lambda s: every_block(s, "_fsdp_wrapped_module._orig_mod"),
+    "Lightning": lambda s: {"state_dict": within(s, "model", "_orig_mod"), "epoch": 1},
+    "a net in a model": lambda s: {"model": within(s, "net", "backbone") | {"net.queue": torch.zeros(3)}},
+    "an encoder beside a decoder": lambda s: within(s, "encoder") | {"decoder.weight": torch.zeros(2)},
+    "an averaged model": lambda s: within(s, "module") | {"n_averaged": torch.tensor(3)},
+    "dictionaries in dictionaries": lambda s: {"run": {"net": {"module": within(s, "module")}}, "optimizer": {"m": s}},
+    "a teacher and its student": lambda s: {"model": within(s, "teacher") | within(zeros(s), "student")},
+    "a teacher's dictionary": lambda s: {"student": zeros(s), "teacher": within(s, "module", "backbone")},
+    "averaged weights first": lambda s: {"model": zeros(s), "ema": within(s, "module")},
+    "float16": lambda s: {key: value.half() for key, value in s.items()},
+    "bfloat16": lambda s: {key: value.bfloat16() for key, value in s.items()},
+}
+
+
+def zeros(state):
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_wrappers_add_to_keys(tmp_path, name):
+    source = tiny()
+    wrapped = WRAPPED[name](source.state_dict())
+    torch.save(wrapped, tmp_path / "w.ckpt")
+    if name in ("float16", "bfloat16"):
+        source.to(getattr(torch, name)).float()
+    assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.ckpt", **TINY), source)
+    if all(isinstance(value, torch.Tensor) for value in wrapped.values()):
+        save_file(wrapped, tmp_path / "w.safetensors")
+        assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.safetensors", **TINY), source)
+
+
+def test_a_prefix_says_which_of_several_models(tmp_path):
+    source = tiny()
+    state = source.state_dict()
+    torch.save({"model": within(zeros(state), "left") | within(state, "right", "module")}, tmp_path / "w.pth")
+    target = create_model("vit_tiny_patch16_224", **TINY)
+    with pytest.raises(ValueError, match=r"holds several models, under left\., right\.: name one, as prefix='left\.'"):
+        load_checkpoint(target, tmp_path / "w.pth")
+    for prefix in ("right.", "right.module.", "model.right.module."):
+        load_checkpoint(target, tmp_path / "w.pth", prefix=prefix)
+        assert_same(target, source)
+    with pytest.raises(ValueError, match=r"no key begins with 'middle\.'; keys begin with .*left"):
+        load_checkpoint(target, tmp_path / "w.pth", prefix="middle.")
+    torch.save({"teacher": state, "student": within(zeros(state), "backbone")}, tmp_path / "dino.pth")
+    target.load_pretrained(str(tmp_path / "dino.pth"), prefix="student.backbone.")
+    assert not target.norm.weight.any()
+
+
+class Config:
+    """As omegaconf's and argparse's: an object with a state, which calls a function of ours when it is unpickled."""
+
+    def __init__(self, **values):
+        self.__dict__ |= values
+
+    def __setstate__(self, state):
+        raise AssertionError("a class of the file was imported")
+
+
+class Settings(dict):
+    """As Lightning's hyperparameters: a dictionary of a class of its own, with attributes."""
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before 1.6"])
+def test_objects_beside_the_weights_are_not_made(tmp_path, old):
+    settings = Settings(lr=0.1)
+    settings.frozen = True
+    beside = {
+        "scalar": np.float64(0.9),
+        "array": np.arange(3),
+        "path": pathlib.Path("runs"),
+        "time": datetime.datetime(2024, 1, 1),
+        "args": argparse.Namespace(lr=0.1),
+        "config": Config(model={"name": "vit"}, sizes=[1, 2]),
+        "hyper_parameters": settings,
+        "counts": collections.defaultdict(list, a=[1]),
+        "queue": collections.deque([1, 2]),
+        "dtype": torch.bfloat16,
+        "decimal": decimal.Decimal("0.1"),
+        "enum": pytest.ExitCode.OK,
+        "set": {1, 2},
+    }
+    source = tiny()
+    torch.save(
+        {**beside, "state_dict": source.state_dict()}, tmp_path / "w.pth", _use_new_zipfile_serialization=not old
+    )
+    assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.pth", **TINY), source)
+    torch.save({"net": Config(weight=torch.ones(2)), "epoch": 3}, tmp_path / "none.pth")
+    with pytest.raises(ValueError) as caught:
+        read_checkpoint(tmp_path / "none.pth")
+    assert "holds no weights but net (an object of test_checkpoints.Config), epoch (int)" in str(caught.value)
+
+
+def test_a_pickled_module_gives_its_weights(tmp_path):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("vit_tiny_patch16_224", **TINY)
+    torch.save({"model": torch.nn.parallel.DataParallel(theirs)}, tmp_path / "w.pth")
+    ours = create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.pth", **TINY)
+    assert_same(ours, theirs)
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path):
+    state = tiny().state_dict()
+    torch.save(state | {"norm.weight": state["norm.weight"].to(torch.int8)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"of integers or another dtype than floats: norm\.weight"):
+        load_checkpoint(tiny(), tmp_path / "w.pth")
+
+
+def test_resampled_positions_are_said_once(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="positions of .*w.pth were resampled from 4x4 to 6x8 patches") as said:
+        create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.pth", **TINY | {"img_size": (96, 128)})
+    assert len(said) == 1
 
 
 def test_safetensors_and_npz_with_timms_keys(tmp_path):
@@ -216,8 +349,17 @@ def test_heads(tmp_path):
     source = tiny()
     torch.save(source.state_dict(), tmp_path / "weights.pth")
     load = {"checkpoint_path": tmp_path / "weights.pth"}
-    with pytest.raises(ValueError, match=r"head.weight is \(10, 192\) where the model has \(7, 192\).*num_classes=0"):
-        create_model("vit_tiny_patch16_224", **load, **TINY | {"num_classes": 7})
+    seven = create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 7})
+    with pytest.raises(ValueError, match=r"head.weight is \(10, 192\) where the model has \(7, 192\).*new_head=True"):
+        load_checkpoint(seven, tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match=r"weights.pth has 10 classes: the model's of 7 begins anew"):
+        asked = create_model("vit_tiny_patch16_224", **load, **TINY | {"num_classes": 7})
+    assert torch.equal(asked.norm.weight, source.norm.weight) and asked.head.weight.shape == (7, 192)
+    with pytest.raises(ValueError, match="does not fit"):  # nobody asked for another number of classes
+        create_model("vit_tiny_patch16_224", **load, depth=2, img_size=64)
+    save_checkpoint(source, tmp_path / "m.safetensors")
+    with pytest.warns(UserWarning, match="begins anew"):
+        assert create_model(str(tmp_path / "m.safetensors"), num_classes=3).head.weight.shape == (3, 192)
     headless = create_model("vit_tiny_patch16_224", **load, **TINY | {"num_classes": 0})
     assert torch.equal(headless.norm.weight, source.norm.weight)
 
@@ -268,15 +410,40 @@ def test_files_that_are_none(tmp_path, name, content, message):
         load_checkpoint(tiny(), tmp_path / name)
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_file_is_not_run(tmp_path, protocol):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
 
-    torch.save({"state_dict": Evil()}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="cannot be read"):
+    class Worse:
+        """Would change a class of PyTorch's for the rest of the process."""
+
+        def __reduce__(self):
+            return torch._utils._rebuild_parameter, (None, False, {}), {"marked": True}
+
+    torch.save({"state_dict": Evil()}, tmp_path / "w.pth", pickle_protocol=protocol)
+    with pytest.raises(ValueError, match=r"holds no weights but state_dict .an object of posix.mkdir"):
         read_checkpoint(tmp_path / "w.pth")
-    assert not (tmp_path / "made").exists()
+    torch.save({"x": Worse(), "evil": Evil(), "weight": torch.ones(2)}, tmp_path / "w.pth", pickle_protocol=protocol)
+    try:
+        assert list(read_checkpoint(tmp_path / "w.pth")) == ["weight"]
+    except ValueError:  # a state for what takes none
+        pass
+    assert not (tmp_path / "made").exists() and not hasattr(torch._utils._rebuild_parameter, "marked")
+
+
+def test_programs_and_archives_are_refused(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="it is a TorchScript program"):
+        read_checkpoint(tmp_path / "program.pt")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.add(tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="it is a tar archive"):
+        read_checkpoint(tmp_path / "x.tar")
+    (tmp_path / "lfs.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="pointer of Git LFS"):
+        read_checkpoint(tmp_path / "lfs.bin")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224.augreg_in21k", "deit_tiny_distilled_patch16_224", "test_vit3"])
@@ -307,7 +474,10 @@ def test_saving_refuses_what_it_cannot_describe(tmp_path, monkeypatch):
         save_checkpoint(model, path)
     with pytest.raises(ValueError, match="cannot be written down"):
         save_checkpoint(tiny(act_layer=torch.nn.GELU), path)
-    monkeypatch.setattr(checkpoints.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    for quantized in (tiny().engine(), fp8(tiny())):
+        with pytest.raises(ValueError, match=r"Engine is no model: save its model|the model is quantized"):
+            save_checkpoint(quantized, path)
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RuntimeError, match="could not be written: disk full"):
         save_checkpoint(tiny(), path)
     assert os.listdir(tmp_path) == []

@@ -62,6 +62,7 @@ def through_another_dtype(model, owner, name):
 SILENT = {
     "through .data": lambda model, owner, name: getattr(owner, name).data.mul_(1.5),
     "through NumPy": by_numpy,
+    "AdamW fused, without train()": by_optimizer(torch.optim.AdamW, fused=True),
 }
 SEEN = {
     "copy_": lambda model, owner, name: getattr(owner, name).copy_(torch.randn_like(getattr(owner, name))),
@@ -71,7 +72,11 @@ SEEN = {
         owner, name, nn.Parameter(getattr(owner, name) * 1.5, requires_grad=False)
     ),
     "SGD foreach": by_optimizer(torch.optim.SGD, foreach=True),
-    "AdamW fused": by_optimizer(torch.optim.AdamW, fused=True),
+    "AdamW fused": lambda model, *where: (
+        model.train(),
+        by_optimizer(torch.optim.AdamW, fused=True)(model, *where),
+        model.eval(),
+    ),
     "Adam one by one": by_optimizer(torch.optim.Adam, foreach=False),
     "an average": by_average,
     "load_state_dict": by_state(False),

@@ -171,14 +171,18 @@ def test_flops_of_a_mixed_batch(name):
         return counter.get_flop_counts()["Global"]
 
     for recording in (False, True):
+        ours.requires_grad_(recording)  # torch's counter stumbles over views of parameters in no_grad
         with torch.set_grad_enabled(recording):
             together = count(lambda: ours(images))
             alone = [count(lambda image=image: ours([image])) for image in images]
-        assert together == {op: sum(counts.get(op, 0) for counts in alone) for op in together}
+        for op, flops in together.items():
+            if ours.attn_pool is None or "revit_kernels" in str(op):  # the query of all images is projected once
+                assert flops == sum(counts.get(op, 0) for counts in alone), op
     lengths = [ours.num_prefix_tokens + h * w for h, w in ours.forward_features(images).packing.grids]
     attention = {k: v for k, v in together.items() if "attention" in str(k) and "revit" in str(k)}
     blocks = 4 * ours.embed_dim * len(ours.blocks) * sum(n * n for n in lengths)
-    pool = 4 * ours.embed_dim * sum(n - ours.num_prefix_tokens for n in lengths) if ours.attn_pool is not None else 0
+    skipped = 0 if ours.pool_include_prefix else ours.num_prefix_tokens
+    pool = 4 * ours.embed_dim * sum(n - skipped for n in lengths) if ours.attn_pool is not None else 0
     assert sum(attention.values()) == blocks + pool
 
 
@@ -266,6 +270,6 @@ def test_timms_arguments_of_create_model(monkeypatch):
     assert model.patch_embed.img_size == (48, 48)
     with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
         create_model(name, scriptable=True)
-    monkeypatch.setitem(sys.modules, "timm.models", None)
+    monkeypatch.setitem(sys.modules, "timm.models._features", None)
     with pytest.raises(ValueError, match=r"use model\.forward_intermediates"):
         create_model(name, features_only=True, **small)

@@ -1,0 +1,95 @@
+"""Files of labels and costs that somebody changed: one sentence, whatever stands in them."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from revit_kernels.adaptive.costs import Costs
+from revit_kernels.adaptive.outcomes import METADATA, Outcomes
+
+VALUES = [None, True, -1, 0, 1, 2.5, 1 << 70, float("nan"), float("inf"), "", "x", [], {}, [[]], [1], [[1, 2, 3]]]
+VALUES += [[[0, 4], [2, 2]], [[4, 4], [4, 4]], [[1 << 70, 1], [1, 1]], [["a", "b"]], {"a": {}}]
+
+
+def changed(found, seed):
+    """The dictionary with one entry replaced, gone, or one more."""
+    chance = random.Random(seed)
+    found = json.loads(json.dumps(found))
+    name = chance.choice(list(found))
+    kind = chance.choice(("replace", "replace", "replace", "delete", "add"))
+    if kind == "delete":
+        del found[name]
+    elif kind == "add":
+        found["unheard of"] = chance.choice(VALUES)
+    elif isinstance(found[name], list) and chance.random() < 0.5:
+        found[name][chance.randrange(len(found[name]))] = chance.choice(VALUES)
+    else:
+        found[name] = chance.choice(VALUES)
+    return found
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    pytest.importorskip("pyarrow.parquet")
+    rng = np.random.default_rng(0)
+    real = {name: rng.random((6, 2), np.float32) for name in ("confidence", "margin", "entropy")}
+    path = tmp_path_factory.mktemp("labels") / "labels.parquet"
+    Outcomes(
+        menu=((4, 4), (2, 2)),
+        keys=tuple("abcdef"),
+        targets=np.arange(6),
+        correct=np.ones((6, 2), bool),
+        predicted=np.zeros((6, 2), np.int32),
+        label=np.array([0, 1, 0, 1, -1, 0]),
+        fingerprint="f",
+        about={"images": "some"},
+        **real,
+    ).save(path)
+    return path
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_labels(labels, tmp_path, seed):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(labels)
+    head = changed(json.loads(table.schema.metadata[METADATA]), seed)
+    path = tmp_path / "labels.parquet"
+    pyarrow.parquet.write_table(table.replace_schema_metadata({METADATA: json.dumps(head).encode()}), path)
+    try:
+        found = Outcomes.load(path)
+    except ValueError as error:
+        assert "labels.parquet is no whole file of labels" in str(error) and "\n" not in str(error)
+    else:
+        assert len(found) == 6 and found.take([0, 5]).relabel().label.shape == (2,)
+        assert len(found.menu) == found.correct.shape[1]
+
+
+def test_labels_that_are_no_rows_of_the_menu(labels, tmp_path):
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(labels)
+    place = table.column_names.index("label")
+    column = pyarrow.array([0, 1, 0, 1, -1, 2], table["label"].type)
+    pyarrow.parquet.write_table(table.set_column(place, "label", column), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="labels that are no rows of the menu of 2 lengths"):
+        Outcomes.load(tmp_path / "x.parquet")
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_costs(seed):
+    text = Costs(((4, 4), (2, 2)), (2.0, 1.0), 0.1, device="cpu", dtype="float32").to_json()
+    try:
+        found = Costs.from_json(json.dumps(changed(json.loads(text), seed)))
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert len(found.menu) == len(found.per_length)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "7", "{", "[" * 100_000])
+def test_no_costs_at_all(text):
+    with pytest.raises(ValueError, match="no JSON of costs"):
+        Costs.from_json(text)
