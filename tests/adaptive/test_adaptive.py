@@ -349,7 +349,7 @@ def test_quantized_engines_serve_every_policy(quantize, name, assigner):
 
 def test_costs_are_measured_and_kept(assigner):
     costs = measure_costs(trained(), assigner, batch=64, rounds=3)
-    assert costs.menu == MENU and costs.per_length[0] > costs.per_length[2] > 0 and costs.assigner > 0
+    assert costs.menu == MENU and min(costs.per_length) > 0 and costs.assigner > 0 and costs.batch == 64
     assert costs.device == device_name("cpu") and Costs.from_json(costs.to_json()) == costs
     with pytest.raises(ValueError, match="no JSON of costs"):
         Costs.from_json("{}")
