@@ -30,7 +30,7 @@ class Case:
         model = create_model("vit_tiny_patch16_224", **MODELS[name]).make_resizable(MENU)
         self.model = model.to(DEVICE, torch.bfloat16).eval()
         assigner = TokenLengthAssigner.for_model(self.model).to(DEVICE, torch.bfloat16).eval()
-        policy = Assign(1.0, 0.3, (1.0, 0.6, 0.3, 0.1))
+        policy = Assign(0.3, (1.0, 0.6, 0.3, 0.1))
         self.images = torch.randint(0, 256, (images, 224, 224, 3), dtype=torch.uint8, device=DEVICE)
 
         def choose(x):

@@ -222,7 +222,8 @@ def revit() -> str:
             h, w = found["menu"][numbers["row"]] if row["policy"] == "fixed" else (0, 0)
             cells = [f"all at {h}x{w}" if row["policy"] == "fixed" else row["policy"], row["budget"]]
             cells += [f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}", f"{100 * row['lost']:.2f}"]
-            cells += [f"{row['images_per_second']:.0f}", f"**{row['speed']:.2f}x**"]
+            spread = " ({:.2f} to {:.2f})".format(*row["speed_range"]) if "speed_range" in row else ""
+            cells += [f"{row['images_per_second']:.0f}", f"**{row['speed']:.2f}x**{spread}"]
             text.append("| " + " | ".join(cells) + " |")
         text.append("")
     for ablation in sorted(REPORTS.glob("ablation_*.md")):

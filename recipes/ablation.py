@@ -21,12 +21,9 @@ import torch
 from tqdm import tqdm
 
 from revit_kernels import create_model
-from revit_kernels.adaptive.budgets import solve
-from revit_kernels.adaptive.costs import Costs, device_name
+from revit_kernels.adaptive.costs import device_name
 from revit_kernels.data.datasets import open_set
 from revit_kernels.files import write_whole
-from revit_kernels.modules.lengths import cells
-from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented
@@ -41,7 +38,6 @@ class Setting:
     model: dict
     held_out: int
     recipe: Recipe
-    assigner_epochs: int
     about: str
 
 
@@ -51,7 +47,6 @@ SETTINGS = {
         model={"img_size": 8, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 2},
         held_out=300,
         recipe=Recipe(epochs=30, batch=32, lr=2e-3, warmup=0.1),
-        assigner_epochs=15,
         about="scikit-learn's digits",
     ),
     "fashion-mnist": Setting(
@@ -59,7 +54,6 @@ SETTINGS = {
         model={"img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2},
         held_out=5000,
         recipe=Recipe(epochs=2, batch=64, lr=2e-3, warmup=0.1, autocast=True),
-        assigner_epochs=15,
         about="Fashion-MNIST",
     ),
 }
@@ -70,19 +64,11 @@ VARIANTS = {  # name: arguments of make_resizable, weight of the distillation
     "embedding `patch`": ({"embedding": "patch"}, 0.5),
     "embedding `per_length`": ({"embedding": "per_length"}, 0.5),
 }
-LABELS = [
-    (unsolved, rule, against)
-    for against in ("truth", "full")
-    for rule in ("first_correct", "stable")
-    for unsolved in (("smallest", "largest", "drop") if against == "truth" else ("smallest",))
-]
-TOKENS = 0.5  # of a full length's, that the assigner of each kind of labels may spend
 
 
 def sets(name: str):
-    """Images to train on, those held out of them, and those to test on."""
-    rest, held = open_set(name).split(SETTINGS[name].held_out, seed=0)
-    return rest, held, open_set(name, "test")
+    """Images to train on, without those held out of them, and those to test on."""
+    return open_set(name).split(SETTINGS[name].held_out, seed=0)[0], open_set(name, "test")
 
 
 def train(setting: Setting, variant: str, seed: int, images):
@@ -96,49 +82,11 @@ def train(setting: Setting, variant: str, seed: int, images):
     return Trainer(model, Augmented(images, (size, size)), recipe).train().eval()
 
 
-def label_policies(model, setting: Setting, held, test, asked, seed: int) -> dict[str, dict]:
-    """For each kind of labels: how they fall, and what an assigner that learnt them reaches on the test images.
-
-    asked: the Outcomes of the test images
-    """
-    outcomes, found = collect(model, held), {}
-    lengths = np.array([1 + cells(grid) for grid in setting.menu])
-    costs = Costs(setting.menu, tuple(float(n) for n in lengths))
-    for unsolved, rule, against in LABELS:
-        labelled = outcomes.relabel(unsolved, rule, against)
-        recipe = AssignerRecipe(seed=seed, epochs=setting.assigner_epochs)
-        assigner = train_assigner(model, labelled, held, "features", recipe)
-        pixels = torch.from_numpy(np.repeat(test.array[..., None], 3, 3))
-        with torch.inference_mode():
-            logits = torch.cat([assigner(part, model=model) for part in pixels.split(1000)]).numpy()
-        plan = solve(
-            "assigner",
-            assigner.outcomes.relabel(against="truth"),
-            costs,
-            f"{TOKENS * lengths[0]} tokens",
-            temperature=float(assigner.temperature),
-        )
-        right = plan.simulate(replace(asked, assigner=logits), costs)
-        kept = labelled.label >= 0
-        found[f"{against}, {rule}, unsolved {unsolved}"] = {
-            "labels": [float((labelled.label == row).mean()) for row in range(len(lengths))],
-            "dropped": float((~kept).mean()),
-            "mean label tokens": float(lengths[labelled.label[kept]].mean()),
-            "accuracy": float(right.right.mean()),
-            "tokens": float(right.tokens.mean()),
-        }
-    return found
-
-
-def run(name: str, variant: str, seed: int) -> tuple[list[float], dict[str, dict]]:
-    """Accuracy at each length, and of each kind of labels at the first variant's model."""
+def run(name: str, variant: str, seed: int) -> list[float]:
+    """Accuracy at each length."""
     torch.set_num_threads(1)
-    setting, (images, held, test) = SETTINGS[name], sets(name)
-    model = train(setting, variant, seed, images)
-    asked = collect(model, test)
-    first = variant == next(iter(VARIANTS))
-    labels = label_policies(model, setting, held, test, asked, seed) if first else {}
-    return asked.correct.mean(0).tolist(), labels
+    setting, (images, test) = SETTINGS[name], sets(name)
+    return collect(train(setting, variant, seed, images), test).correct.mean(0).tolist()
 
 
 def main() -> None:
@@ -151,16 +99,14 @@ def main() -> None:
     output = args.output or f"recipes/reports/ablation_{args.data.replace('-', '_')}"
     path = Path(output).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(path.read_text()) if path.exists() else {"accuracy": {}, "labels": {}}
+    done = json.loads(path.read_text()) if path.exists() else {"accuracy": {}}
     jobs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
     jobs = [(variant, seed) for variant, seed in jobs if str(seed) not in done["accuracy"].get(variant, {})]
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(run, args.data, *job): job for job in jobs}
         for future in tqdm(as_completed(waiting), total=len(jobs), unit=" runs", disable=None):
-            (variant, seed), (accuracy, labels) = waiting[future], future.result()
-            done["accuracy"].setdefault(variant, {})[str(seed)] = accuracy
-            for name, row in labels.items():
-                done["labels"].setdefault(name, {})[str(seed)] = row
+            variant, seed = waiting[future]
+            done["accuracy"].setdefault(variant, {})[str(seed)] = future.result()
             done["about"] = (  # where and when, as it was measured
                 f"{device_name('cpu')}, torch {torch.__version__}, python {platform.python_version()}, "
                 f"{date.today().isoformat()}"
@@ -183,7 +129,7 @@ def table(done: dict, data: str) -> str:
         "",
         f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
         f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
-        f"held out for the labels, tested on the set's test images; mean and standard deviation over {seeds} seeds. "
+        f"held out, tested on the set's test images; mean and standard deviation over {seeds} seeds. "
         "The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. "
         f"{done['about']}.",
         "",
@@ -193,25 +139,6 @@ def table(done: dict, data: str) -> str:
     for variant in VARIANTS:
         columns = np.array(list(done["accuracy"][variant].values())).T
         lines.append(f"| {variant} | " + " | ".join(map(_spread, columns)) + " |")
-    lines += [
-        "",
-        f"## Labels: an assigner of each kind at {TOKENS:.0%} of the tokens",
-        "",
-        f"Labels of {setting.held_out:,} held-out images at the first variant's models; the assigner's price solved on "
-        "them, its choices made on the test images.",
-        "",
-        f"| labels | share of {' / '.join(menu)}, % | mean tokens of a label | test accuracy, % | above the same "
-        "model's full length, points | test tokens |",
-        "|---|---|---|---|---|---|",
-    ]
-    full = done["accuracy"][next(iter(VARIANTS))]
-    for name, by_seed in done["labels"].items():
-        rows = list(by_seed.values())
-        above = _spread([row["accuracy"] - full[seed][0] for seed, row in by_seed.items()])
-        shares = " / ".join(f"{100 * s:.1f}" for s in np.mean([row["labels"] for row in rows], 0))
-        means = [np.mean([row[key] for row in rows]) for key in ("mean label tokens", "tokens")]
-        accuracy = _spread([row["accuracy"] for row in rows])
-        lines.append(f"| {name} | {shares} | {means[0]:.1f} | {accuracy} | {above} | {means[1]:.1f} |")
     return "\n".join(lines) + "\n"
 
 

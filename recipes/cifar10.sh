@@ -9,7 +9,8 @@ revit data cifar10
 revit train vit_small_patch14_dinov2 --checkpoint samples/vit_small_patch14_dinov2.safetensors --data cifar10 \
     --held-out 5000 --menu 7x7,5x5,4x4,3x3 --epochs 1.3 --batch 64 --lr 3e-4 --layer-decay 0.75 \
     --warmup 0.1 --crop pad --flip --bf16 --resume --output "$run"
-revit label "$run/model.safetensors" --data cifar10 --held-out 5000 --output "$run/labels.parquet"
+revit label "$run/model.safetensors" --data cifar10 --held-out 5000 --probabilities \
+    --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data cifar10 \
     --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data cifar10 \

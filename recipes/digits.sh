@@ -6,8 +6,9 @@ run=${1:-runs/digits}
 revit data digits
 revit train vit_tiny_patch16_224 --model-args img_size=8,patch_size=2,embed_dim=64,depth=3,num_heads=2 --data digits \
     --held-out 300 --menu 4x4,3x3,2x2 --epochs 40 --batch 32 --lr 2e-3 --warmup 0.1 --resume --output "$run"
-revit label "$run/model.safetensors" --data digits --held-out 300 --output "$run/labels.parquet"
-revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data digits --kind pixels \
-    --epochs 20 --output "$run/assigner.safetensors"
+revit label "$run/model.safetensors" --data digits --held-out 300 --probabilities \
+    --output "$run/labels.parquet"
+revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data digits --batch 64 --epochs 30 \
+    --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data digits \
     --budgets 1.5x,2x,full-0.5 --output "$run/report"

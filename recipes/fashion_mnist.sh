@@ -9,8 +9,9 @@ revit train vit_tiny_patch16_224 --model-args img_size=28,patch_size=4,embed_dim
     --data fashion-mnist --held-out 5000 --menu 7x7,5x5,4x4,3x3 --epochs 18 --batch 64 --lr 2e-3 --warmup 0.05 \
     --weight-decay 0.05 --drop-path 0.05 --smoothing 0.05 --crop pad --flip --ema 0.999 --bf16 --resume \
     --output "$run"
-revit label "$run/model.safetensors" --data fashion-mnist --held-out 5000 --output "$run/labels.parquet"
-revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data fashion-mnist --kind pixels \
+revit label "$run/model.safetensors" --data fashion-mnist --held-out 5000 --probabilities \
+    --output "$run/labels.parquet"
+revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data fashion-mnist --resume \
     --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data fashion-mnist \
-    --budgets 1.5x,2x,3x,full-0.2 --timed 2000 --output "$run/report"
+    --budgets 1.5x,2x,2.5x,3x,full --timed 2000 --output "$run/report"

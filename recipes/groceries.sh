@@ -9,7 +9,8 @@ revit data groceries
 revit train vit_small_patch14_dinov2 --checkpoint samples/vit_small_patch14_dinov2.safetensors --data groceries \
     --held-out 0.2 --menu 16x16,10x10,7x7,4x4 --epochs 3 --batch 16 --lr 3e-4 --layer-decay 0.75 --warmup 0.1 \
     --crop resized --flip --bf16 --resume --output "$run"
-revit label "$run/model.safetensors" --data groceries --held-out 0.2 --output "$run/labels.parquet"
+revit label "$run/model.safetensors" --data groceries --held-out 0.2 --probabilities \
+    --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data groceries \
     --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data groceries --timed 128 \

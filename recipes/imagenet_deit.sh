@@ -9,7 +9,8 @@ torchrun --standalone --nproc-per-node 8 -m revit_kernels.cli train "deit_${size
     --epochs 30 --batch 128 --lr 5e-4 --layer-decay 0.75 --warmup 0.1 --drop-path 0.1 --smoothing 0.1 \
     --crop resized --flip --rand 2,9 --mixup 0.8 --cutmix 1.0 --ema 0.9998 --bf16 --workers 12 \
     --tensorboard --resume --output "$run"
-revit label "$run/model.safetensors" --data "$images" --held-out 50000 --output "$run/labels.parquet"
+revit label "$run/model.safetensors" --data "$images" --held-out 50000 --probabilities \
+    --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data "$images" \
     --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data "$images" --split val \

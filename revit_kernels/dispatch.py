@@ -8,6 +8,7 @@ from functools import cache
 from types import ModuleType
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 OPS = ("attention", "block", "layer_norm", "linear", "patch_embed", "pool", "pos_embed")
 BACKENDS = ("cuda", "flash_attn", "cudnn", "cpu", "vendor", "triton", "reference")  # tried in this order
@@ -125,9 +126,24 @@ def register(op: str, step: str, schema: str, fake, order=None):
 
     def call(*args):
         """The op; straight to the backend where no tracer, mode or autograd needs to see it as one."""
-        return run(*args) if unwatched(*args) else registered(*args)
+        if unwatched(*args):
+            return run(*args)
+        if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack():
+            _tell_counters()
+        return registered(*args)
 
     return call
+
+
+FORMULAS = {}  # torch op: what a call of it counts, see ops/flops.py
+
+
+def _tell_counters() -> None:
+    """Give a FlopCounterMode that counts now our ops' formulas. Its module, slow to import, is left to its user."""
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if registry is not None:
+            registry.update(FORMULAS)
 
 
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))

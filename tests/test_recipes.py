@@ -29,8 +29,9 @@ def test_digits_from_training_to_report(tmp_path):
     found = json.loads((run / "report" / "report.json").read_text())
     best = max(one["accuracy"] for one in found["static"])
     assert best > 0.9, "the digits were not learnt"
-    cascades = [one for one in found["policies"] if one["policy"] == "cascade"]
-    assert cascades and max(one["accuracy"] for one in cascades) > best - 0.03
+    named = {one["policy"] for one in found["policies"] + found["fixed"]}
+    assert named == {"random", "assigner", "cascade", "assigner+cascade", "oracle"}
+    assert all(one["accuracy"] > best - 0.1 for one in found["policies"] if one["policy"] != "random")
     assert len((run / "log.csv").read_text().splitlines()) > 10
 
     from PIL import Image

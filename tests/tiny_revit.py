@@ -1,5 +1,6 @@
 """A ReViT so small that it trains in seconds, and images that need different lengths."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -42,6 +43,16 @@ def trained():
     run = Trainer(make_model(), Augmented(make_images(), (16, 16)), Recipe(epochs=8, batch=16, lr=3e-3))
     run.model.pretrained_cfg = run.model.pretrained_cfg | {"label_names": list(CLASSES)}
     return run.train().eval().requires_grad_(False)
+
+
+@cache
+def labelled():
+    """(images, Outcomes with probabilities): the 240 that the model has learnt from, and 200 held out."""
+    learnt, apart = make_images(), make_images(200, seed=1, name="held")
+    targets, array = (np.concatenate([getattr(s, n) for s in (learnt, apart)]) for n in ("targets", "array"))
+    images = ArraySet("held", CLASSES, targets, array)
+    outcomes = collect(trained(), images, probabilities=True)
+    return images, replace(outcomes, held_out=np.arange(440) >= 240)
 
 
 @cache

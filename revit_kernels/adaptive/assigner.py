@@ -3,184 +3,245 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revit_kernels import ops
+from revit_kernels.adaptive.budgets import fitted
+from revit_kernels.adaptive.costs import Costs, counted, device_name, model_device, model_dtype, model_macs
 from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.adaptive.policies import Policy
 from revit_kernels.files import write_whole
+from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
-from revit_kernels.modules.lengths import Grid, cells, check_menu
+from revit_kernels.modules.lengths import cells, check_menu
 from revit_kernels.packing import Packing
 
-KINDS = ("features", "pixels")
+TRUNKS = ("scout", "tokens")
 METADATA = "revit_kernels.assigner"
 SHARE = 0.02  # of a full-length pass of the model that is served: what an assigner may cost
-
-
-def vit_macs(dim: int, depth: int, tokens: int, patch: int, mlp_ratio: float = 4.0) -> int:
-    """Multiply-accumulates of the blocks and the patch embedding for one image of so many tokens."""
-    block = (4 + 2 * mlp_ratio) * dim * dim * tokens + 2 * dim * tokens * tokens
-    return int(depth * block + patch * dim * tokens)
-
-
-def model_macs(model: VarLenViT, grid: Grid, blocks: int | None = None) -> int:
-    """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
-    tokens = model.num_prefix_tokens + cells(grid)
-    linears = [m for block in model.blocks[:blocks] for m in block.modules() if isinstance(m, nn.Linear)]
-    attention = 2 * model.embed_dim * tokens * tokens * len(model.blocks[:blocks])
-    embedding = model.patch_embed.proj.weight[0].numel() * model.embed_dim * tokens
-    return sum(m.weight.numel() for m in linears) * tokens + attention + embedding
+SMALL = 32  # pixels: up to this side a scout cuts an image into 4 x 4 patches, beyond it into 8 x 8
+SIDE = 64  # pixels of the longer side of what a scout sees, at most
+WIDTHS = (48, 32, 16, 8)  # of a scout's patches, and of tokens that are projected
+HIDDEN = (256, 192, 128, 96, 64, 32)
+KEPT = ("confidence", "margin", "entropy", "assigner", "mixed")  # columns that its file holds in half precision
 
 
 class TokenLengthAssigner(nn.Module):
-    """Logits for the lengths of a menu (ReViT, arXiv:2112.01686; the two networks are ours).
+    """Logits of being right at each length of a menu, and of each class (ReViT, arXiv:2112.01686; networks are ours).
 
-    menu:      grids, longest first
-    kind:      "features": the first blocks of the ReViT itself at the shortest length, and a small head on their class
-               token and mean; only the head is this module's. "pixels": a micro Vision Transformer on the image at the
-               shortest length's size
-    embed_dim: "features": width of the ReViT's tokens; "pixels": of the micro network's
-    depth:     blocks; for "features" those of the ReViT
-    prefix:    "features": prefix tokens of the ReViT
-    hidden:    width of the head's hidden layer
-    patch_size, grid: "pixels": of the micro network
+    Every position is flattened into two hidden layers: a mean over positions loses what the lengths differ in.
+
+    menu:    grids, longest first
+    trunk:   "scout": patches of the image itself, resized to `grid` x `patch` pixels; "tokens": the model's tokens at
+             the shortest length, which an image that stays at that length goes on from
+    classes: of the model
+    hidden:  width of both hidden layers
+    width:   of a scout's patch; for "tokens" of each token's projection, 0 for none
+    grid, patch, mean, std: of a scout: patches, pixels of one, and the images' statistics
+    dim, depth, prefix:     for "tokens": width of the model's tokens, blocks that they went through (0: the embedding),
+             and prefix tokens
+    dropout: in training, ahead of each linear layer but the first
     """
-
-    temperature: Tensor
 
     def __init__(
         self,
         menu,
-        kind: str = "features",
+        trunk: str = "scout",
         *,
-        embed_dim: int,
-        depth: int = 1,
+        classes: int,
+        hidden: int = 256,
+        width: int = 48,
+        grid: Grid = (4, 4),
+        patch: Grid = (8, 8),
+        channels: int = 3,
+        mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+        std: tuple[float, ...] = (0.5, 0.5, 0.5),
+        dim: int = 0,
+        depth: int = 0,
         prefix: int = 1,
-        hidden: int = 64,
-        patch_size: int = 8,
-        grid: Grid | None = None,
+        dropout: float = 0.15,
     ):
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-        self.menu = check_menu(menu)
-        self.kind, self.depth, self.prefix = kind, depth, prefix
-        rows, columns = grid or self.menu[-1]
-        grid = (rows, columns)
-        self.config = {"menu": self.menu, "kind": kind, "embed_dim": embed_dim, "depth": depth, "prefix": prefix}
-        self.config |= {"hidden": hidden, "patch_size": patch_size, "grid": grid}
-        self.register_buffer("temperature", torch.ones(()))
+        if trunk not in TRUNKS:
+            raise ValueError(f"trunk must be one of {TRUNKS}, got {trunk!r}")
+        self.menu, self.trunk, self.classes = check_menu(menu), trunk, classes
+        self.grid, self.patch = tuple(grid), tuple(patch)
+        self.mean, self.std, self.depth, self.prefix = tuple(mean), tuple(std), depth, prefix
+        self.config = {"menu": self.menu, "trunk": trunk, "classes": classes, "hidden": hidden, "width": width}
+        self.config |= {"grid": self.grid, "patch": self.patch, "channels": channels, "mean": self.mean}
+        self.config |= {"std": self.std, "dim": dim, "depth": depth, "prefix": prefix, "dropout": dropout}
         self.fingerprint = ""  # of the model that it was trained for
-        self.outcomes = None  # held-out Outcomes, with its logits: what budgets are solved from
-        if kind == "features":
-            self.norm = nn.LayerNorm(2 * embed_dim)
-            self.fc1 = nn.Linear(2 * embed_dim, hidden)
-            self.fc2 = nn.Linear(hidden, len(self.menu))
+        self.outcomes: Outcomes | None = None  # held-out ones, with its answers: what budgets are solved from
+        self.fitted: dict[str, Policy] | None = None  # of these outcomes
+        self.costs: list[Costs] = []  # one for each device and dtype that was measured
+        self.about: dict = {}  # how it was trained, for a person to read
+        if trunk == "scout":
+            self.proj = nn.Conv2d(channels, width, self.patch, self.patch)
+            positions, features = cells(self.grid), width
         else:
-            self.grid = grid
-            self.vit = VarLenViT(
-                img_size=(patch_size * rows, patch_size * columns),
-                patch_size=patch_size,
-                embed_dim=embed_dim,
-                depth=depth,
-                num_heads=max(1, embed_dim // 32),
-                num_classes=len(self.menu),
-                class_token=False,
-                global_pool="avg",
-            )
+            positions, features = cells(self.menu[-1]) + (prefix if depth else 0), width or dim
+            self.norm = nn.LayerNorm(dim)
+            self.proj = nn.Linear(dim, width) if width else nn.Identity()
+        self.drop = nn.Dropout(dropout)
+        self.fc1 = nn.Linear(positions * features, hidden)
+        self.fc2 = nn.Linear(hidden, hidden)
+        self.fc3 = nn.Linear(hidden, len(self.menu) + classes)
 
     @classmethod
     def for_model(
-        cls, model: VarLenViT, kind: str = "features", depth: int | None = None, embed_dim: int | None = None
-    ):
-        """An assigner of a resizable model that costs at most SHARE of its full-length pass, in multiply-accumulates.
+        cls, model: VarLenViT, trunk: str = "scout", *, depth: int = 0, hidden: int | None = None, share: float = SHARE
+    ) -> TokenLengthAssigner:
+        """The largest assigner of a resizable model that costs at most `share` of its full-length pass, counted in
+        multiply-accumulates; the smallest there is, where none costs so little.
 
-        depth, embed_dim: instead of the largest that costs no more; at least one block, whatever that costs
+        depth:  for "tokens"
+        hidden: instead of what fits
         """
         if model.menu is None:
             raise ValueError("the model is not resizable: an assigner needs a menu of lengths")
-        limit = SHARE * model_macs(model, model.menu[0])
-        if kind == "features":
-            block = model_macs(model, model.menu[-1], 1)
-            depth = depth or max(1, min(int(limit // block), len(model.blocks) - 1))
-            return cls(model.menu, kind, embed_dim=model.embed_dim, depth=depth, prefix=model.num_prefix_tokens)
-        patch = max(1, model.patch_embed.patch_size[0] // 2)
-        grids = [tuple(2 * n for n in model.menu[-1]), model.menu[-1]]
-        sizes = [
-            (d, n) for d in ((embed_dim,) if embed_dim else (128, 96, 64, 32)) for n in ((depth,) if depth else (2, 1))
-        ]
-        options = [(grid, *size) for grid in grids for size in sizes]
-        sides = {grid: patch if grid == grids[0] else 2 * patch for grid in grids}
-        fitting = [o for o in options if vit_macs(o[1], o[2], cells(o[0]), 3 * sides[o[0]] ** 2) <= limit]
-        grid, dim, blocks = max(fitting or options[-1:], key=lambda o: vit_macs(o[1], o[2], cells(o[0]), 0))
-        return cls(model.menu, kind, embed_dim=dim, depth=blocks, patch_size=sides[grid], grid=grid)
+        given = {"classes": model.num_classes, "prefix": model.num_prefix_tokens, "depth": depth}
+        if trunk == "scout":
+            size = [side * min(1.0, SIDE / max(model.patch_embed.img_size)) for side in model.patch_embed.img_size]
+            cut = 4 if max(size) <= SMALL else 8
+            given |= {"grid": (cut, cut), "patch": tuple(max(1, round(side / cut)) for side in size)}
+            cfg = model.pretrained_cfg
+            given |= {"channels": model.in_chans, "mean": cfg["mean"], "std": cfg["std"]}
+            widths = WIDTHS
+        else:
+            given |= {"dim": model.embed_dim}
+            widths = (0, *(width for width in WIDTHS if width < model.embed_dim))
+        limit = share * model_macs(model, model.menu[0])
+        with torch.device("meta"):
+            options = [(h, w) for h in ((hidden,) if hidden else HIDDEN) for w in widths]
+            work = {o: cls(model.menu, trunk, hidden=o[0], width=o[1], **given).macs(model) for o in options}
+        fitting = [o for o in options if work[o] <= limit] or [min(options, key=work.get)]
+        hidden, width = max(fitting, key=lambda o: (o[0], work[o]))
+        return cls(model.menu, trunk, hidden=hidden, width=width, **given)
 
     def macs(self, model: VarLenViT) -> int:
-        """Multiply-accumulates for one image."""
-        if self.kind == "pixels":
-            return model_macs(self.vit, self.grid)
-        return model_macs(model, self.menu[-1], self.depth) + self.fc1.weight.numel() + self.fc2.weight.numel()
+        """Multiply-accumulates for one image, those included that an image of the shortest length goes on from."""
+        dense = sum(layer.weight.numel() for layer in (self.fc1, self.fc2, self.fc3))
+        if self.trunk == "scout":
+            return dense + self.proj.weight.numel() * cells(self.grid)
+        projected = self.proj.weight.numel() * cells(self.menu[-1]) if isinstance(self.proj, nn.Linear) else 0
+        return dense + projected + self.reused(model)
+
+    def reused(self, model: VarLenViT) -> int:
+        """Multiply-accumulates that an image of the shortest length is spared after it."""
+        return model_macs(model, self.menu[-1], self.depth) if self.trunk == "tokens" else 0
 
     # ------------------------------------------------------------------ forward
 
-    def features(self, tokens: Tensor, images: int) -> Tensor:
-        """(images, 2 * dim): first token and mean patch, of tokens (images * length, dim) of the shortest length."""
-        x = tokens.view(images, self.prefix + cells(self.menu[-1]), -1)
-        return torch.cat([x[:, 0], x[:, self.prefix :].mean(1)], 1)
+    def head(self, inputs: Tensor) -> Tensor:
+        """(images, lengths + classes) float32 logits.
 
-    def head(self, features: Tensor) -> Tensor:
-        """(images, lengths) logits of `features`."""
-        features = features.to(self.fc1.weight.dtype)
-        return self.fc2(nn.functional.gelu(self.fc1(self.norm(features)))).float()
-
-    def with_tokens(self, images, model: VarLenViT, channels_last: bool = True):
-        """(logits, stream, packing): the stream [tokens, None, None] after `depth` blocks at the shortest length.
-
-        An image that stays at that length goes on from there: model.run_blocks(stream, packing, depth).
+        inputs: "scout": (images * patches, width) embedded patches; "tokens": (images, positions, dim)
         """
-        packing = Packing.uniform(len(images), self.menu[-1], self.prefix, device=self.temperature.device)
+        if self.trunk == "scout":
+            x = F.gelu(inputs).view(-1, self.fc1.in_features)
+        else:
+            x = self.norm(inputs.to(self.fc1.weight.dtype))
+            x = F.gelu(self.proj(x)) if isinstance(self.proj, nn.Linear) else x
+            x = x.flatten(1)
+        x = F.gelu(self.fc1(self.drop(x)))
+        x = F.gelu(self.fc2(self.drop(x)))
+        return self.fc3(self.drop(x)).float()
+
+    def patches(self, images, channels_last: bool = True) -> Tensor:
+        """(images * patches, width): what the scout's first layer makes of images of any sizes."""
+        packing = Packing.uniform(len(images), self.grid, 0, device=self.proj.weight.device)
+        statistics = {"mean": self.mean, "std": self.std, "channels_last": channels_last}
+        return ops.patch_embed(images, self.proj.weight, self.proj.bias, packing, **statistics)
+
+    def tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Packing]:
+        """(images * length, dim) of the model at the shortest length, after `depth` blocks, and their packing."""
+        packing = Packing.uniform(len(images), self.menu[-1], self.prefix, device=self.fc1.weight.device)
         stream = [model.embed(images, packing, channels_last), None, None]
-        tokens = add(*model.run_blocks(stream, packing, 0, self.depth))
-        return self.head(self.features(tokens, len(images))), [tokens, None, None], packing
+        return add(*model.run_blocks(stream, packing, 0, self.depth)) if self.depth else stream[0], packing
 
-    def forward(self, images, model: VarLenViT | None = None, channels_last: bool = True) -> Tensor:
-        """(images, lengths) logits, float32, not yet divided by the temperature. images: as VarLenViT takes them."""
-        if self.kind == "features":
-            if model is None:
-                raise ValueError("an assigner of kind 'features' needs the model that it was made for")
-            return self.with_tokens(images, model, channels_last)[0]
-        packing = Packing.uniform(len(images), self.grid, 0, device=self.temperature.device)
-        return self.vit(images, packing=packing, channels_last=channels_last).float()
+    def inputs(self, tokens: Tensor) -> Tensor:
+        """(images, positions, dim) of tokens: the class token of the embedding is the same for every image."""
+        x = tokens.view(-1, self.prefix + cells(self.menu[-1]), tokens.shape[-1])
+        return x if self.depth else x[:, self.prefix :]
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(images, lengths): the calibrated probability that each length is the label."""
-        return (logits / self.temperature.float()).softmax(-1)
+    def with_tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Tensor, Packing]:
+        """(logits, tokens, packing), for the trunk "tokens".
+
+        An image that stays at the shortest length goes on from there:
+        model.run_blocks([tokens, None, None], packing, depth).
+        """
+        tokens, packing = self.tokens(images, model, channels_last)
+        return self.head(self.inputs(tokens)), tokens, packing
+
+    def forward(self, images, model=None, channels_last: bool = True) -> Tensor:
+        """(images, lengths + classes) logits, float32. images: as VarLenViT takes them"""
+        if self.trunk == "scout":
+            return self.head(self.patches(images, channels_last))
+        if model is None:
+            raise ValueError("an assigner of the trunk 'tokens' needs the model that it was made for")
+        return self.with_tokens(images, model, channels_last)[0]
+
+    # ------------------------------------------------------------------ whose it is, and what it costs
+
+    def require(self, model: VarLenViT) -> TokenLengthAssigner:
+        """Raise ValueError unless it was trained for this model."""
+
+        if self.menu != model.menu:
+            raise ValueError(f"the assigner chooses from the menu {self.menu}, the model's is {model.menu}")
+        if self.fingerprint and self.fingerprint != fingerprint(model):
+            raise ValueError("the assigner was trained for another model, or for this one before it changed")
+        return self
+
+    def costs_for(self, model) -> Costs:
+        """What was measured on the device of a model, or an engine of one, in its dtype; else multiply-accumulates."""
+        where = device_name(model_device(model)), model_dtype(model)
+        found = [costs for costs in self.costs if (costs.device, costs.dtype) == where]
+        return found[0] if found else counted(model, self)
+
+    def keep_costs(self, costs: Costs) -> Costs | None:
+        """Keep what was measured, in place of what was for the same device and dtype, which is returned."""
+        where = costs.device, costs.dtype
+        before = [c for c in self.costs if (c.device, c.dtype) == where]
+        self.costs = [c for c in self.costs if (c.device, c.dtype) != where] + [costs]
+        return before[0] if before else None
+
+    def calibrate(self, outcomes: Outcomes) -> None:
+        """Keep held-out outcomes with its answers, rounded as its file holds them, and what is fitted to them."""
+        rounded = {name: getattr(outcomes, name).astype(np.float16).astype(np.float32) for name in KEPT}
+        self.outcomes = replace(outcomes, probabilities=None, fingerprint=self.fingerprint, **rounded)
+        self.fitted = fitted(self.outcomes)
 
     # ------------------------------------------------------------------ files
 
     def save(self, path) -> None:
-        """Write a .safetensors file: weights, temperature, the model's fingerprint, and the held-out outcomes."""
+        """Write a .safetensors file: weights in bfloat16, whose it is, costs, what budgets are solved from."""
         from safetensors.torch import save_file
 
         path = Path(path)
         if path.suffix != ".safetensors":
             raise ValueError(f"path must end in .safetensors, got {path}")
-        tensors = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        head = {"config": self.config, "fingerprint": self.fingerprint}
+        tensors = {k: v.detach().cpu().bfloat16().contiguous() for k, v in self.state_dict().items()}
+        head = {"config": self.config, "fingerprint": self.fingerprint, "about": self.about}
+        head["costs"] = [costs.to_json() for costs in self.costs]
         if self.outcomes is not None:
             o = self.outcomes
             arrays = {f.name: getattr(o, f.name) for f in fields(o)}
-            arrays = {k: v for k, v in arrays.items() if isinstance(v, np.ndarray) and k != "probabilities"}
+            arrays = {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
+            arrays |= {name: arrays[name].astype(np.float16) for name in KEPT if name in arrays}
+            arrays |= {name: arrays[name].astype(np.int32) for name in ("targets", "label", "predicted")}
             tensors |= {f"outcomes.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
             keys = "\n".join(o.keys).encode("utf-8", "surrogateescape")
             tensors["outcomes.keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8)
             head["outcomes"] = {"fingerprint": o.fingerprint, "about": o.about}
+            head["fitted"] = {name: policy.to_json() for name, policy in self.fitted.items()}
         metadata = {"format": "pt", METADATA: json.dumps(head)}
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -200,24 +261,23 @@ class TokenLengthAssigner(nn.Module):
         if not head:
             raise ValueError(f"{path} holds no token-length assigner")
         try:
-            head = json.loads(head)
-            config = head["config"]
-            assigner = cls(config.pop("menu"), config.pop("kind"), **config)
-            kept = {k.removeprefix("outcomes."): v.numpy() for k, v in tensors.items() if k.startswith("outcomes.")}
-            assigner.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("outcomes.")})
-            assigner.fingerprint = head["fingerprint"]
-            if kept:
-                keys = tuple(kept.pop("keys").tobytes().decode("utf-8", "surrogateescape").split("\n"))
-                assigner.outcomes = Outcomes(menu=assigner.menu, keys=keys, **kept, **head["outcomes"])
+            return cls._from(json.loads(head), tensors).eval()
         except (KeyError, TypeError, ValueError, RuntimeError) as error:  # an entry or a tensor is missing, or another
             raise ValueError(f"{path} is no whole assigner: {' '.join(str(error).split())[:200]}") from error
-        return assigner.eval()
 
-    def require(self, model: VarLenViT) -> TokenLengthAssigner:
-        """Raise ValueError unless it was trained for this model."""
-
-        if self.menu != model.menu:
-            raise ValueError(f"the assigner chooses from the menu {self.menu}, the model's is {model.menu}")
-        if self.fingerprint and self.fingerprint != fingerprint(model):
-            raise ValueError("the assigner was trained for another model, or for this one before it changed")
-        return self
+    @classmethod
+    def _from(cls, head: dict, tensors: dict[str, Tensor]) -> TokenLengthAssigner:
+        config = head["config"]
+        assigner = cls(config.pop("menu"), config.pop("trunk"), **config)
+        kept = {k.removeprefix("outcomes."): v.numpy() for k, v in tensors.items() if k.startswith("outcomes.")}
+        state = {k: v for k, v in tensors.items() if not k.startswith("outcomes.")}
+        assigner.load_state_dict(state)
+        assigner.fingerprint, assigner.about = head["fingerprint"], head["about"]
+        assigner.costs = [Costs.from_json(text) for text in head["costs"]]
+        if kept:
+            keys = tuple(kept.pop("keys").tobytes().decode("utf-8", "surrogateescape").split("\n"))
+            kept |= {name: kept[name].astype(np.float32) for name in KEPT}
+            kept |= {name: kept[name].astype(np.int64) for name in ("targets", "label")}
+            assigner.outcomes = Outcomes(menu=assigner.menu, keys=keys, **kept, **head["outcomes"])
+            assigner.fitted = {name: Policy.from_json(text) for name, text in head["fitted"].items()}
+        return assigner

@@ -1,12 +1,14 @@
-"""Budgets without retraining: the numbers of a policy, solved from held-out outcomes and costs measured here."""
+"""Budgets without retraining: the numbers of a policy, solved from held-out outcomes and the costs of each length."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import (
@@ -21,8 +23,8 @@ from revit_kernels.adaptive.policies import (
     Simulated,
 )
 
-GRID = {2: 400, 3: 40, 4: 14}  # candidate thresholds of each stage, by the number of stages; fewer beyond
-PRICES = 24
+PRICES, FINER = 201, 61  # that are tried of all at which a decision turns, and again about the best
+MARGIN = 0.02  # of the cost that a price must leave free: prices come from few images, and answers serve others
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class Budget:
     speed:    images a second, in multiples of full length's
     tokens:   mean tokens of an image, prefix tokens counted, all passes added up
     accuracy: on the held-out images, at the least cost
-    loss:     points of accuracy below full length's, as a share (0.003 is 0.3 points)
+    loss:     points of accuracy below full length's, as a share (0.003 is 0.3 points), one standard error included: of
+              all prices, the one that loses least on the held-out images does so by chance too
 
-    An accuracy is that of the held-out images which thresholds were chosen on: on others expect less, by about one
-    standard error of the difference.
+    An accuracy is that of the held-out images which a price was chosen on: on others expect less, by about one
+    standard error.
     """
 
     speed: float | None = None
@@ -109,18 +112,18 @@ class _Problem:
         return float((found.tokens if self.budget.tokens is not None else found.seconds).mean())
 
     def measure(self, policy: Policy) -> tuple[float, float]:
-        """(accuracy, cost)"""
+        """(accuracy, cost); under a budget of loss the accuracy is less one standard error of the loss."""
         found = policy.simulate(self.outcomes, self.costs, self.prefix)
-        return float(found.right.mean()), self.cost(found)
+        accuracy = float(found.right.mean())
+        if self.budget.loss is not None:
+            difference = self.outcomes.correct[:, 0].astype(float) - found.right
+            accuracy -= float(difference.std() / np.sqrt(len(difference)))
+        return accuracy, self.cost(found)
 
-    def better(self, first: tuple[float, float], second: tuple[float, float]) -> bool:
-        """Whether one (accuracy, cost) meets the budget better than another."""
-        return self._order(first) < self._order(second)
-
-    def _order(self, found: tuple[float, float]):
+    def _order(self, found: tuple[float, float], margin: float = 0.0):
         accuracy, cost = found
         if self.wanted is None:
-            over = cost > self.limit * (1 + 1e-9)
+            over = cost > self.limit * (1 - margin) * (1 + 1e-9)
             return (over, cost if over else -accuracy, cost)
         short = accuracy < self.wanted
         return (short, -accuracy if short else cost, -accuracy)
@@ -128,8 +131,29 @@ class _Problem:
     def meets(self, found: tuple[float, float]) -> bool:
         return not self._order(found)[0]
 
-    def best(self, candidates) -> tuple[Policy, tuple[float, float]]:
-        return min(candidates, key=lambda pair: self._order(pair[1]))
+    def best(self, candidates, margin: float = 0.0) -> tuple[Policy, tuple[float, float]]:
+        return min(candidates, key=lambda pair: self._order(pair[1], margin))
+
+
+def fitted(outcomes: Outcomes) -> dict[str, Policy]:
+    """Policies without a price yet, by name and first row: what their probabilities of being right are.
+
+    outcomes: of images that neither the model nor the assigner has learnt from
+
+    Solving a budget of these needs no fit. An assigner's file keeps them.
+    """
+    costs = (0.0,) * len(outcomes.menu)
+    found = {}
+    if outcomes.assigner is not None:
+        found["assigner"] = Assign(0.0, costs)
+    for first in range(1, len(outcomes.menu)):
+        for kind in (Cascade, AssignedCascade):
+            if kind is Cascade or outcomes.mixed is not None:
+                known = kind(first, (), 0.0, costs)
+                found[f"{kind.name} {first}"] = replace(
+                    known, weights=evidence.fit(known.columns_of(outcomes), outcomes.correct)
+                )
+    return found
 
 
 def solve(
@@ -138,48 +162,106 @@ def solve(
     costs: Costs,
     budget="full",
     *,
-    temperature: float = 1.0,
+    known: dict[str, Policy] | None = None,
     prefix: int = 1,
     seed: int = 0,
 ) -> Policy:
     """The policy of this kind that meets the budget best on held-out outcomes.
 
-    policy:      one of POLICIES
-    outcomes:    of images that neither the model nor the assigner has learnt from
-    costs:       measured on the device that will serve
-    budget:      see Budget.parse. With a cost given, accuracy is the largest that is found; with an accuracy, the cost
-                 is the least
-    temperature: of the assigner's logits
+    policy:   one of POLICIES
+    outcomes: of images that neither the model nor the assigner has learnt from
+    costs:    of each length, where the policy will serve
+    budget:   see Budget.parse. With a cost given, accuracy is the largest that is found; with an accuracy, the cost is
+              the least
+    known:    what `fitted` gives of these outcomes, if that is known already
 
-    A cascade of more stages is taken only where it wins by more than one standard error of the paired difference, or,
-    at a given accuracy, where it is cheaper by more than 2 %: with many thresholds something always fits by chance.
-    Raises ValueError where no such policy meets the budget, saying what can be reached.
+    What comes out as one length for all images is a `Fixed`. Where no such policy meets the budget, the nearest one is
+    returned, with a warning that says what can be reached.
     """
     problem = _Problem(outcomes, costs, Budget.parse(budget), prefix)
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
     if len(outcomes) == 0:
         raise ValueError("a budget is solved from held-out images, and these outcomes hold none")
-    if policy == "assigner+cascade" and len(outcomes.menu) < 2:
-        raise ValueError("policy 'assigner+cascade' needs a menu of two lengths or more")
     if "assigner" in policy and outcomes.assigner is None:
         raise ValueError(f"policy {policy!r} needs an assigner, with its answers for the held-out images")
-    relative = tuple(c / costs.per_length[0] for c in costs.per_length)
     if policy == "oracle":
-        return Oracle()
-    if policy == "fixed":
-        found = problem.best((p, problem.measure(p)) for p in map(Fixed, range(len(outcomes.menu))))
-    elif policy == "random":
+        return Oracle(len(outcomes.menu))
+    found = [(one, problem.measure(one)) for one in map(Fixed, range(len(outcomes.menu)))]
+    if policy == "random":
         found = _random(problem, seed)
-    elif policy == "assigner":
-        found = _assigner(problem, temperature, relative)
-    elif policy == "cascade":
-        found = _cascade(problem)
-    else:
-        found = _assigned_cascade(problem, temperature, relative)
-    if not problem.meets(found[1]):
-        raise ValueError(_unreachable(policy, problem, found))
-    return found[0]
+    elif policy != "fixed":
+        known = fitted(outcomes) if known is None else known
+        for name, one in known.items():
+            if name.split()[0] == policy:
+                found.append(_priced(problem, one))
+    best = problem.best(found)
+    if not problem.meets(best[1]):
+        warnings.warn(_unreachable(policy, problem, best), stacklevel=2)
+    return best[0]
+
+
+def _priced(problem: _Problem, policy: Policy):
+    """The policy at the price that meets the budget best, with what it comes to."""
+    per, costs = problem.costs.per_length, problem.costs
+    repack = costs.repack if isinstance(policy, Cascade) else 0.0
+    policy = replace(policy, costs=tuple((c + repack) / per[0] for c in per))
+    right, weighed = policy.probabilities(problem.outcomes).double().numpy(), np.array(policy.weighed())
+    turns = _turns(right, weighed)
+
+    def best(places):
+        places = list(dict.fromkeys(places.astype(int).tolist()))
+        measured = _at_prices(problem, policy, right, weighed, turns[places])
+        return min(zip(places, measured), key=lambda pair: problem._order(pair[1], MARGIN))
+
+    place, found = best(np.linspace(0, len(turns) - 1, PRICES))
+    step = len(turns) / PRICES
+    near = np.linspace(max(0, place - step), min(len(turns) - 1, place + step), FINER)
+    place, _ = min([(place, found), best(near)], key=lambda pair: problem._order(pair[1], MARGIN))
+    policy = replace(policy, price=float(turns[place]))
+    return policy, problem.measure(policy)
+
+
+def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np.ndarray, prices: np.ndarray):
+    """What `problem.measure` gives of the policy at each price, without simulating it image by image.
+
+    right: (images, lengths) probabilities; weighed: (lengths,) by which a price is multiplied
+    """
+    correct, rows = problem.outcomes.correct.astype(np.float64), right.shape[1]
+    lengths = np.array([problem.prefix + h * w for h, w in problem.outcomes.menu], np.float64)
+    costs, by_tokens, found = problem.costs, problem.budget.tokens is not None, []
+    per = lengths if by_tokens else np.array(costs.per_length)
+    full, every = correct[:, 0], np.arange(len(correct))
+    for price in prices:
+        row = rows - 1 - (right - price * weighed)[:, ::-1].argmax(1)
+        won = correct[every, row]
+        share = np.bincount(row, minlength=len(per)) / len(row)
+        cost = float(share @ per)
+        if policy.passes > 1:  # all begin at the first, and those that stay are not run again
+            going = 1 - share[policy.first]
+            cost += going * per[policy.first]
+            cost += 0.0 if by_tokens else going * costs.repack + costs.later_pass(going)
+        if policy.uses_assigner and not by_tokens:
+            begun = share[-1] if policy.passes == 1 else float(policy.first == len(per) - 1)
+            cost += costs.assigner - costs.reused * begun
+        accuracy = float(won.mean())
+        if problem.budget.loss is not None:
+            accuracy -= float((full - won).std() / np.sqrt(len(won)))
+        found.append((accuracy, cost))
+    return found
+
+
+def _turns(right: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """The prices, ascending, at which one length of an image becomes worth more than another; none, and beyond all.
+
+    right: (images, lengths) probabilities; costs: (lengths,) by which a price is multiplied
+    """
+    found = [np.zeros(1)]
+    for i, j in itertools.combinations(range(len(costs)), 2):
+        if costs[i] > costs[j]:
+            found.append((right[:, i] - right[:, j]) / (costs[i] - costs[j]))
+    turns = np.unique(np.concatenate(found).clip(0))
+    return np.append(turns * (1 + 1e-9), 2 * turns[-1] + 1)
 
 
 def _unreachable(policy: str, problem: _Problem, found) -> str:
@@ -190,169 +272,19 @@ def _unreachable(policy: str, problem: _Problem, found) -> str:
         reach = f"{problem.costs.per_length[0] / cost:.2f}x is the most it reaches"
     else:
         reach = f"{cost:.1f} tokens are the fewest it reaches"
-    return f"the policy {policy!r} cannot meet the budget {problem.budget}: {reach}"
+    return f"the policy {policy!r} cannot meet the budget {problem.budget}: {reach}, and that is taken"
 
 
 def _random(problem: _Problem, seed: int):
-    """The mix of two lengths with the most accuracy at the cost, or the least cost at the accuracy."""
+    """Every length, and mixes of two of them, with what is expected of each."""
     rows = [(problem.measure(Fixed(row)), row) for row in range(len(problem.outcomes.menu))]
-    found = [(Random(_mix(len(rows), {row: 1.0}), seed), measured) for measured, row in rows]
+    found = [(Fixed(row), measured) for measured, row in rows]
     for (first, a), (second, b) in itertools.combinations(rows, 2):
         for share in np.linspace(0, 1, 101)[1:-1]:
             expected = tuple(float(share * x + (1 - share) * y) for x, y in zip(first, second))
             found.append((Random(_mix(len(rows), {a: share, b: 1 - share}), seed), expected))
-    return problem.best(found)
+    return found
 
 
 def _mix(rows: int, shares: dict[int, float]) -> tuple[float, ...]:
     return tuple(float(shares.get(row, 0.0)) for row in range(rows))
-
-
-def _assigner(problem: _Problem, temperature: float, relative: tuple[float, ...]):
-    """The price by bisection in its logarithm: the cost falls as it rises."""
-
-    def at(price: float):
-        policy = Assign(temperature, float(price), relative)
-        return policy, problem.measure(policy)
-
-    candidates = [at(0.0), *(at(price) for price in np.logspace(-5, 3, 65))]
-    found = problem.best(candidates)
-    low, high = found[0].price / 1.4, max(found[0].price, 1e-5) * 1.4
-    return problem.best([found, *(at(price) for price in np.linspace(low, high, 65))])
-
-
-def _quantiles(problem: _Problem, row: int, count: int) -> np.ndarray:
-    """Thresholds that a rising share of the images is below: none, ..., all."""
-    confidence = np.sort(problem.outcomes.confidence[:, row])
-    places = np.linspace(0, len(confidence) - 1, count).astype(int)
-    return np.unique(np.append(confidence[places], [0.0, 1.5])).astype(np.float64)
-
-
-class _Passes:
-    """Accuracy and cost of many cascades over the same outcomes, without simulating each from the start."""
-
-    def __init__(self, problem: _Problem, start: np.ndarray | None = None):
-        outcomes, costs = problem.outcomes, problem.costs
-        self.problem, self.start = problem, start
-        self.confidence = outcomes.confidence.astype(np.float32)
-        self.correct = outcomes.correct
-        self.count = len(outcomes)
-        by_tokens = problem.budget.tokens is not None
-        per = [problem.prefix + h * w for h, w in outcomes.menu] if by_tokens else costs.per_length
-        self.per = np.array(per, np.float64)
-        self.repack = 0.0 if by_tokens else costs.repack
-        self.later_pass = (lambda share: 0.0) if by_tokens else costs.later_pass
-        self.base = costs.assigner if start is not None and not by_tokens else 0.0
-
-    def measure(self, stages: tuple[int, ...], thresholds: tuple[float, ...]) -> tuple[float, float]:
-        here = np.full(self.count, True) if self.start is None else self.start == stages[0]
-        right = cost = 0.0
-        going = np.zeros(self.count, bool)
-        passes = np.zeros(self.count, np.int8)  # of each image, after its first
-        for stage, row in enumerate(stages):
-            runs = here if stage == 0 else going if self.start is None else going | (self.start == row)
-            cost += self.per[row] * runs.sum() + self.repack * going.sum()
-            if stage == len(stages) - 1:
-                right += self.correct[runs, row].sum()
-                break
-            unsure = runs & (self.confidence[:, row] < np.float32(thresholds[stage]))
-            right += self.correct[runs & ~unsure, row].sum()
-            going = unsure
-            passes += going
-        later = sum(self.later_pass((passes >= nth).mean()) for nth in range(1, len(stages)))
-        return float(right / self.count), float(cost / self.count + self.base + later)
-
-
-def _threshold_search(problem: _Problem, passes: _Passes, stages: tuple[int, ...]):
-    """The best thresholds of these stages: a grid of quantiles, then finer ones about the best, stage by stage."""
-    if len(stages) == 1:
-        return (), passes.measure(stages, ())
-    count = GRID.get(len(stages), 6)
-    axes = [_quantiles(problem, row, count) for row in stages[:-1]]
-    found = ((t, passes.measure(stages, t)) for t in itertools.product(*axes))
-    thresholds, measured = problem.best(found)
-    for _ in range(2):
-        for stage, row in enumerate(stages[:-1]):
-            fine = _quantiles(problem, row, 400)
-            near = np.searchsorted(fine, thresholds[stage])
-            for value in fine[max(0, near - 25) : near + 26]:
-                trial = (*thresholds[:stage], float(value), *thresholds[stage + 1 :])
-                now = passes.measure(stages, trial)
-                if problem.better(now, measured):
-                    thresholds, measured = trial, now
-    return tuple(map(float, thresholds)), measured
-
-
-def _stage_sets(rows: int, most: int = 4):
-    """All ways to go from shorter to longer lengths: rows in descending order, that is ascending length."""
-    for count in range(1, min(rows, most) + 1):
-        yield from itertools.combinations(range(rows - 1, -1, -1), count)
-
-
-def _cascade(problem: _Problem, start: np.ndarray | None = None):
-    passes = _Passes(problem, start)
-    by_count: dict[int, list] = {}
-    for stages in _stage_sets(len(problem.outcomes.menu)):
-        if start is not None and not set(np.unique(start)) <= set(stages):
-            continue
-        thresholds, measured = _threshold_search(problem, passes, stages)
-        by_count.setdefault(len(stages), []).append((Cascade(stages, thresholds), measured))
-    best = None
-    for count in sorted(by_count):
-        found = problem.best(by_count[count])
-        if best is None or _worth_more_stages(problem, best, found, start):
-            best = found
-    return best
-
-
-def _worth_more_stages(problem: _Problem, simple, found, start) -> bool:
-    if not problem.better(found[1], simple[1]):
-        return False
-    if not problem.meets(simple[1]):
-        return True
-    if problem.wanted is not None:
-        return found[1][1] < 0.98 * simple[1][1]
-    first = np.full(len(problem.outcomes), -1)
-
-    def right(policy):
-        begin = np.full(len(first), policy.stages[0]) if start is None else start
-        row = first.copy()
-        for rows in policy.rows_from(begin, problem.outcomes):
-            row = np.where(rows >= 0, rows, row)
-        return problem.outcomes.correct[np.arange(len(first)), row].astype(float)
-
-    difference = right(found[0]) - right(simple[0])
-    return difference.mean() > difference.std() / np.sqrt(len(difference))
-
-
-def _assigned_cascade(problem: _Problem, temperature: float, relative: tuple[float, ...]):
-    """Prices on a grid; for each, where images begin is given, and the thresholds are solved."""
-    found, seen = [], set()
-    shortest = len(relative) - 1
-    for price in np.logspace(-3, 1.5, PRICES):
-        assign = Assign(temperature, float(price), relative)
-        chosen = assign.rows_run(problem.outcomes)[0]
-        for stages in _stage_sets(len(relative), 3):
-            if stages[0] != shortest or len(stages) < 2:
-                continue
-            start_of = AssignedCascade(assign, Cascade(stages, (0.0,) * (len(stages) - 1)))
-            table = np.array([next((s for s in stages if s <= row), stages[-1]) for row in range(len(relative))])
-            start = table[chosen]
-            mark = (stages, start.tobytes())
-            if mark in seen:
-                continue
-            seen.add(mark)
-            thresholds, measured = _threshold_search_coarse(problem, _Passes(problem, start), stages)
-            found.append((AssignedCascade(start_of.assign, Cascade(stages, thresholds)), measured))
-    policy, measured = problem.best(found)
-    start = policy.rows_run(problem.outcomes)[0]
-    thresholds, finer = _threshold_search(problem, _Passes(problem, start), policy.cascade.stages)
-    if problem.better(finer, measured):
-        policy, measured = AssignedCascade(policy.assign, Cascade(policy.cascade.stages, thresholds)), finer
-    return policy, measured
-
-
-def _threshold_search_coarse(problem: _Problem, passes: _Passes, stages: tuple[int, ...]):
-    axes = [_quantiles(problem, row, 40 if len(stages) == 2 else 14) for row in stages[:-1]]
-    found = problem.best((t, passes.measure(stages, t)) for t in itertools.product(*axes))
-    return tuple(map(float, found[0])), found[1]

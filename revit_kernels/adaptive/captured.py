@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import Assign, Fixed, Policy
+from revit_kernels.adaptive.policies import Assign, Fixed, Own
 from revit_kernels.engines import CapturedEngine
 
 
@@ -46,12 +46,12 @@ def captured_engine(adaptive: AdaptiveViT, *, images: int = 64, outcomes: Outcom
         def choose(images: Tensor) -> Tensor:
             return torch.full((len(images),), policy.row, dtype=torch.int32, device=images.device)
 
-    elif isinstance(policy, Policy):
+    elif isinstance(policy, Own):
+        choose = policy.choose
+    else:
         raise ValueError(
             f"policy {policy.name!r} asks the host: only one pass at lengths chosen on the device is one graph"
         )
-    else:
-        choose = policy
     if rows is not None:
         options.setdefault("mix", tuple(np.bincount(rows, minlength=len(adaptive.menu)).tolist()))
     return CapturedEngine(adaptive.model, choose, images=images, **options)

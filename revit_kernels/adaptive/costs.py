@@ -1,4 +1,4 @@
-"""What an image costs at each length of the menu: measured, on the device that will serve it."""
+"""What an image costs at each length of the menu: measured on a device, or counted in multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from revit_kernels.adaptive import evidence
 from revit_kernels.grids import Grid
 from revit_kernels.packing import Packing
+
+COUNTED = "multiply-accumulates"
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds for one image, as `measure_costs` finds them.
+    """Seconds for one image, as `measure_costs` finds them; or in parts of a full-length pass, as `counted` does.
 
     menu:       the grids (rows, columns), longest first
     per_length: seconds at each row of the menu, in a packed batch of that length
@@ -28,8 +31,8 @@ class Costs:
     launch:     seconds of a pass that do not depend on its images, shared out among those of a whole batch: part of
                 `per_length`; a pass of few images, as the later ones of a cascade, takes as long to launch
     reused:     seconds saved by an image of the shortest length that goes on from the assigner's tokens
-    device:     the device's name, see `device_name`
-    dtype:      the dtype of the model's weights
+    device:     the device's name, see `device_name`; COUNTED for multiply-accumulates
+    dtype:      the dtype of the model's weights, or what its engine quantizes to
     batch:      images of a batch
     """
 
@@ -67,9 +70,11 @@ class Costs:
         """Seconds, an image of the batch, that a pass of this share of it takes beyond what `per_length` says."""
         return self.launch * (1 - share) if share > 0 else 0.0
 
-    def without_reuse(self) -> Costs:
-        """The costs where the assigner's tokens are not reused."""
-        return replace(self, reused=0.0)
+    def changes(self, before: Costs) -> list[tuple[str, float, float]]:
+        """(name, before, now), in parts of a full-length pass, of each length and of the assigner."""
+        names = [f"{h}x{w}" for h, w in self.menu] + ["assigner", "repacking"]
+        now, then = ((*c.per_length, c.assigner, c.repack) for c in (self, before))
+        return [(n, b / before.per_length[0], a / self.per_length[0]) for n, b, a in zip(names, then, now)]
 
 
 def device_name(device: torch.device | str) -> str:
@@ -92,7 +97,32 @@ def model_device(model) -> torch.device:
 
 
 def model_dtype(model) -> str:
-    return str(next(model.parameters()).dtype).removeprefix("torch.")
+    """What a model, or an engine of one, computes in."""
+    return getattr(model, "quantize", None) or str(next(model.parameters()).dtype).removeprefix("torch.")
+
+
+def vit_macs(dim: int, depth: int, tokens: int, patch: int, mlp_ratio: float = 4.0) -> int:
+    """Multiply-accumulates of the blocks and the patch embedding for one image of so many tokens."""
+    block = (4 + 2 * mlp_ratio) * dim * dim * tokens + 2 * dim * tokens * tokens
+    return int(depth * block + patch * dim * tokens)
+
+
+def model_macs(model, grid: Grid, blocks: int | None = None) -> int:
+    """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
+    tokens = model.num_prefix_tokens + grid[0] * grid[1]
+    linears = [m for block in model.blocks[:blocks] for m in block.modules() if isinstance(m, nn.Linear)]
+    attention = 2 * model.embed_dim * tokens * tokens * len(model.blocks[:blocks])
+    embedding = model.patch_embed.proj.weight[0].numel() * model.embed_dim * tokens
+    return sum(m.weight.numel() for m in linears) * tokens + attention + embedding
+
+
+def counted(model, assigner=None) -> Costs:
+    """The costs where none were measured: multiply-accumulates, in parts of a full-length pass."""
+    menu = check_resizable(model)
+    full = model_macs(model, menu[0])
+    per_length = tuple(model_macs(model, grid) / full for grid in menu)
+    own, reused = (0.0, 0.0) if assigner is None else (n / full for n in (assigner.macs(model), assigner.reused(model)))
+    return Costs(menu, per_length, own, reused=reused, device=COUNTED, dtype=model_dtype(model))
 
 
 def check_resizable(model) -> tuple[Grid, ...]:
@@ -138,11 +168,6 @@ def pick(images: Tensor | list[Tensor], indices: list[int]) -> Tensor | list[Ten
     return [images[i] for i in indices]
 
 
-def confidence_of(logits: Tensor) -> Tensor:
-    """(images,) float32: the largest probability that the softmax of the logits gives, computed in fp32."""
-    return logits.float().softmax(-1).amax(-1)
-
-
 @torch.inference_mode()
 def measure_costs(
     model,
@@ -177,10 +202,12 @@ def measure_costs(
         return lambda: model(images, packing=packing, channels_last=channels_last)
 
     logits = model(images, packing=packings[-1], channels_last=channels_last)
-    half = confidence_of(logits).median()
+    columns = evidence.summary(logits)
+    half = columns[:, 0].median()
 
-    def repack():  # what AdaptiveViT does between two stages
-        going = (confidence_of(logits) <= half).cpu().nonzero()[:, 0].tolist()
+    def repack():  # what AdaptiveViT does between two passes
+        evidence.right(evidence.summary(logits), ((0.0, 1.0, 1.0, 1.0),) * len(model.menu))
+        going = (columns[:, 0] <= half).cpu().nonzero()[:, 0].tolist()
         pick(images, going)
 
     works = {"repack": repack} | {row: at(packing) for row, packing in enumerate(packings)}
@@ -188,11 +215,11 @@ def measure_costs(
     works["alone"] = lambda: model(images[:1], packing=one, channels_last=channels_last)
     if assigner is not None:
         works["assigner"] = lambda: assigner(images, model=model, channels_last=channels_last)
-        if assigner.kind == "features":
+        if assigner.trunk == "tokens":
 
             def reused():
-                _, stream, packing = assigner.with_tokens(images, model, channels_last=channels_last)
-                model.finish(model.run_blocks(list(stream), packing, assigner.depth, len(model.blocks)), packing)
+                _, tokens, packing = assigner.with_tokens(images, model, channels_last=channels_last)
+                model.finish(model.run_blocks([tokens, None, None], packing, assigner.depth), packing)
 
             works["reused"] = reused
     seconds = dict(zip(works, _round_robin(list(works.values()), rounds, warmup, device)))

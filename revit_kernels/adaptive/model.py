@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.budgets import Budget, solve
-from revit_kernels.adaptive.costs import Costs, check_resizable, confidence_of, device_name, measure_costs, pick
+from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import POLICIES, Assign, AssignedCascade, Cascade, Fixed, Oracle, Policy, Random
+from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
 from revit_kernels.engines import Engine
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.vit import VarLenViT
@@ -48,14 +49,15 @@ class AdaptiveViT(nn.Module):
     assigner: a TokenLengthAssigner of the model
     outcomes: of held-out images, to solve the policy's numbers from; the assigner's own, if not given
     budget:   see budgets.Budget: "2.0x", "80 tokens", "95%", "full-0.3", or "full": the cheapest that loses nothing
-    costs:    of `measure_costs`; measured now, if they are needed and not given
+    costs:    to solve the budget with; the assigner's own for this device and dtype, if not given, or
+              multiply-accumulates: never measured here, so that the same files give the same policy every time
     capacity: rows of a packing made on the device; the worst case if not given
-    reuse:    let images that stay at the shortest length go on from a "features" assigner's tokens
+    reuse:    let images that stay at the shortest length go on from the tokens of a "tokens" assigner
 
-    A fixed, random or assigner policy makes one packed pass, and on a GPU never waits for the device. A cascade is a
-    pass per stage, each of which waits to know who goes on.
-    Raises ValueError where policy, model, assigner, outcomes and costs do not belong together, and for a budget that
-    cannot be met.
+    A fixed, random or assigner policy makes one packed pass, and on a GPU never waits for the device. A cascade is two
+    passes; between them it waits to know who goes on.
+    Raises ValueError where policy, model, assigner, outcomes and costs do not belong together. A budget that cannot be
+    met gives the nearest that can be, with a warning.
     """
 
     def __init__(
@@ -73,20 +75,20 @@ class AdaptiveViT(nn.Module):
         super().__init__()
         check_resizable(model)
         self._engine = model if isinstance(model, Engine) else None
-        self.model = model = model.model if isinstance(model, Engine) else model
-        self.assigner = None if assigner is None else assigner.require(model)
-        self.capacity, self.reuse, self._turn = capacity, reuse, 0
-        outcomes = assigner.outcomes if outcomes is None and assigner is not None else outcomes
+        self.model = model.model if isinstance(model, Engine) else model
+        self.assigner = None if assigner is None else assigner.require(self.model)
+        self.capacity, self.reuse, self._turn, self.costs = capacity, reuse, 0, costs
         if outcomes is not None:
-            outcomes.require(model)
-        self.costs = costs
+            outcomes.require(self.model)
         if isinstance(policy, str):
             policy = self._solved(policy, outcomes, budget)
-        elif not isinstance(policy, Policy) and not callable(policy):
-            raise ValueError(f"policy must be one of {POLICIES}, a Policy or a function, got {policy!r}")
-        if isinstance(policy, Policy) and policy.uses_assigner() and assigner is None:
+        elif not isinstance(policy, Policy):
+            if not callable(policy):
+                raise ValueError(f"policy must be one of {POLICIES}, a Policy or a function, got {policy!r}")
+            policy = Own(policy)
+        if policy.uses_assigner and assigner is None:
             raise ValueError(f"policy {policy.name!r} needs an assigner")
-        self.policy = policy.require(model.menu) if isinstance(policy, Policy) else policy
+        self.policy = policy.require(self.model.menu)
 
     @property
     def engine(self) -> Engine:
@@ -99,21 +101,26 @@ class AdaptiveViT(nn.Module):
         if name not in POLICIES:
             raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
         if name == "oracle":
-            return Oracle()
+            return Oracle(len(self.menu))
         if "assigner" in name and self.assigner is None:
             raise ValueError(f"policy {name!r} needs an assigner")
+        known = None
+        if outcomes is None and self.assigner is not None:
+            outcomes, known = self.assigner.outcomes, self.assigner.fitted
         if outcomes is None:
             raise ValueError(
                 f"policy {name!r} needs held-out outcomes to solve its budget from: an assigner's or labels"
             )
-        device = next(self.model.parameters()).device
         if self.costs is None:
-            self.costs = measure_costs(self.engine, self.assigner)
-        elif self.costs.device and self.costs.device != device_name(device):
-            raise ValueError(f"the costs were measured on {self.costs.device}, this is {device_name(device)}")
-        temperature = float(self.assigner.temperature) if self.assigner is not None else 1.0
+            served = self._engine or self.model
+            self.costs = counted(served) if self.assigner is None else self.assigner.costs_for(served)
+        elif self.costs.device not in ("", COUNTED, device := device_name(model_device(self.model))):
+            raise ValueError(f"the costs were measured on {self.costs.device}, this is {device}")
+        # A pass over a packing made on the device begins with the images.
+        if not self.reuse or (name == "assigner" and model_device(self.model).type != "cpu"):
+            self.costs = replace(self.costs, reused=0.0)
         prefix = self.model.num_prefix_tokens
-        return solve(name, outcomes, self.costs, budget, temperature=temperature, prefix=prefix)
+        return solve(name, outcomes.apart()[1], self.costs, budget, known=known, prefix=prefix)
 
     @classmethod
     def from_files(
@@ -152,52 +159,33 @@ class AdaptiveViT(nn.Module):
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
             return Prediction(logits, empty, empty, empty.bool())
-        policy = self.policy
-        if isinstance(policy, Cascade):
-            start = torch.full((count,), policy.stages[0], dtype=torch.int32)
-            return self._cascade(policy, images, self._at(images, start, channels_last), start, channels_last)
-        if isinstance(policy, AssignedCascade):
-            logits, stream, packing = self._assign(images, channels_last)
-            start = policy.decide(logits).cpu()
-            first = self._go_on(images, start, stream, packing, channels_last)
-            return self._cascade(policy.cascade, images, first, start, channels_last)
-        if isinstance(policy, Assign):
-            logits, stream, packing = self._assign(images, channels_last)
-            choice = policy.decide(logits)
-            if not device_choice:
-                choice = choice.cpu()
-                return self._once(self._go_on(images, choice, stream, packing, channels_last), choice)
-        elif isinstance(policy, Oracle):
-            if labels is None:
-                raise ValueError("the oracle needs the images' true labels: it is for evaluation only")
-            labels = torch.as_tensor(labels, device=device)
-            choice = torch.where(labels >= 0, labels, len(self.menu) - 1)
-        elif isinstance(policy, Fixed):
-            choice = torch.full((count,), policy.row, dtype=torch.int32, device=device)
-        elif isinstance(policy, Random):
-            choice = torch.from_numpy(policy.draw(count, self._turn)).to(device)
-            self._turn += 1
-        else:
-            choice = torch.as_tensor(policy(images), device=device)
-            if choice.shape != (count,) or choice.is_floating_point():
-                raise ValueError(f"the policy must give ({count},) menu rows, got {tuple(choice.shape)} {choice.dtype}")
-        if not device_choice:
-            choice = choice.cpu()
-            if not ((choice >= 0) & (choice < len(self.menu))).all():
-                raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {choice.unique().tolist()}")
-            return self._once(self._at(images, choice, channels_last), choice)
-        return self._on_device(images, choice, channels_last)
+        policy, assigned, tokens = self.policy, None, None
+        if policy.uses_assigner:
+            assigned, tokens = self._assign(images, channels_last)
+        row = policy.start(Seen(images, device, assigned, labels, self._turn))
+        self._turn += 1
+        if policy.passes == 1 and device_choice:
+            return self._on_device(images, row, channels_last)
+        row = row.cpu().long()
+        if not ((row >= 0) & (row < len(self.menu))).all():
+            raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {row.unique().tolist()}")
+        lengths = self._lengths("cpu")
+        logits, spent = self._from_tokens(images, row, tokens, channels_last), lengths[row]
+        if policy.passes > 1:
+            following = policy.next(policy.columns(logits, assigned)).cpu().long()
+            going = (following >= 0).nonzero()[:, 0]
+            if len(going):
+                row[going] = following[going]
+                spent = spent.index_add(0, going, lengths[row[going]])
+                answers = self._at(pick(images, going.tolist()), row[going], channels_last)
+                logits = logits.index_copy(0, going.to(logits.device), answers)
+        return Prediction(logits, row, spent, torch.ones_like(row, dtype=torch.bool))
 
     # ------------------------------------------------------------------ one pass
 
     def _lengths(self, device) -> Tensor:
         prefix = self.model.num_prefix_tokens
         return torch.tensor([prefix + cells(grid) for grid in self.menu], device=device)
-
-    def _once(self, logits: Tensor, choice: Tensor) -> Prediction:
-        choice = choice.long()
-        tokens = self._lengths(choice.device)[choice]
-        return Prediction(logits, choice, tokens, torch.ones_like(choice, dtype=torch.bool))
 
     def _packing(self, rows: list[int]) -> Packing:
         device = next(self.model.parameters()).device
@@ -220,55 +208,28 @@ class AdaptiveViT(nn.Module):
 
     # ------------------------------------------------------------------ the assigner
 
-    def _assign(self, images, channels_last: bool):
-        """Logits, and the tokens that they were taken from (None, None where those cannot be gone on from)."""
-        if self.assigner.kind == "features" and self.reuse:
-            return self.assigner.with_tokens(images, self.engine, channels_last)
-        return self.assigner(images, model=self.engine, channels_last=channels_last), None, None
+    def _assign(self, images, channels_last: bool) -> tuple[Tensor, tuple[Tensor, Packing] | None]:
+        """Logits, and the tokens that they were taken from with their packing, where a pass can go on from those."""
+        if self.assigner.trunk == "tokens" and self.reuse:
+            logits, *tokens = self.assigner.with_tokens(images, self.engine, channels_last)
+            return logits, tuple(tokens)
+        return self.assigner(images, model=self.engine, channels_last=channels_last), None
 
-    def _go_on(self, images, choice: Tensor, stream, packing: Packing | None, channels_last: bool) -> Tensor:
+    def _from_tokens(self, images, row: Tensor, known, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows; the shortest's from the assigner's tokens, if there are."""
-        rows = choice.tolist()
-        shortest = len(self.menu) - 1
-        stay = [i for i, row in enumerate(rows) if row == shortest]
-        if stream is None or not stay:
-            return self._at(images, choice, channels_last)
-        engine, depth = self.engine, self.assigner.depth
-        parts = [
-            stream[0].view(len(rows), packing.max_seqlen, -1)[torch.tensor(stay, device=stream[0].device)].flatten(0, 1)
-        ]
-        others = [i for i, row in enumerate(rows) if row != shortest]
-        if others:
-            first = self._packing([rows[i] for i in others])
-            begun = [engine.embed(pick(images, others), first, channels_last), None, None]
-            parts.append(add(*engine.run_blocks(begun, first, 0, depth)))
+        shortest, rows = len(self.menu) - 1, row.tolist()
+        stay = [i for i, r in enumerate(rows) if r == shortest]
+        if known is None or not stay:
+            return self._at(images, row, channels_last)
+        engine, depth, (tokens, packing) = self.engine, self.assigner.depth, known
+        if len(stay) == len(rows):
+            return engine.finish(engine.run_blocks([tokens, None, None], packing, depth), packing)
+        kept = tokens.view(len(rows), packing.max_seqlen, -1)[torch.tensor(stay, device=tokens.device)].flatten(0, 1)
+        others = [i for i, r in enumerate(rows) if r != shortest]
+        first = self._packing([rows[i] for i in others])
+        begun = [engine.embed(pick(images, others), first, channels_last), None, None]
+        begun = add(*engine.run_blocks(begun, first, 0, depth)) if depth else begun[0]
         joint = self._packing([shortest] * len(stay) + [rows[i] for i in others])
-        logits = engine.finish(engine.run_blocks([torch.cat(parts), None, None], joint, depth), joint)
+        logits = engine.finish(engine.run_blocks([torch.cat([kept, begun]), None, None], joint, depth), joint)
         order = torch.tensor(np.argsort(stay + others, kind="stable"), device=logits.device)
         return logits[order]
-
-    # ------------------------------------------------------------------ the cascade
-
-    def _cascade(self, policy: Cascade, images, logits: Tensor, start: Tensor, channels_last: bool) -> Prediction:
-        """From the answers at the rows where the images began, on through the stages."""
-        row = start.long()
-        lengths = self._lengths("cpu")
-        tokens, current = lengths[row], row.clone()
-        following = {r: policy.stages[i + 1] for i, r in enumerate(policy.stages[:-1])}
-        members = torch.arange(len(row))
-        answers = logits
-        while following and len(members):
-            confidence = confidence_of(answers).cpu()
-            going = torch.zeros(len(members), dtype=torch.bool)
-            for stage, r in enumerate(policy.stages[:-1]):
-                at = current == r
-                going |= at & policy.goes_on(stage, confidence)
-            members, current = members[going], current[going]
-            if not len(members):
-                break
-            current = torch.tensor([following[r] for r in current.tolist()])
-            answers = self._at(pick(images, members.tolist()), current, channels_last)
-            logits = logits.index_copy(0, members.to(logits.device), answers)
-            row[members] = current
-            tokens[members] += lengths[current]
-        return Prediction(logits, row, tokens, torch.ones_like(row, dtype=torch.bool))

@@ -29,6 +29,8 @@ COLUMNS = {  # of the file, beside the images' names
     "entropy": np.float32,
     "probabilities": np.float32,
     "assigner": np.float32,
+    "mixed": np.float32,
+    "held_out": np.bool_,
 }
 
 
@@ -72,7 +74,9 @@ class Outcomes:
     confidence: (images, lengths) float32, the softmax's largest value; margin: it less the second; entropy in nats
     label:      (images,) int64, row of the menu, -1 where dropped
     probabilities: (images, lengths, classes) float16, or None
-    assigner:   (images, lengths) float32 logits of an assigner that has not learnt from these images, or None
+    assigner:   (images, lengths) float32 logits of an assigner, of being right at each length, or None
+    mixed:      (images, lengths, 4) float32, `evidence.mixed` of each length's answer, or None
+    held_out:   (images,) bool: the model has not learnt from the image; None where that is so of all
     fingerprint: of the model
     about:      data set, split and options, for a person to read
     """
@@ -89,6 +93,8 @@ class Outcomes:
     fingerprint: str
     probabilities: np.ndarray | None = None
     assigner: np.ndarray | None = None
+    mixed: np.ndarray | None = None
+    held_out: np.ndarray | None = None
     about: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -111,6 +117,14 @@ class Outcomes:
             name: value[indices] for name, value in vars(self).items() if isinstance(value, np.ndarray) and len(value)
         }
         return replace(self, keys=tuple(self.keys[i] for i in indices), **arrays)
+
+    def apart(self) -> tuple[Outcomes | None, Outcomes]:
+        """Of the images that the model has learnt from, None where there are none, and of those held out."""
+        if self.held_out is None:
+            return None, self
+        masks = (~self.held_out, self.held_out)
+        learnt, rest = (replace(self.take(np.flatnonzero(mask)), held_out=None) for mask in masks)
+        return learnt if len(learnt) else None, rest
 
     def relabel(self, unsolved: str = "smallest", rule: str = "first_correct", against: str | None = None) -> Outcomes:
         """The same with other labels. against: "full" or "truth" also decides anew what counts as right."""
@@ -145,10 +159,12 @@ class Outcomes:
             "label": label.astype(np.int16),
             "label_tokens": pyarrow.array(lengths[label], mask=label < 0),
         }
-        for name in (*SUMMARY, "probabilities", "assigner"):
+        for name in (*SUMMARY, "probabilities", "assigner", "mixed"):
             values = getattr(self, name)
             if values is not None:  # older readers of Parquet know no float16
                 columns[name] = _lists(pyarrow, values[rows].astype(COLUMNS[name]))
+        if self.held_out is not None:
+            columns["held_out"] = self.held_out[rows]
         return pyarrow.table(columns)
 
     @classmethod

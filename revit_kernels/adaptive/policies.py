@@ -1,11 +1,13 @@
 """Policies with their numbers filled in: which length, or lengths, each image is given.
 
-The same functions decide offline, on held-out outcomes, and online, on the images that are served.
+`start` gives every image its first length, `next` sends some on to a second. The same functions decide offline, on
+held-out outcomes, and online, on the images that are served.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import ClassVar, NamedTuple
 
@@ -13,11 +15,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from revit_kernels.adaptive.calibration import constant
+from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.device_cache import constant
 
 POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle")
+
+
+class Seen(NamedTuple):
+    """What there is to decide by before the first pass.
+
+    images:   of the batch: a tensor or a list
+    device:   where the rows are wanted
+    assigned: (images, lengths + classes) logits of the assigner, for a policy that uses one
+    labels:   (images,) true menu rows, where they are known
+    turn:     how many batches there were before
+    """
+
+    images: object
+    device: torch.device
+    assigned: Tensor | None = None
+    labels: Tensor | None = None
+    turn: int = 0
 
 
 class Simulated(NamedTuple):
@@ -31,9 +51,30 @@ class Simulated(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy; its fields are all there is to it."""
+    """A policy; its fields are all there is to it.
+
+    uses_assigner: whether `start` or `next` reads an assigner's logits
+    passes:        an image goes through at most so many
+    """
 
     name: ClassVar[str] = ""
+    uses_assigner: ClassVar[bool] = False
+    passes: ClassVar[int] = 1
+
+    def start(self, seen: Seen) -> Tensor:
+        """(images,) int32 menu rows of the first pass, on seen.device, without waiting for it."""
+        raise NotImplementedError
+
+    def next(self, columns: Tensor) -> Tensor:
+        """(images,) int32: the menu row of a second pass, -1 for none; on the columns' device, without waiting for it.
+
+        columns: (images, columns) that `columns` gives of the first pass
+        """
+        raise NotImplementedError
+
+    def columns(self, logits: Tensor, assigned: Tensor | None) -> Tensor:
+        """(images, columns) that `next` decides by. logits: (images, classes) of the first pass"""
+        raise NotImplementedError
 
     def to_json(self) -> str:
         return json.dumps({"policy": self.name} | asdict(self))
@@ -43,20 +84,26 @@ class Policy:
         """What `to_json` wrote. Raises ValueError for any other text."""
         try:
             found = json.loads(text)
-            return _policy(found.pop("policy"), found)
+            classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade)}
+            name = found.pop("policy")
+            if name not in classes:
+                raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
+            return classes[name](**{key: _tuples(value) for key, value in found.items()})
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no JSON of a policy: {error}") from None
-
-    def rows_run(self, outcomes: Outcomes) -> list[np.ndarray]:
-        """For each pass in turn, (images,) the menu row that each image runs at, -1 for none."""
-        raise NotImplementedError
-
-    def uses_assigner(self) -> bool:
-        return False
 
     def require(self, menu) -> Policy:
         """Raise ValueError unless its numbers are of a menu of this many lengths."""
         return self
+
+    def probabilities(self, outcomes: Outcomes) -> Tensor | None:
+        """(images, lengths) of being right, which a price is weighed against; None for a policy without a price."""
+        return None
+
+    def rows_run(self, outcomes: Outcomes) -> list[np.ndarray]:
+        """For each pass in turn, (images,) the menu row that each image runs at, -1 for none."""
+        labels = torch.from_numpy(outcomes.label)
+        return [self.start(Seen(range(len(outcomes)), torch.device("cpu"), None, labels)).numpy().astype(int)]
 
     def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int = 1) -> Simulated:
         """What the policy comes to on outcomes that it was not solved from, or was."""
@@ -72,8 +119,8 @@ class Policy:
             row[runs] = rows[runs]
             if step:
                 seconds += costs.later_pass(runs.mean())
-        if self.uses_assigner():
-            seconds += costs.assigner
+            elif self.uses_assigner:
+                seconds += costs.assigner - costs.reused * (rows == len(lengths) - 1)
         return Simulated(row, tokens, seconds, outcomes.correct[every, row])
 
 
@@ -84,11 +131,11 @@ class Fixed(Policy):
     row: int = 0
     name: ClassVar[str] = "fixed"
 
-    def rows_run(self, outcomes):
-        return [np.full(len(outcomes), self.row)]
+    def start(self, seen):
+        return torch.full((len(seen.images),), self.row, dtype=torch.int32, device=seen.device)
 
     def require(self, menu):
-        _check_rows("row", (self.row,), menu)
+        _check_rows("row", self.row, menu)
         return self
 
     def describe(self, menu) -> str:
@@ -111,8 +158,8 @@ class Random(Policy):
         rows = np.searchsorted(np.cumsum(self.mix), places, side="right").clip(max=len(self.mix) - 1)
         return rng.permutation(rows)
 
-    def rows_run(self, outcomes):
-        return [self.draw(len(outcomes))]
+    def start(self, seen):
+        return torch.from_numpy(self.draw(len(seen.images), seen.turn).astype(np.int32)).to(seen.device)
 
     def require(self, menu):
         if len(self.mix) != len(menu) or not (min(self.mix) >= 0 and 0 < sum(self.mix) < np.inf):
@@ -129,50 +176,76 @@ class Oracle(Policy):
     """Each image at its true label: what no policy can reach, for it asks the truth."""
 
     name: ClassVar[str] = "oracle"
+    lengths: int = 0
 
-    def rows_run(self, outcomes):
-        return [np.where(outcomes.label >= 0, outcomes.label, len(outcomes.menu) - 1)]
+    def start(self, seen):
+        if seen.labels is None:
+            raise ValueError("the oracle needs the images' true labels: it is for evaluation only")
+        labels = torch.as_tensor(seen.labels, device=seen.device)
+        return torch.where(labels >= 0, labels, self.lengths - 1).int()
+
+    def require(self, menu):
+        if self.lengths != len(menu):
+            raise ValueError(f"the oracle is of a menu of {self.lengths} lengths, the model's has {len(menu)}")
+        return self
 
     def describe(self, menu) -> str:
         return "each image at its true label (not attainable: it asks the truth)"
 
 
 @dataclass(frozen=True)
-class Assign(Policy):
-    """The length of the best "probability of being right, less price times cost", by an assigner's logits.
+class Own(Policy):
+    """A function of the user's, from the images to (images,) menu rows."""
 
-    temperature: of the logits' softmax, whose rows are the probabilities that each length is the label
-    price:       of one full-length pass
-    costs:       of each length, relative to the longest
-    An image is right at a length with the probability that its label is that length or a shorter one.
+    choose: Callable = None
+    name: ClassVar[str] = "own"
+
+    def start(self, seen):
+        rows, count = torch.as_tensor(self.choose(seen.images), device=seen.device), len(seen.images)
+        if rows.shape != (count,) or rows.is_floating_point():
+            raise ValueError(f"the policy must give ({count},) menu rows, got {tuple(rows.shape)} {rows.dtype}")
+        return rows
+
+    def to_json(self) -> str:
+        raise ValueError("a function has no JSON")
+
+    def describe(self, menu) -> str:
+        return "a function of the user's"
+
+
+@dataclass(frozen=True)
+class Assign(Policy):
+    """The length of the largest "probability of being right, less price times cost", by an assigner's logits.
+
+    price: of one full-length pass
+    costs: of each length, relative to the longest
     """
 
-    temperature: float = 1.0
     price: float = 0.0
     costs: tuple[float, ...] = ()
     name: ClassVar[str] = "assigner"
+    uses_assigner: ClassVar[bool] = True
 
-    def decide(self, logits: Tensor) -> Tensor:
-        """(images,) int32 rows of the menu, on the device of the logits (images, lengths), without waiting for it."""
-        label = (logits.double() / self.temperature).softmax(-1)
-        right = label.flip(-1).cumsum(-1).flip(-1)  # P(label row >= row): the label is this length or a shorter one
-        price = constant(tuple(self.price * c for c in self.costs), torch.float64, logits.device)
-        worth = right - price
-        # of equally good lengths the shortest
-        return (logits.shape[-1] - 1 - worth.flip(-1).argmax(-1)).int()
+    def decide(self, assigned: Tensor) -> Tensor:
+        """(images,) int32 rows of the menu, on the device of assigned (images, lengths + classes), without waiting."""
+        return _best(evidence.probability(assigned[:, : len(self.costs)]), self.price, self.costs)
 
-    def uses_assigner(self) -> bool:
-        return True
+    def start(self, seen):
+        return self.decide(seen.assigned)
+
+    def weighed(self) -> tuple[float, ...]:
+        """For each column of `probabilities`, the cost that the price is multiplied by."""
+        return self.costs
+
+    def probabilities(self, outcomes):
+        return evidence.probability(torch.from_numpy(_kept(outcomes, "assigner")))
 
     def rows_run(self, outcomes):
-        return [self.decide(torch.from_numpy(_logits(outcomes))).numpy().astype(int)]
+        return [_best(self.probabilities(outcomes), self.price, self.costs).numpy().astype(int)]
 
     def require(self, menu):
-        if len(self.costs) != len(menu) or not self.temperature > 0:
-            raise ValueError(
-                f"an assigner's policy needs {len(menu)} costs and a temperature above 0, got {self.costs} and "
-                f"{self.temperature}"
-            )
+        if len(self.costs) != len(menu):
+            raise ValueError(f"an assigner's policy needs {len(menu)} costs, got {self.costs}")
         return self
 
     def describe(self, menu) -> str:
@@ -181,109 +254,109 @@ class Assign(Policy):
 
 @dataclass(frozen=True)
 class Cascade(Policy):
-    """Shortest first; an image whose confidence is below the stage's threshold goes on to the next.
+    """One length for all; then an image stays, or goes on to the longer length that is worth its price.
 
-    stages:     rows of the menu, in turn
-    thresholds: of every stage but the last
+    first:   menu row of the first pass
+    weights: for each length the numbers of `evidence.right`, for the probability that its answer is right
+    price:   of one full-length pass
+    costs:   of a second pass at each length, relative to one of the longest
+    An image goes where "probability of being right, less price times cost" is largest; staying costs nothing.
     """
 
-    stages: tuple[int, ...] = ()
-    thresholds: tuple[float, ...] = ()
+    first: int = 0
+    weights: tuple[tuple[float, ...], ...] = ()
+    price: float = 0.0
+    costs: tuple[float, ...] = ()
     name: ClassVar[str] = "cascade"
+    passes: ClassVar[int] = 2
 
-    def __post_init__(self):
-        if not self.stages or len(self.thresholds) != len(self.stages) - 1:
-            raise ValueError(f"a cascade of {len(self.stages)} stages needs a threshold for each but the last")
+    def start(self, seen):
+        return torch.full((len(seen.images),), self.first, dtype=torch.int32, device=seen.device)
 
-    def require(self, menu):
-        _check_rows("stages", self.stages, menu)
-        if any(a <= b for a, b in zip(self.stages, self.stages[1:])):
-            raise ValueError(f"stages must be rows in descending order, the shortest length first, got {self.stages}")
-        return self
+    def next(self, columns):
+        return self._next(evidence.right(columns, self.weights[: self.first + 1]))
 
-    def goes_on(self, stage: int, confidence: Tensor) -> Tensor:
-        """(images,) bool: which images the stage is unsure of. confidence: (images,) float32"""
-        return confidence < self.thresholds[stage]
+    def _next(self, right: Tensor) -> Tensor:
+        """right: (images, longer lengths and the first)"""
+        best = _best(right, self.price, self.weighed())
+        return torch.where(best == self.first, -1, best)
+
+    def weighed(self) -> tuple[float, ...]:
+        """For each column of `probabilities`, the cost that the price is multiplied by."""
+        return (*self.costs[: self.first], 0.0)
+
+    def probabilities(self, outcomes):
+        return evidence.right(torch.from_numpy(self.columns_of(outcomes)), self.weights[: self.first + 1])
 
     def rows_run(self, outcomes):
-        return self.rows_from(np.full(len(outcomes), self.stages[0]), outcomes)
+        following = self._next(self.probabilities(outcomes)).numpy().astype(int)
+        return [np.full(len(outcomes), self.first), following]
 
-    def rows_from(self, start: np.ndarray, outcomes: Outcomes) -> list[np.ndarray]:
-        """The passes of images of which each begins at a row of its own, and joins the cascade there."""
-        passes, current = [start], start
-        for _ in range(len(self.stages)):
-            following = np.full(len(outcomes), -1)
-            for stage, row in enumerate(self.stages[:-1]):
-                at = np.flatnonzero(current == row)
-                confidence = torch.from_numpy(outcomes.confidence[at, row])
-                unsure = at[self.goes_on(stage, confidence).numpy()]
-                following[unsure] = self.stages[stage + 1]
-            if (following < 0).all():
-                break
-            passes.append(following)
-            current = following
-        return passes
+    def columns(self, logits, assigned):
+        return evidence.summary(logits)
+
+    def columns_of(self, outcomes: Outcomes) -> np.ndarray:
+        """What `columns` gives, of outcomes."""
+        return np.stack([getattr(outcomes, name)[:, self.first] for name in ("confidence", "margin", "entropy")], 1)
+
+    def require(self, menu):
+        _check_rows("first", self.first, menu)
+        if len(self.costs) != len(menu) or len(self.weights) != len(menu):
+            raise ValueError(
+                f"a cascade needs costs and weights for {len(menu)} lengths, got {len(self.costs)} and "
+                f"{len(self.weights)}"
+            )
+        return self
 
     def describe(self, menu) -> str:
-        steps = [_grid(menu, self.stages[0])]
-        steps += [f"{_grid(menu, row)} if below {t:.3f}" for row, t in zip(self.stages[1:], self.thresholds)]
-        return ", then ".join(steps)
+        longer = " or ".join(_grid(menu, row) for row in range(self.first))
+        return f"{_grid(menu, self.first)}, then {longer} where worth a price of {self.price:.3g} per full-length pass"
 
 
 @dataclass(frozen=True)
-class AssignedCascade(Policy):
-    """The assigner picks where the cascade begins: at its first stage of that length or longer."""
+class AssignedCascade(Cascade):
+    """A cascade that also weighs what the assigner says: of the lengths, and of the answer (`evidence.mixed`)."""
 
-    assign: Assign = Assign()
-    cascade: Cascade = Cascade((0,))
     name: ClassVar[str] = "assigner+cascade"
+    uses_assigner: ClassVar[bool] = True
 
-    def decide(self, logits: Tensor) -> Tensor:
-        """(images,) int32: the menu row of the stage that each image begins at."""
-        chosen = self.assign.decide(logits)
-        table = [
-            next((s for s in self.cascade.stages if s <= row), self.cascade.stages[-1]) for row in range(self._rows())
-        ]
-        return constant(tuple(map(float, table)), torch.float64, logits.device)[chosen.long()].int()
+    def columns(self, logits, assigned):
+        lengths = len(self.costs)
+        mixed = evidence.mixed(logits, assigned[:, lengths:])
+        return torch.cat([evidence.summary(logits), mixed, assigned[:, :lengths].float()], 1)
 
-    def _rows(self) -> int:
-        return len(self.assign.costs)
-
-    def require(self, menu):
-        self.assign.require(menu)
-        self.cascade.require(menu)
-        return self
-
-    def uses_assigner(self) -> bool:
-        return True
-
-    def rows_run(self, outcomes):
-        start = self.decide(torch.from_numpy(_logits(outcomes))).numpy().astype(int)
-        return self.cascade.rows_from(start, outcomes)
+    def columns_of(self, outcomes):
+        mixed = _kept(outcomes, "mixed")[:, self.first]
+        return np.concatenate([super().columns_of(outcomes), mixed, _kept(outcomes, "assigner")], 1)
 
     def describe(self, menu) -> str:
-        return f"{self.assign.describe(menu)}, as the start of: {self.cascade.describe(menu)}"
+        return f"{super().describe(menu)}, with the assigner as evidence"
 
 
-def _check_rows(name: str, rows, menu) -> None:
-    if any(not 0 <= row < len(menu) for row in rows):
-        raise ValueError(f"{name} must be of rows 0 to {len(menu) - 1} of the menu, got {tuple(rows)}")
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return constant(("policy", values), device, lambda: torch.tensor(values, dtype=torch.float64))
+
+
+def _best(right: Tensor, price: float, costs: tuple[float, ...]) -> Tensor:
+    """(images,) int32: the row of the largest "right, less price times cost"; of equally good ones the shortest."""
+    worth = right - _constant(tuple(price * cost for cost in costs), right.device)
+    return (len(costs) - 1 - worth.flip(-1).argmax(-1)).int()
+
+
+def _check_rows(name: str, row: int, menu) -> None:
+    if not 0 <= row < len(menu):
+        raise ValueError(f"{name} must be of rows 0 to {len(menu) - 1} of the menu, got {row}")
 
 
 def _grid(menu, row: int) -> str:
     return f"{menu[row][0]}x{menu[row][1]}"
 
 
-def _logits(outcomes: Outcomes) -> np.ndarray:
-    if outcomes.assigner is None:
-        raise ValueError("these outcomes hold no logits of an assigner: take them from the assigner's file")
-    return outcomes.assigner
+def _kept(outcomes: Outcomes, name: str) -> np.ndarray:
+    if (found := getattr(outcomes, name)) is None:
+        raise ValueError("these outcomes hold nothing of an assigner: take them from the assigner's file")
+    return found
 
 
-def _policy(name: str, fields: dict) -> Policy:
-    classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade)}
-    if name not in classes:
-        raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
-    if name == "assigner+cascade":
-        fields = {"assign": _policy("assigner", fields["assign"]), "cascade": _policy("cascade", fields["cascade"])}
-    return classes[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+def _tuples(value):
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

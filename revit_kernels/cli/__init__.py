@@ -15,6 +15,7 @@ COMMANDS = (
     "train",
     "label",
     "train_assigner",
+    "costs",
     "evaluate",
     "data",
     "samples",

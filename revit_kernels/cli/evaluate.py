@@ -71,7 +71,7 @@ def run(args) -> int:
     assigner, parameter = None, next(model.parameters())
     if args.assigner:
         assigner = TokenLengthAssigner.load(args.assigner).to(parameter.device, parameter.dtype).require(model)
-    held_out = Outcomes.load(args.labels) if args.labels else None
+    held_out = Outcomes.load(args.labels).apart()[1] if args.labels else None
 
     def say(text: str) -> None:
         print(f"revit: {text}", file=sys.stderr)

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from revit_kernels import dispatch
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
-from revit_kernels.adaptive.costs import measure_costs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
@@ -110,7 +109,7 @@ def add(commands):
     adaptive.add_argument(
         "--policy",
         choices=("fixed", "random", "assigner", "cascade", "assigner+cascade"),
-        help="who gives each image its length (default: the cascade, where --assigner or --outcomes is given)",
+        help="who gives each image its length (default: assigner+cascade with an assigner, cascade with --outcomes)",
     )
     adaptive.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
     adaptive.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`, to solve budgets from")
@@ -299,7 +298,7 @@ def _report(totals: Totals) -> int:
 def _adaptive(args, model) -> AdaptiveViT | None:
     """The model with the policy that the arguments ask for; None where each image's size decides its length.
 
-    Without --policy: the cascade, where the model is a ReViT and held-out answers of it are at hand, unless --grids,
+    Without --policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless --grids,
     --max-tokens, --features, --compare or --method say otherwise.
     Raises ValueError where a policy is asked for that cannot be had.
     """
@@ -317,10 +316,12 @@ def _adaptive(args, model) -> AdaptiveViT | None:
     if file is not None:
         assigner = TokenLengthAssigner.load(file).to(parameter.device, parameter.dtype)
     outcomes = Outcomes.load(args.outcomes) if args.outcomes else None
-    policy = args.policy or "cascade"
+    policy = args.policy or ("cascade" if assigner is None or outcomes is not None else "assigner+cascade")
     if policy == "oracle":
         raise ValueError("--policy oracle asks the truth: it is for `revit evaluate`")
-    costs = measure_costs(model, assigner, batch=32, rounds=3) if assigner is not None or outcomes is not None else None
-    return AdaptiveViT(
-        model, policy, assigner=assigner, outcomes=outcomes, budget=args.budget or "full", costs=costs
-    ).eval()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        adaptive = AdaptiveViT(model, policy, assigner=assigner, outcomes=outcomes, budget=args.budget or "full").eval()
+    for warning in told:
+        _say(f"revit: warning: {warning.message}")
+    return adaptive

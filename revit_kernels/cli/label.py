@@ -3,11 +3,13 @@
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from revit_kernels.adaptive.outcomes import name_of
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
@@ -16,13 +18,13 @@ from revit_kernels.training.labels import collect, fit_images, join
 
 EXAMPLES = """\
 examples:
-  revit label runs/cifar10/model.safetensors --data cifar10 --held-out 5000 --output labels.parquet
+  revit label run/model.safetensors --data cifar10 --held-out 5000 --probabilities --output labels.parquet
   revit label revit.safetensors --data photos/ --against full --unsolved drop --output labels.parquet
   revit label fold1.safetensors --fold-models fold2.safetensors fold3.safetensors --data photos/ --output labels.parquet
 
-Labels from training images are overconfident: give --held-out N as to `revit train` to label only
-those that were kept apart; or train K models with --fold I/K and name all of them in this order, and each labels its
-own fold. Labels of folds are meant for a model trained on all the images, which nothing in them can be checked against.
+Labels from training images are overconfident: give --held-out N as to `revit train` to mark those that were kept
+apart, from which budgets are solved; or train K models with --fold I/K and name all of them in this order, and each
+labels its own fold. Labels of folds are meant for a model trained on all the images, which cannot be checked.
 
 A run that was killed goes on with the same command: what was found is kept beside the output until all of it is.
 """
@@ -40,7 +42,7 @@ def add(commands):
     label.add_argument("model", metavar="FILE", help="a .safetensors file of `revit train`")
     add_images(label)
     label.add_argument(
-        "--held-out", type=float, default=0, metavar="N", help="label those that `revit train` kept apart"
+        "--held-out", type=float, default=0, metavar="N", help="mark those that `revit train` kept apart"
     )
     label.add_argument("--seed", type=int, default=0, help="of --held-out and of the folds, as in training")
     label.add_argument(
@@ -65,7 +67,7 @@ def add(commands):
         default="truth",
         help="full: right is what the longest length says; the truth is not needed",
     )
-    label.add_argument("--probabilities", action="store_true", help="keep those of all classes")
+    label.add_argument("--probabilities", action="store_true", help="keep those of all classes: an assigner needs them")
     add_batch_tokens(label)
     add_device(label)
     add_dtype(label)
@@ -89,7 +91,7 @@ def run(args) -> int:
         of_fold = folds(images.targets, len(files), args.seed)
         parts = [images.subset(np.flatnonzero(of_fold == fold)) for fold in range(len(files))]
     elif args.held_out:
-        parts = [images.split(args.held_out, args.seed)[1]]
+        apart = set(images.split(args.held_out, args.seed)[1].keys)
     options = {name: getattr(args, name) for name in ("unsolved", "rule", "against", "probabilities", "batch_tokens")}
     found = []
     folders = [output.with_name(f".{output.name}.partial{number}") for number in range(len(files))]
@@ -106,6 +108,9 @@ def run(args) -> int:
                 )
             )
     outcomes = found[0] if len(found) == 1 else join(found)
+    if args.held_out:
+        names = {name_of(key) for key in apart}
+        outcomes = replace(outcomes, held_out=np.array([key in names for key in outcomes.keys], bool))
     outcomes.save(output)
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -115,8 +120,10 @@ def run(args) -> int:
 
 
 def summary(outcomes) -> list[str]:
-    """A line per length: how many images it recognises, and how many have it as their label."""
-    lines = []
+    """A line per length: how many held-out images it recognises, and how many have it as their label."""
+    (learnt, outcomes), lines = outcomes.apart(), []
+    if learnt is not None:
+        lines.append(f"revit: of {len(outcomes):,} held-out images, {len(learnt):,} others are labelled too:")
     for row, (h, w) in enumerate(outcomes.menu):
         share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
         lines.append(f"revit: {h}x{w} is right on {share:.2%}, and the label of {labels:.2%}")

@@ -1,5 +1,6 @@
 """`revit train-assigner`."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -26,22 +27,22 @@ def add(commands):
     add_images(train, help="the images that were labelled")
     train.add_argument("--output", "-o", required=True, metavar="FILE", help=".safetensors")
     train.add_argument(
-        "--kind",
-        choices=("features", "pixels"),
-        default="features",
-        help="features: the ReViT's first blocks at the shortest length (default); pixels: a micro network of its own",
+        "--trunk",
+        choices=("scout", "tokens"),
+        default="scout",
+        help="scout: patches of the image itself (default); tokens: the ReViT's at the shortest length, which is not "
+        "computed twice",
     )
-    train.add_argument("--loss", choices=("cross_entropy", "ordinal", "cost"), default="cross_entropy")
-    train.add_argument("--balance", action="store_true", help="weigh labels by how rare they are")
-    train.add_argument("--depth", type=count, metavar="N", help="blocks (default: as many as 2 %% of a pass allow)")
-    train.add_argument("--dim", type=count, metavar="N", help="width of the micro network")
-    train.add_argument("--epochs", type=count, metavar="N", help="default: 30, or 10 for pixels")
+    train.add_argument("--depth", type=int, default=0, metavar="N", help="blocks that tokens go through (default: 0)")
+    train.add_argument("--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow)")
+    train.add_argument("--epochs", type=count, default=12, metavar="N", help="default: 12")
     train.add_argument("--batch", type=count, default=256, metavar="N")
-    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--lr", type=float, default=2e-3)
     train.add_argument(
-        "--folds", type=count, metavar="K", help="for answers on images not learnt from (default: 5, or 2)"
+        "--folds", type=count, default=5, metavar="K", help="of held-out images, where only those can be learnt from"
     )
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on where a run with this --output was killed")
     add_device(train)
     add_dtype(train)
     train.add_argument("--quiet", "-q", action="store_true", help="no progress")
@@ -57,25 +58,26 @@ def run(args) -> int:
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
     images = fit_images(open_set(args.data, args.split, root=args.root), model)
-    names = ("loss", "balance", "epochs", "batch", "lr", "folds", "seed")
-    recipe = AssignerRecipe.for_kind(args.kind, **{name: getattr(args, name) for name in names})
-    with tqdm(total=len(outcomes), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
-        assigner = train_assigner(
-            model, outcomes, images, args.kind, recipe, depth=args.depth, embed_dim=args.dim, progress=bar.update
-        )
+    recipe = AssignerRecipe(args.epochs, args.batch, args.lr, folds=args.folds, seed=args.seed)
+    state = output.with_name(f".{output.name}.state")
+    if not args.resume:
+        state.unlink(missing_ok=True)
+    with tqdm(unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
+        options = {"depth": args.depth, "hidden": args.hidden, "state": state, "progress": bar.update}
+        assigner = train_assigner(model, outcomes, images, args.trunk, recipe, **options)
+    parameter, engine = next(model.parameters()), model.engine()
+    served = copy.deepcopy(assigner).to(parameter.device, parameter.dtype)
+    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[:2]), rounds=9)
+    assigner.keep_costs(costs)
     assigner.save(output)
     if not args.quiet:
-        parameter = next(model.parameters())
-        served = assigner.to(parameter.device, parameter.dtype)
-        costs = measure_costs(model, served, tuple(images.pixels(0).shape[:2]), rounds=5)
+        lines = [f"it learnt from {assigner.about['from']}; of {len(assigner.outcomes):,} held-out images it can tell"]
+        for length, found in quality(assigner.outcomes).items():
+            lines.append(
+                f"whether {length} is right with AUC {found['assigner']:.3f} (the pass {found['confidence']:.3f}, "
+                f"both {found['evidence']:.3f}), calibration error {found['calibration_error']:.3f}"
+            )
         share = costs.assigner / costs.per_length[0]
-        found = quality(assigner)
-        before, after = found["calibration_error_before"], found["calibration_error"]
-        print(
-            f"revit: labels predicted {found['accuracy']:.1%} (always the commonest: {found['commonest_label']:.1%}), "
-            f"too short {found['too_short']:.1%}, {found['mean_tokens']:.1f} tokens on average, "
-            f"calibration error {before:.3f} before and {after:.3f} after",
-            file=sys.stderr,
-        )
-        print(f"revit: it costs {share:.1%} of a full-length pass, measured on {costs.device}", file=sys.stderr)
+        lines.append(f"it costs {share:.1%} of a full-length pass, measured on {costs.device}")
+        print("\n".join(f"revit: {line}" for line in lines), file=sys.stderr)
     return 0

@@ -83,39 +83,62 @@ def _placed(found: Gap | None, what: str) -> str:
     return f"{start} {_points(found.value, found.error, 'above', 'below')} {what}{doubt}."
 
 
-def _fastest_static(e: Evaluation, allowed: float) -> str:
-    within = [one for one in e.static[1:] if one.lost(e.full)[0] <= allowed]
-    if not within:
-        return "No shorter length alone stays within that."
-    best = max(within, key=lambda one: one.speed(e.full))
-    h, w = e.menu[best.policy.row]
-    lost = _points(*best.lost(e.full), "lost", "gained")
-    return f"Of the lengths alone, {h}x{w} stays within that, at {best.speed(e.full):.2f}x and {lost}."
+def _speed(e: Evaluation, one: Measured) -> str:
+    least, most = one.spread(e.full)
+    rounds = f" ({least:.2f} to {most:.2f} over {len(one.seconds)} rounds)" if len(one.seconds) > 1 else ""
+    return f"{one.speed(e.full):.2f}x{rounds} the images per second of full length, " + _points(
+        *one.lost(e.full), "lost", "gained"
+    )
+
+
+def _named(e: Evaluation, one: Measured) -> str:
+    if one.name == "fixed":
+        h, w = e.menu[one.policy.row]
+        return f"{h}x{w} for all images"
+    return f"{one.name} at a budget of {one.budget}" if one.budget else one.name
+
+
+def pays(e: Evaluation, one: Measured) -> bool:
+    """Whether it is more accurate, by more than two standard errors, than lengths alone and mixes at its speed."""
+    found = against_static(e, one)
+    return found is not None and found.value > 2 * found.error
+
+
+def recommended(e: Evaluation, allowed: float = ALLOWED) -> Measured:
+    """What to use: the fastest policy that pays and loses no more than is allowed; else the fastest length alone.
+
+    Where a length alone loses no more and is faster, it is the one to use.
+    """
+    within = [one for one in candidates(e) if one.lost(e.full)[0] <= allowed and pays(e, one)]
+    alone = [one for one in e.static if one.lost(e.full)[0] <= allowed]
+    return max([*within, *alone], key=lambda one: one.speed(e.full))
 
 
 def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
-    """What the numbers come to, in sentences, whichever way they fall.
+    """What to do, and what the numbers come to, in sentences, whichever way they fall.
 
-    allowed: the loss of accuracy against full length up to which the fastest policy is the best, as a share
+    allowed: the loss of accuracy against full length up to which the fastest is the best, as a share
     """
-    full, ones = e.full, candidates(e)
-    if not ones:
-        return ["Only the lengths alone were measured, no policy."]
-    within = [one for one in ones if one.lost(full)[0] <= allowed]
-    best = max(within, key=lambda one: one.speed(full)) if within else min(ones, key=lambda one: one.lost(full)[0])
-    name = f"{best.name} at a budget of {best.budget}" if best.budget else best.name
-    numbers = f"{best.speed(full):.2f}x the images per second of full length, "
-    numbers += _points(*best.lost(full), "lost", "gained")
-    limit = f"{100 * allowed:g} points"
-    if within:
-        first = (
-            f"With at most {limit} lost, the best of {len(ones)} pairs of policy and budget is {name}: **{numbers}**."
+    ones, limit = candidates(e), f"{100 * allowed:g} points"
+    best = recommended(e, allowed)
+    if best.name == "fixed":
+        lines = [f"Use {_named(e, best)}: **{_speed(e, best)}**."] if best is not e.full else []
+        if not ones:
+            return lines + ["Only the lengths alone were measured, no policy."]
+        lines = lines or [f"Use full length, {_named(e, best)}: no shorter length loses at most {limit}."]
+        other = min(ones, key=lambda one: max(one.lost(e.full)[0], allowed) - one.speed(e.full) / 1e6)
+        lines[0] += (
+            f" Adaptivity does not pay here, by {limit} lost at most: the best of {len(ones)} policies is "
+            f"{_named(e, other)}, {_speed(e, other)}."
         )
-    else:
-        first = (
-            f"None of {len(ones)} pairs of policy and budget stays within {limit} of full length; nearest is {name}: "
-        )
-        first += f"{numbers}."
-    lines = [f"{first} {_fastest_static(e, allowed)}"]
+        lines.append(_placed(against_static(e, other), "the lengths alone and mixes of two of them"))
+        return lines
+    lines = [
+        f"Use {_named(e, best)}: **{_speed(e, best)}**. It is the fastest of {len(ones)} policies that lose at most "
+        f"{limit} and are more accurate than lengths alone."
+    ]
+    lossless = recommended(e, 0.0)
+    if lossless is not best and lossless is not e.full:
+        lines[0] += f" With nothing lost: {_named(e, lossless)}, {_speed(e, lossless)}."
     lines.append(_placed(against_static(e, best), "the lengths alone and mixes of two of them"))
     return [*lines, _placed(against_random(e, best), "random lengths")] if e.random else lines

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
 
-from revit_kernels.adaptive.assigner import model_macs
 from revit_kernels.adaptive.budgets import Budget
-from revit_kernels.adaptive.costs import Costs, device_name, measure_costs
+from revit_kernels.adaptive.costs import COUNTED, Costs, device_name, measure_costs, model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Fixed, Oracle
@@ -30,7 +30,11 @@ BUDGETS = ("1.5x", "2x", "3x", "full-0.3")
 
 @dataclass
 class Evaluation:
-    """Everything that a report says. `static` holds every length alone, the longest first; macs are of each."""
+    """Everything that a report says.
+
+    static: every length alone, the longest first; macs: of each
+    fixed:  (policy, budget, menu row) of each policy that came out as one length for all images
+    """
 
     menu: tuple
     static: list[Measured]
@@ -40,7 +44,7 @@ class Evaluation:
     costs: Costs
     macs: list[float]
     assigner_macs: float
-    temperature: float
+    fixed: list[tuple[str, str, int]]
     images: str
     classes: tuple[str, ...]
     about: dict
@@ -55,23 +59,13 @@ class Evaluation:
         lots = [one.lot for one in self.policies if one.lot is not None]
         return [one for one in self.policies if one.name == "random"] + lots
 
-    def assigner_probabilities(self) -> np.ndarray | None:
-        """(images, lengths): what the assigner takes for the probability that each length is the label."""
-        if self.outcomes.assigner is None:
-            return None
-        z = self.outcomes.assigner.astype(np.float64) / self.temperature
-        p = np.exp(z - z.max(1, keepdims=True))
-        return p / p.sum(1, keepdims=True)
-
     def calibration(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
-        """(name, probability, right), (images,) each, of every length and of the assigner: what was claimed, and held.
-
-        The assigner is right where it gives the label the most.
-        """
+        """(name, probability, right), (images,) each, of every length, and of the assigner for the shortest one."""
         o = self.outcomes
         found = [(f"{h}x{w}", o.confidence[:, row], o.correct[:, row]) for row, (h, w) in enumerate(self.menu)]
-        if (p := self.assigner_probabilities()) is not None:
-            found.append(("assigner", p.max(1), p.argmax(1) == o.label))
+        if o.assigner is not None:
+            (h, w), told = self.menu[-1], 1 / (1 + np.exp(-o.assigner[:, -1].astype(np.float64)))
+            found.append((f"assigner of {h}x{w}", told, o.correct[:, -1]))
         return found
 
 
@@ -157,14 +151,14 @@ def evaluate(
     configurations: (name, AdaptiveViT) of the same model, to measure as well
     rounds:    how often each configuration is timed, all in turn
     timed:     on how many of the images, every class alike; on all, if not given
-    say:       called with a sentence where a policy cannot meet a budget and is left out
+    say:       called with a sentence where a policy cannot meet a budget, and the nearest is measured
     bar:       makes a progress bar, like tqdm
 
     Raises ValueError where the test images are among those that budgets are solved from, and for what `choose` does.
     """
     held_out = assigner.outcomes if held_out is None and assigner is not None else held_out
     check_apart(held_out, images, "that budgets are solved from")
-    check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner has learnt from")
+    check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner was calibrated on")
     if held_out is not None:
         held_out.require(model)
     if rounds < 1:
@@ -180,16 +174,17 @@ def evaluate(
     bar = bar or (lambda **_: NoBar())
     batch = max(1, batch_tokens // (model.num_prefix_tokens + cells(model.menu[0])))
     with bar(total=len(images), desc="every length", unit=" images") as progress:
-        outcomes = collect(engine, images, progress=progress.update)
+        outcomes = collect(engine, images, assigner=assigner, progress=progress.update)
     bench = Bench(model, images, outcomes, batch, rounds, timed, bar)
     sample = bench.batches[0][1][: min(batch, 256)]
-    costs = measure_costs(engine, assigner, sample, rounds=5)
+    costs = None if assigner is None else assigner.costs_for(engine)
+    kept = costs is not None and costs.device != COUNTED
+    if not kept:
+        costs = measure_costs(engine, assigner, sample, rounds=9)
     made = [("fixed", "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
-    made += _policies(engine, assigner, held_out, costs, chosen, budgets, say)
-    made += [(name, "", adaptive) for name, adaptive in configurations]
+    solved, fixed = _policies(engine, assigner, held_out, costs, chosen, budgets, say)
+    made += [*solved, *((name, "", adaptive) for name, adaptive in configurations)]
     found = bench.measure(made, "random" in chosen)
-    if assigner is not None:
-        outcomes = _with_assigner(outcomes, assigner, engine, bench.batches)
     return Evaluation(
         menu=model.menu,
         static=found[: len(model.menu)],
@@ -199,34 +194,33 @@ def evaluate(
         costs=costs,
         macs=[float(model_macs(model, grid)) for grid in model.menu],
         assigner_macs=0.0 if assigner is None else float(assigner.macs(model)),
-        temperature=1.0 if assigner is None else float(assigner.temperature),
+        fixed=fixed,
         images=images.name,
         classes=images.classes,
-        about=_about(model, assigner, images, batch, rounds, bench.timed),
+        about=_about(model, assigner, images, batch, rounds, bench.timed) | {"costs_kept": kept},
     )
 
 
 def _policies(model, assigner, held_out, costs, policies, budgets, say):
-    made = []
+    """(name, budgets, AdaptiveViT) of each policy once, and (name, budget, menu row) of those that are one length."""
+    made, fixed = {}, []
     for name in policies:
         if name == "oracle":
-            made.append(("oracle", "", AdaptiveViT(model, Oracle())))
+            made[name] = (name, [], AdaptiveViT(model, Oracle(len(model.menu))))
         if name in ("oracle", "fixed"):  # every length alone is measured anyway
             continue
+        outcomes = None if assigner is not None and held_out is assigner.outcomes else held_out
         for budget in budgets:
-            try:
-                adaptive = AdaptiveViT(model, name, assigner=assigner, outcomes=held_out, budget=budget, costs=costs)
-            except ValueError as unreachable:
-                say(str(unreachable))
-                continue
-            made.append((name, str(budget), adaptive))
-    return made
-
-
-@torch.inference_mode()
-def _with_assigner(outcomes: Outcomes, assigner, model, batches) -> Outcomes:
-    parts = [assigner(pixels, model=model, channels_last=True).float().cpu() for _, pixels in batches]
-    return replace(outcomes, assigner=torch.cat(parts).numpy())
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always", UserWarning)
+                adaptive = AdaptiveViT(model, name, assigner=assigner, outcomes=outcomes, budget=budget, costs=costs)
+            for warning in told:
+                say(str(warning.message))
+            if isinstance(adaptive.policy, Fixed):
+                fixed.append((name, str(budget), adaptive.policy.row))
+            else:
+                made.setdefault(adaptive.policy.to_json(), (name, [], adaptive))[1].append(str(budget))
+    return [(name, ", ".join(of), adaptive) for name, of, adaptive in made.values()], fixed
 
 
 def _weights(module) -> str:
@@ -256,4 +250,5 @@ def _about(model, assigner, images: ImageSet, batch: int, rounds: int, timed: in
         "timed": timed,
         "images": images.fingerprint(),
         "assigner": None if assigner is None else _weights(assigner),
+        "assigner_about": None if assigner is None else {"trunk": assigner.trunk} | assigner.about,
     }

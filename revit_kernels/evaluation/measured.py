@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from revit_kernels.adaptive.assigner import model_macs
+from revit_kernels.adaptive.costs import model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import AssignedCascade, Fixed, Oracle, Policy, Random
+from revit_kernels.adaptive.policies import Fixed, Oracle, Policy, Random
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import hold_out
 from revit_kernels.modules.lengths import cells
@@ -33,12 +31,12 @@ class Measured:
     macs:         mean multiply-accumulates of an image, the assigner's counted
     seconds:      (rounds,) of all timed images
     timed:        how many they are
-    lot:          the same mix of lengths, dealt out by lot, where that was measured
+    lot:          the same mix of lengths at random, where that was measured
     """
 
     name: str
     budget: str
-    policy: Policy | Callable
+    policy: Policy
     right: np.ndarray
     row: np.ndarray
     tokens: np.ndarray
@@ -74,6 +72,11 @@ class Measured:
         """Images a second in multiples of full length's: the median of the rounds' ratios."""
         return float(np.median(self.ratios(full)))
 
+    def spread(self, full: Measured) -> tuple[float, float]:
+        """The least and the largest of the rounds' ratios."""
+        ratios = self.ratios(full)
+        return float(ratios.min()), float(ratios.max())
+
     def mix(self, rows: int) -> list[float]:
         return [float((self.row == row).mean()) for row in range(rows)]
 
@@ -89,36 +92,24 @@ def run(adaptive: AdaptiveViT, batches, labels: np.ndarray | None = None):
     return np.where(fits, predicted, -1), row, tokens
 
 
-def passes(policy, row: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """(images, menu rows) bool: the lengths that each image went through.
-
-    row, tokens: (images,) of the answer, and of all passes together
-    lengths:     tokens of each menu row, prefix tokens counted
-    """
-    stages = getattr(getattr(policy, "cascade", policy), "stages", ())
-    before = np.arange(len(lengths))
-    for first, second in pairwise(stages):
-        before[second] = first
-    ran = np.zeros((len(row), len(lengths)), bool)
-    at, left = row.copy(), tokens.copy()
-    while (going := left > 0).any():
-        ran[going, at[going]] = True
-        left[going] -= lengths[at[going]]
-        at = before[at]
+def passes(policy: Policy, row: np.ndarray, lengths: int) -> np.ndarray:
+    """(images, lengths) bool: the menu rows that each image went through. row: (images,) of the answer"""
+    ran = np.zeros((len(row), lengths), bool)
+    ran[np.arange(len(row)), row] = True
+    if policy.passes > 1:
+        ran[:, policy.first] = True
     return ran
 
 
-def macs_of(adaptive: AdaptiveViT, row: np.ndarray, tokens: np.ndarray) -> float:
+def macs_of(adaptive: AdaptiveViT, row: np.ndarray) -> float:
     """Mean multiply-accumulates of an image: of its passes, and of the assigner; tokens gone on from count once."""
     model, assigner, policy = adaptive.model, adaptive.assigner, adaptive.policy
-    lengths = np.array([model.num_prefix_tokens + cells(grid) for grid in model.menu])
-    ran = passes(policy, row, tokens, lengths)
+    ran = passes(policy, row, len(model.menu))
     total = float((ran @ np.array([model_macs(model, grid) for grid in model.menu], float)).mean())
-    if not (isinstance(policy, Policy) and policy.uses_assigner()):
+    if not policy.uses_assigner:
         return total
-    on_host = next(model.parameters()).device.type == "cpu" or isinstance(policy, AssignedCascade)
-    if assigner.kind == "features" and adaptive.reuse and on_host:
-        total -= float(ran[:, -1].mean()) * model_macs(model, model.menu[-1], assigner.depth)
+    if adaptive.reuse and (policy.passes > 1 or next(model.parameters()).device.type == "cpu"):
+        total -= float(ran[:, -1].mean()) * assigner.reused(model)
     return total + assigner.macs(model)
 
 
@@ -181,7 +172,7 @@ class Bench:
 
     def _measured(self, name: str, budget: str, adaptive: AdaptiveViT, answers) -> Measured:
         predicted, row, tokens = answers
-        right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row, tokens)
+        right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row)
         return Measured(name, budget, adaptive.policy, right, row, tokens, macs, [], self.timed)
 
     def _time(self, timed: list[tuple[Measured, AdaptiveViT]]) -> None:

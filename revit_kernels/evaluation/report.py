@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from revit_kernels.adaptive.calibration import calibration_error
-from revit_kernels.adaptive.policies import Policy
+from revit_kernels.adaptive.policies import Own
 from revit_kernels.evaluation import plots
 from revit_kernels.evaluation.comparison import ALLOWED, Gap, against_random, against_static, verdict
 from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.training.assigner import quality
 
 
 def _grids(e: Evaluation) -> list[str]:
@@ -32,7 +33,7 @@ def _rows(head: list[str], rows: list[list[str]], names: int = 1) -> list[str]:
 
 def _headline(e: Evaluation) -> list[str]:
     """A row for each configuration."""
-    head = ["policy", "budget", "accuracy, %", "points lost", "images/s", "speed", "MACs", "tokens"]
+    head = ["policy", "budget", "accuracy, %", "points lost", "images/s", "speed", "least to most", "MACs", "tokens"]
     head += [f"answered at {' / '.join(_grids(e))}, %", "above lengths alone"]
     head += ["above random", "same mix at random, %"] if e.random else []
     rows = []
@@ -40,7 +41,9 @@ def _headline(e: Evaluation) -> list[str]:
         lost, error = one.lost(e.full)
         cells = [_name(e, one), one.budget, f"{100 * one.accuracy:.2f} ± {100 * one.error:.2f}"]
         cells += ["" if one is e.full else f"{100 * lost:.2f} ± {100 * error:.2f}"]
-        cells += [f"{one.rate:,.1f}", f"**{one.speed(e.full):.2f}x**", f"{one.macs / e.macs[0]:.3f}"]
+        least, most = one.spread(e.full)
+        cells += [f"{one.rate:,.1f}", f"**{one.speed(e.full):.2f}x**", f"{least:.2f} to {most:.2f}"]
+        cells += [f"{one.macs / e.macs[0]:.3f}"]
         cells += [f"{one.tokens.mean():.1f}", " / ".join(f"{100 * share:.0f}" for share in one.mix(len(e.menu)))]
         bare = one.name in ("fixed", "random")
         cells += ["" if bare else _gap(against_static(e, one))]
@@ -57,16 +60,14 @@ def _gap(found: Gap | None) -> str:
 
 def _legend(e: Evaluation) -> list[str]:
     """What the headline's columns are, and how the numbers were taken."""
-    about, spread = e.about, [np.ptp(one.ratios(e.full)) / one.speed(e.full) for one in [*e.static[1:], *e.policies]]
+    about = e.about
     timed = "all images" if about["timed"] == len(e.outcomes) else f"{about['timed']:,} of the images"
     speed = (
         "**speed**: from uint8 images in the device's memory to logits on the host. Decoding is not counted; the "
         "assigner, every pass of a cascade and the repacking between passes are. Everything ran "
         f"{about['rounds']} times over {timed}, in batches of {about['batch']}, all rows in turn, a few batches at a "
-        "time; the speed is the median of a row's ratios to full length in the same round."
+        "time; the speed is the median of a row's ratios to full length in one round, **least to most** their range."
     )
-    if spread and about["rounds"] > 1:
-        speed += f" These differ by {np.median(spread):.1%} in the median row, {max(spread):.1%} at most."
     accuracy = "**accuracy**: of all images, with its standard error"
     if about["timed"] != len(e.outcomes):
         accuracy += "; that of lengths alone, of random lengths and of the oracle is from the pass over every length"
@@ -102,7 +103,8 @@ def _lengths(e: Evaluation) -> list[str]:
     found += f"a pass without images {1e6 * costs.launch * costs.batch:,.0f} us"
     if o.assigner is not None:
         found += f", the assigner {1e6 * costs.assigner:,.1f} us an image"
-    lines = [*_rows(head, rows), "", f"{found}. These costs are what budgets were solved with."]
+    kept = "kept in the assigner's file" if e.about["costs_kept"] else "measured in this run"
+    lines = [*_rows(head, rows), "", f"{found}. Budgets were solved with these costs, {kept}."]
     dropped = int((o.label < 0).sum())
     return lines + (["", f"{dropped:,} images have no label."] if dropped else [])
 
@@ -124,26 +126,27 @@ def _by_label(e: Evaluation) -> list[str]:
     return _rows(["policy", "budget", *(f"{name} ({mask.sum():,})" for name, mask in groups)], rows, 2)
 
 
-def _confusion(e: Evaluation) -> list[list[int]]:
-    """Images by label and by the length that the assigner takes for the label."""
-    choice, rows = e.assigner_probabilities().argmax(1), range(len(e.menu))
-    return [[int(((e.outcomes.label == row) & (choice == other)).sum()) for other in rows] for row in rows]
-
-
 def _assigner(e: Evaluation) -> list[str]:
+    """How well each decision is made: the areas under the ROC curves."""
     if e.outcomes.assigner is None:
         return []
-    _, probability, right = e.calibration()[-1]
-    label = e.outcomes.label
-    commonest = np.bincount(label[label >= 0], minlength=1).max() / len(label)
     text = (
-        f"It gives the label the most of {100 * right.mean():.1f} % of the images (always the commonest label would: "
-        f"{100 * commonest:.1f} %), with an expected calibration error of {calibration_error(probability, right):.3f}. "
-        f"It costs {100 * e.costs.assigner / e.costs.per_length[0]:.1f} % of a full-length pass, measured alone "
+        "For each length, how well the assigner (before any pass), the pass's own confidence, and the confidence mixed "
+        "with the assigner's class posterior tell right answers from wrong ones: the area under the ROC curve. The "
+        f"assigner costs {100 * e.costs.assigner / e.costs.per_length[0]:.1f} % of a full-length pass, measured alone "
         f"({100 * e.assigner_macs / e.macs[0]:.1f} % of its multiply-accumulates)."
     )
-    rows = [[name, *(f"{n:,}" for n in counts)] for name, counts in zip(_grids(e), _confusion(e))]
-    return ["## The assigner", "", text, "", *_rows(["label", *(f"took for {g}" for g in _grids(e))], rows), ""]
+    rows = [
+        [name, *(f"{found[key]:.3f}" for key in ("assigner", "confidence", "evidence", "calibration_error"))]
+        for name, found in quality(e.outcomes).items()
+    ]
+    head = ["length", "assigner", "confidence", "both", "assigner's calibration error"]
+    return ["## Decisions", "", text, "", *_rows(head, rows), ""]
+
+
+def _fixed(e: Evaluation) -> list[str]:
+    grids = _grids(e)
+    return [f"- **{name} {budget}**: came out as all at {grids[row]}" for name, budget, row in e.fixed]
 
 
 def _calibration(e: Evaluation) -> list[str]:
@@ -166,10 +169,6 @@ def _calibration(e: Evaluation) -> list[str]:
     ]
 
 
-def _describe(e: Evaluation, one: Measured) -> str:
-    return one.policy.describe(e.menu) if isinstance(one.policy, Policy) else "a function of the user's"
-
-
 def _made(e: Evaluation, command: str) -> list[str]:
     about = e.about
     threads = f", {about['threads']} thread{'s' * (about['threads'] > 1)}" if about["threads"] else ""
@@ -180,7 +179,9 @@ def _made(e: Evaluation, command: str) -> list[str]:
         f"- Model: `{e.outcomes.fingerprint[:16]}`; menu {', '.join(_grids(e))}.",
     ]
     if about["assigner"]:
-        lines.append(f"- Assigner: `{about['assigner'][:16]}`.")
+        told = about["assigner_about"]
+        source = f" It learnt from {told['from']}." if "from" in told else ""
+        lines.append(f"- Assigner: `{about['assigner'][:16]}`, trunk {told['trunk']}.{source}")
     if e.held_out is not None:
         source = e.held_out.about.get("images", "another set")
         lines.append(
@@ -208,7 +209,8 @@ def markdown(e: Evaluation, pictures: list[tuple[str, str]], command: str = "") 
         lines += [f"![{what}]({file})", "", f"*{what}.*", ""]
     lines += ["## Lengths", "", *_lengths(e), "", "## Accuracy by label, %", "", *_by_label(e), "", *_assigner(e)]
     lines += ["## Calibration", "", *_calibration(e), "", "## Policies", ""]
-    lines += [f"- **{f'{one.name} {one.budget}'.strip()}**: {_describe(e, one)}" for one in e.policies]
+    lines += [f"- **{f'{one.name} {one.budget}'.strip()}**: {one.policy.describe(e.menu)}" for one in e.policies]
+    lines += _fixed(e)
     return "\n".join([*lines, "", "## How it was made", "", *_made(e, command)]) + "\n"
 
 
@@ -224,13 +226,14 @@ def as_json(e: Evaluation, command: str = "") -> dict:
         found = {
             "policy": m.name,
             "budget": m.budget,
-            "numbers": json.loads(m.policy.to_json()) if isinstance(m.policy, Policy) else None,
+            "numbers": None if isinstance(m.policy, Own) else json.loads(m.policy.to_json()),
             "accuracy": m.accuracy,
             "standard_error": m.error,
             "lost": lost,
             "lost_standard_error": error,
             "images_per_second": m.rate,
             "speed": m.speed(e.full),
+            "speed_range": m.spread(e.full),
             "seconds": m.seconds,
             "macs": m.macs,
             "tokens": float(m.tokens.mean()),
@@ -270,7 +273,8 @@ def as_json(e: Evaluation, command: str = "") -> dict:
         "accuracy_of_lengths": e.outcomes.correct.mean(0).tolist(),
         "labels": [float((e.outcomes.label == row).mean()) for row in range(len(e.menu))],
         "images_by_label": {name: int(mask.sum()) for name, mask in groups},
-        "confusion": None if e.outcomes.assigner is None else _confusion(e),
+        "decisions": None if e.outcomes.assigner is None else quality(e.outcomes),
+        "fixed": [{"policy": name, "budget": budget, "row": row} for name, budget, row in e.fixed],
         "calibration": [calibrated(*curve) for curve in e.calibration()],
         "static": [one(m) for m in e.static],
         "policies": [one(m) for m in e.policies],

@@ -253,12 +253,17 @@ class Attention(Maps):
         images, length, _ = x.shape
         gate = None if self.gate is None else self.gate(x).sigmoid()
         shape = images, length, self.num_heads, self.head_dim
-        q, k, v = (t.reshape(shape).transpose(1, 2) for t in self.project(x))
+        q, k, v = self.project(x)  # torch.fx can unpack this, not iterate over it
+        q, k, v = q.reshape(shape).transpose(1, 2), k.reshape(shape).transpose(1, 2), v.reshape(shape).transpose(1, 2)
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
         if rope is not None:
             q, k = turned(*(t.transpose(1, 2).reshape(-1, *shape[2:]) for t in (q, k)), rope)
             q, k = (t.to(v.dtype).reshape(shape).transpose(1, 2) for t in (q, k))
-        y = weigh(self, q, k, v, attn_mask, is_causal).transpose(1, 2).reshape(images, length, -1)
+        y = (
+            weigh(self, q, k, v, attn_mask, is_causal)
+            .transpose(1, 2)
+            .reshape(images, length, self.num_heads * self.head_dim)
+        )
         y = apply_norm(self.norm, y, packing)
         y = y if gate is None else y * gate
         return self.proj_drop(self.proj(y))

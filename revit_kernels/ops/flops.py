@@ -2,14 +2,18 @@
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 import revit_kernels.ops.attention
 import revit_kernels.ops.block
 import revit_kernels.ops.linear
 import revit_kernels.ops.patch_embed  # noqa: F401  (they define the ops)
+from revit_kernels.dispatch import FORMULAS
 
 _ops = torch.ops.revit_kernels
+
+
+def _counts(op):
+    return lambda formula: FORMULAS.setdefault(op, formula)
 
 
 def _has_no_values(x: Tensor) -> bool:
@@ -23,12 +27,12 @@ def _pairs(cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_k: Tensor, max_seqlen
     return int((cu_seqlens.diff().long() * cu_seqlens_k.diff().long()).sum())
 
 
-@register_flop_formula(_ops.attention_forward, get_raw=True)
+@_counts(_ops.attention_forward)
 def attention_forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *_, out_val=None, **__) -> int:
     return 4 * _pairs(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k) * q.shape[1] * q.shape[2]
 
 
-@register_flop_formula(_ops.attention_backward, get_raw=True)
+@_counts(_ops.attention_backward)
 def attention_backward(
     grad, q, k, v, out, lse, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *_, out_val=None, **__
 ) -> int:
@@ -42,29 +46,29 @@ def _patches(placement: Tensor, image: Tensor) -> int:
     return int((placement[:, 0].long() * placement[:, 1]).sum())
 
 
-@register_flop_formula(_ops.patch_embed_forward, get_raw=True)
+@_counts(_ops.patch_embed_forward)
 def patch_embed_forward(images, weight, bias, cu_seqlens, placement, image, *_, out_val=None, **__) -> int:
     return 2 * _patches(placement, image) * weight.numel()
 
 
-@register_flop_formula(_ops.patch_embed_backward, get_raw=True)
+@_counts(_ops.patch_embed_backward)
 def patch_embed_backward(grad, patches, cu_seqlens, placement, image, *_, out_val=None, **__) -> int:
     return 2 * _patches(placement, image) * grad.shape[1] * patches.shape[1]
 
 
-@register_flop_formula(_ops.linear_forward, get_raw=True)
+@_counts(_ops.linear_forward)
 def linear_forward(x, weight, *_, out_val=None, **__) -> int:
     return 2 * x.shape[0] * weight.numel()
 
 
-@register_flop_formula(_ops.linear_backward, get_raw=True)
+@_counts(_ops.linear_backward)
 def linear_backward(
     dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight, *_, out_val=None, **__
 ) -> int:
     return 2 * x.shape[0] * weight.numel() * (need_x + need_weight)
 
 
-@register_flop_formula(_ops.block_forward, get_raw=True)
+@_counts(_ops.block_forward)
 def block_forward(
     x, cu_seqlens, row, norm1, bias1, qkv, qkv_bias, proj, proj_bias, gamma1, norm2, bias2, fc1, fc1_bias, fc2, *_, **__
 ) -> int:

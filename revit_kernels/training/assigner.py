@@ -1,149 +1,162 @@
-"""Trains a TokenLengthAssigner on token-length labels."""
+"""Trains a TokenLengthAssigner on what a model said of images at every length."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
-from revit_kernels.adaptive.calibration import calibration_error, fit_temperature
+from revit_kernels.adaptive.calibration import auc, calibration_error
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
+from revit_kernels.engines import engine_of
+from revit_kernels.files import write_whole
 from revit_kernels.models.checkpoints import fingerprint
-from revit_kernels.modules.lengths import cells
+from revit_kernels.training.loader import seed_of
 
-LOSSES = ("cross_entropy", "ordinal", "cost")
+TOO_GOOD = 0.5  # of the held-out images' errors: a model that makes fewer on its training images tells too little there
 
 
 @dataclass(frozen=True)
 class AssignerRecipe:
     """How an assigner is trained.
 
-    loss:    "cross_entropy" with the label; "ordinal": cross-entropy of every "is at least this length enough?";
-             "cost": the expected price of the choice, 1 for too few tokens, `excess` times the share of tokens too many
-    balance: weigh labels by how rare they are
-    folds:   parts of the images, for each of which an assigner learns from the others: their logits are what budgets
-             are solved from
+    classes: weight of the class head's losses, of the truth and of the full length's answer each
+    warmup:  share of all steps in which the learning rate rises
+    folds:   parts of the held-out images, where an assigner learns from these: each part is answered by one that
+             learnt from the others
     """
 
-    loss: str = "cross_entropy"
-    balance: bool = False
-    excess: float = 0.25
-    epochs: int = 30
+    epochs: int = 12
     batch: int = 256
-    lr: float = 1e-3
+    lr: float = 2e-3
     weight_decay: float = 0.05
+    classes: float = 0.5
+    warmup: float = 0.3
     folds: int = 5
     seed: int = 0
 
-    @classmethod
-    def for_kind(cls, kind: str, **given) -> AssignerRecipe:
-        """The recipe of a kind of assigner: a micro network of its own takes longer than a head on kept features."""
-        own = {"epochs": 10, "folds": 2} if kind == "pixels" else {}
-        return cls(**own | {name: value for name, value in given.items() if value is not None})
-
     def __post_init__(self):
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {LOSSES}, got {self.loss!r}")
-        if self.folds < 2 or self.epochs < 1:
-            raise ValueError(f"folds must be at least 2 and epochs at least 1, got {self.folds} and {self.epochs}")
+        if self.folds < 2 or self.epochs < 1 or self.batch < 1:
+            given = f"{self.folds}, {self.epochs} and {self.batch}"
+            raise ValueError(f"folds must be at least 2, epochs and batch at least 1, got {given}")
 
 
-def assigner_loss(logits: Tensor, label: Tensor, menu, recipe: AssignerRecipe, weights: Tensor | None = None) -> Tensor:
-    """The mean loss. logits: (images, lengths); label: (images,) rows of the menu; weights: (lengths,) or None"""
-    share = torch.ones_like(logits[:, 0]) if weights is None else weights[label]
-    if recipe.loss == "cross_entropy":
-        each = F.cross_entropy(logits, label, reduction="none")
-    elif recipe.loss == "ordinal":
-        enough = logits.softmax(-1).cumsum(-1)[:, :-1].clamp(1e-6, 1 - 1e-6)  # P(label is row r or longer)
-        rows = torch.arange(logits.shape[1] - 1, device=logits.device)
-        each = F.binary_cross_entropy(enough, (label[:, None] <= rows).float(), reduction="none").sum(-1)
-    else:
-        tokens = torch.tensor([cells(grid) for grid in menu], dtype=torch.float32, device=logits.device)
-        extra = recipe.excess * (tokens - tokens[label][:, None]) / tokens[0]
-        price = torch.where(torch.arange(len(menu), device=logits.device) > label[:, None], 1.0, extra)
-        each = (logits.softmax(-1) * price).sum(-1)
-    return (share * each).sum() / share.sum()
+class Targets:
+    """What an assigner learns of each image, on the CPU.
 
+    right:  (images, lengths): half whether the answer is right, half the probability that the model gives the truth
+    truth:  (images,) classes
+    full:   (images, classes) probabilities at the longest length
+    """
 
-def _fit(
-    module: nn.Module, forward: Callable, label: Tensor, members: np.ndarray, menu, recipe: AssignerRecipe
-) -> None:
-    """Train until the epoch at which a tenth of the members, kept apart, was predicted best."""
-    rng = np.random.default_rng(recipe.seed)
-    torch.manual_seed(recipe.seed)
-    order = rng.permutation(members)
-    apart, rest = np.split(order, [max(1, len(order) // 10)])
-    weights = None
-    if recipe.balance:
-        counts = torch.bincount(label[torch.from_numpy(rest)], minlength=len(menu)).float()
-        weights = torch.where(counts > 0, len(rest) / (counts.clamp_min(1) * (counts > 0).sum()), 0.0)
-    steps = recipe.epochs * -(-len(rest) // recipe.batch)
-    optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, total_steps=steps)
-    best, kept = np.inf, None
-    for _ in range(recipe.epochs):
-        module.train()
-        for part in np.array_split(rng.permutation(rest), -(-len(rest) // recipe.batch)):
-            loss = assigner_loss(forward(part, True), label[torch.from_numpy(part)], menu, recipe, weights)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            schedule.step()
-        module.eval()
-        with torch.no_grad():
-            now = assigner_loss(forward(apart, False), label[torch.from_numpy(apart)], menu, recipe, weights).item()
-        if now < best:
-            best, kept = now, {k: v.clone() for k, v in module.state_dict().items()}
-    if kept is None:
-        raise RuntimeError(f"the assigner's loss is not finite: give a smaller --lr than {recipe.lr:g}")
-    module.load_state_dict(kept)
+    def __init__(self, outcomes: Outcomes):
+        if outcomes.probabilities is None:
+            raise ValueError("an assigner learns from probabilities: write the labels with revit label --probabilities")
+        against_full = outcomes.about.get("against") == "full"
+        truth = outcomes.predicted[:, 0] if against_full else outcomes.targets
+        self.truth = torch.from_numpy(np.asarray(truth, np.int64))
+        p = torch.from_numpy(outcomes.probabilities)
+        self.full = p[:, 0].clone()
+        given = p.gather(2, self.truth[:, None, None].expand(-1, p.shape[1], 1))[..., 0].float()
+        self.right = 0.5 * torch.from_numpy(outcomes.correct).float() + 0.5 * given
+
+    def loss(self, logits: Tensor, members: Tensor, classes: float) -> Tensor:
+        """The mean loss. logits: (images, lengths + classes) of these members"""
+        lengths, posterior = logits.tensor_split([self.right.shape[1]], 1)
+        of_lengths = F.binary_cross_entropy_with_logits(lengths, self.right[members])
+        truth = F.cross_entropy(posterior, self.truth[members])
+        return of_lengths + classes * (truth + F.cross_entropy(posterior, self.full[members].float()))
 
 
 @torch.inference_mode()
-def frozen_features(assigner: TokenLengthAssigner, model, images: ImageSet, batch: int, progress=None) -> Tensor:
-    """(images, 2 * dim) float32 on the CPU: what the head sees of each image."""
-    device, seen, parts = next(model.parameters()).device, [], []
-    head = assigner.head
-    assigner.head = lambda features: seen.append(features) or features
-    try:
-        for indices, pixels in read_batches(images, None, batch):
+def _inputs(assigner: TokenLengthAssigner, model, images: ImageSet, progress) -> Tensor:
+    """What the assigner sees of each image, on the CPU: uint8 pixels, or the model's tokens."""
+    parts, device = [], next(model.parameters()).device
+    size = [patch * rows for patch, rows in zip(assigner.patch, assigner.grid)]
+    for indices, pixels in read_batches(images, None, 256):
+        if assigner.trunk == "tokens":
             pixels = pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
-            assigner.with_tokens(pixels, model)
-            parts.append(seen.pop().float().cpu())
+            parts.append(assigner.inputs(assigner.tokens(pixels, model)[0]).cpu().clone())
+        elif isinstance(pixels, Tensor) and list(pixels.shape[1:3]) == size:
+            parts.append(pixels.clone())
+        else:
+            parts.append(torch.stack([_resized(image, size) for image in pixels]))
+        if progress is not None:
+            progress(len(indices))
+    return torch.cat(parts)
+
+
+def _resized(image: Tensor, size: list[int]) -> Tensor:
+    planes = F.interpolate(image.permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)
+    return planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
+class _Fit:
+    """One training, epoch by epoch: what a step does depends on the seed and its number alone."""
+
+    def __init__(self, assigner: TokenLengthAssigner, targets: Targets, inputs: Tensor, members, recipe, state=None):
+        self.assigner, self.targets, self.inputs, self.recipe = assigner, targets, inputs, recipe
+        self.members, self.state = np.asarray(members), state
+        self.steps = -(-len(self.members) // recipe.batch)
+        self.optimiser = torch.optim.AdamW(assigner.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimiser, recipe.lr, total_steps=recipe.epochs * self.steps, pct_start=recipe.warmup
+        )
+        self.epoch = 0
+
+    def _parts(self) -> dict:
+        return {"assigner": self.assigner, "optimiser": self.optimiser, "schedule": self.schedule}
+
+    def resume(self, settings: dict) -> None:
+        """Go on from the file of an earlier run of the same settings. Raises ValueError for one of others."""
+        if self.state is None or not self.state.exists():
+            return
+        try:
+            found = torch.load(self.state, map_location="cpu", weights_only=True)
+            if found["settings"] != settings:
+                raise ValueError(f"{self.state} is of a run with other settings: remove it to begin anew")
+            for name, part in self._parts().items():
+                part.load_state_dict(found[name])
+            self.epoch = found["epoch"]
+        except (KeyError, RuntimeError, OSError, EOFError) as error:
+            raise ValueError(f"{self.state} cannot be read: remove it to begin anew ({error})") from None
+
+    def run(self, settings: dict | None = None, progress=None) -> None:
+        assigner, recipe = self.assigner, self.recipe
+        while self.epoch < recipe.epochs:
+            assigner.train()
+            torch.manual_seed(seed_of(recipe.seed, self.epoch))
+            order = torch.from_numpy(np.random.default_rng([recipe.seed, self.epoch]).permutation(self.members))
+            for part in order.tensor_split(self.steps):
+                x = self.inputs[part]
+                x = assigner.patches(x) if assigner.trunk == "scout" else x
+                loss = self.targets.loss(assigner.head(x), part, recipe.classes)
+                self.optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                self.optimiser.step()
+                self.schedule.step()
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"the assigner's loss is not finite: give a smaller --lr than {recipe.lr:g}")
+            self.epoch += 1
+            if self.state is not None:
+                kept = {name: part.state_dict() for name, part in self._parts().items()}
+                kept |= {"epoch": self.epoch, "settings": settings}
+                write_whole(self.state, lambda temporary, kept=kept: torch.save(kept, temporary))
             if progress is not None:
-                progress(len(indices))
-    finally:
-        assigner.head = head
-    return torch.cat(parts).clone()
-
-
-def _pixels(images: ImageSet, size: tuple[int, int]) -> Tensor:
-    """(images, height, width, 3) uint8, resized to the micro network's size."""
-    parts = []
-    for _, pixels in read_batches(images, None, 256):
-        for image in pixels:
-            planes = image.permute(2, 0, 1)[None].float()
-            planes = F.interpolate(planes, size, mode="bicubic", antialias=True)
-            parts.append(planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0))
-    return torch.stack(parts)
-
-
-def _augmented(pixels: Tensor) -> Tensor:
-    """Half of the images mirrored, each shifted by up to a sixteenth of its height, its edges repeated."""
-    count, height, width, _ = pixels.shape
-    reach = max(1, height // 16)
-    shift = torch.randint(-reach, reach + 1, (2, count, 1))
-    rows = (torch.arange(height) + shift[0]).clamp(0, height - 1)
-    columns = (torch.arange(width) + shift[1]).clamp(0, width - 1)
-    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+                progress(len(order))
+        assigner.eval()
+        with torch.no_grad():
+            for weight in assigner.parameters():
+                weight.copy_(weight.bfloat16())  # as its file holds them
 
 
 @torch.random.fork_rng(devices=[])
@@ -151,95 +164,121 @@ def train_assigner(
     model,
     outcomes: Outcomes,
     images: ImageSet,
-    kind: str = "features",
+    trunk: str = "scout",
     recipe: AssignerRecipe | None = None,
     *,
-    depth: int | None = None,
-    embed_dim: int | None = None,
+    depth: int = 0,
+    hidden: int | None = None,
+    state: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenLengthAssigner:
-    """An assigner for the model, from the labels of images that the model has not learnt from.
+    """An assigner for the model, calibrated on images that neither has learnt from.
 
-    model:    resizable, in eval mode; frozen
-    outcomes: of `collect`, with labels
+    model:    resizable, in eval mode, or an engine of one; frozen
+    outcomes: of `collect`, with probabilities and `held_out`: it learns from the images that the model learnt from, and
+              budgets are solved from its answers for the others
     images:   with the outcomes' keys
+    state:    a file that holds the state after every epoch, and from which a run goes on; removed at the end
 
-    Returns it calibrated, with `outcomes` that hold its logits for every labelled image, each from an assigner that
-    had not learnt from that image. Raises ValueError where labels, images and model do not belong together.
+    Where all outcomes are held out, or the model makes on its training images less than TOO_GOOD of the errors that it
+    makes on held-out ones at the shortest length, the assigner learns from the held-out images: of `folds`, the answers
+    for each part are of an assigner that has not seen it. `about` says which it was.
+    Raises ValueError where outcomes, images and model do not belong together.
     """
-    recipe = recipe or AssignerRecipe.for_kind(kind)
+    recipe, engine = recipe or AssignerRecipe(), engine_of(model)
+    model = engine.model
     outcomes.require(model)
-    outcomes, images = _together(outcomes, images)
-    label = torch.from_numpy(outcomes.label)
+    learnt, apart = outcomes.apart()
+    if len(apart) < 20:
+        raise ValueError(f"an assigner needs at least 20 held-out images, got {len(apart)}")
     torch.manual_seed(recipe.seed)
-    assigner = TokenLengthAssigner.for_model(model, kind, depth, embed_dim)
-    start = {k: v.clone() for k, v in assigner.state_dict().items()}
-    if kind == "features":
-        assigner.to(next(model.parameters()).device)
-        inputs = frozen_features(assigner, model, images, 256, progress)
-        assigner.to("cpu")
-
-        def forward(members, training):
-            x = inputs[torch.from_numpy(members)]
-            return assigner.head(F.dropout(x, 0.1, training))
-    else:
-        inputs = _pixels(images, assigner.vit.patch_embed.img_size)
-
-        def forward(members, training):
-            x = inputs[torch.from_numpy(members)]
-            return assigner(_augmented(x) if training else x)
-
-    of_fold = folds(outcomes.label, recipe.folds, recipe.seed)
-    logits = np.zeros((len(outcomes), len(outcomes.menu)), np.float32)
-    for fold in range(recipe.folds):
-        assigner.load_state_dict(start)
-        _fit(assigner, forward, label, np.flatnonzero(of_fold != fold), outcomes.menu, recipe)
-        with torch.no_grad():
-            logits[of_fold == fold] = forward(np.flatnonzero(of_fold == fold), False).numpy()
-    assigner.load_state_dict(start)
-    _fit(assigner, forward, label, np.arange(len(outcomes)), outcomes.menu, recipe)
-    assigner.temperature.fill_(fit_temperature(logits, outcomes.label))
+    assigner = TokenLengthAssigner.for_model(model, trunk, depth=depth, hidden=hidden).float()
+    about = {"recipe": asdict(recipe), "held_out": len(apart), "learnt": 0 if learnt is None else len(learnt)}
+    if learnt is not None:
+        errors = [float((~o.correct[:, -1]).mean()) for o in (learnt, apart)]
+        about["errors"] = {"learnt": errors[0], "held_out": errors[1]}
+        if errors[0] < TOO_GOOD * errors[1]:
+            learnt = None
+    about["from"] = f"{recipe.folds} folds of held-out images" if learnt is None else "the model's training images"
     assigner.fingerprint = fingerprint(model)
-    assigner.outcomes = replace(outcomes, assigner=logits, probabilities=None, fingerprint=assigner.fingerprint)
+    assigner.about = about
+    source = apart if learnt is None else learnt
+    targets, source_images = Targets(source), _of(source, images)
+    inputs = _inputs(assigner.to(_device(model)), engine, source_images, progress)
+    assigner.cpu()
+    settings = {"model": assigner.fingerprint, "images": list(source.keys[:3]), "count": len(source)}
+    settings |= {"recipe": asdict(recipe), "config": str(assigner.config)}
+    start = {k: v.clone() for k, v in assigner.state_dict().items()}
+    fit = _Fit(assigner, targets, inputs, np.arange(len(source)), recipe, state)
+    fit.resume(settings)
+    fit.run(settings, progress)
+    served = TokenLengthAssigner(**assigner.config).to(_device(model), engine.patch_embed.proj.weight.dtype).eval()
+    final = {k: v.clone() for k, v in assigner.state_dict().items()}
+
+    def answers(o: Outcomes) -> Outcomes:
+        served.load_state_dict(assigner.state_dict())
+        return _answered(served, engine, o, _of(o, images))
+
+    if learnt is None:
+        of_fold = folds(apart.targets, recipe.folds, recipe.seed)
+        parts = []
+        for fold in range(recipe.folds):
+            assigner.load_state_dict(start)
+            _Fit(assigner, targets, inputs, np.flatnonzero(of_fold != fold), recipe).run()
+            parts.append((there := np.flatnonzero(of_fold == fold), answers(apart.take(there))))
+        place = np.argsort(np.concatenate([there for there, _ in parts]), kind="stable")
+        columns = {n: np.concatenate([getattr(o, n) for _, o in parts])[place] for n in ("assigner", "mixed")}
+        apart = replace(apart, **columns)
+        assigner.load_state_dict(final)
+    else:
+        apart = answers(apart)
+    assigner.calibrate(apart)
+    if state is not None:
+        state.unlink(missing_ok=True)
     return assigner.eval()
 
 
-def _together(outcomes: Outcomes, images: ImageSet) -> tuple[Outcomes, ImageSet]:
-    """The labelled outcomes, and their images in the same order."""
+@torch.inference_mode()
+def _answered(assigner: TokenLengthAssigner, engine, outcomes: Outcomes, images: ImageSet) -> Outcomes:
+    """The outcomes with the assigner's answers."""
+    lengths, device, logits = len(outcomes.menu), _device(engine), []
+    for _, pixels in read_batches(images, None, 256):
+        pixels = pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
+        logits.append(assigner(pixels, model=engine).cpu())
+    right, posterior = torch.cat(logits).tensor_split([lengths], 1)
+    log_p = torch.from_numpy(outcomes.probabilities).float().clamp_min(1e-8).log()  # half precision has zeros
+    mixed = torch.stack([evidence.mixed(log_p[:, row], posterior) for row in range(lengths)], 1)
+    return replace(outcomes, assigner=right.numpy().copy(), mixed=mixed.numpy())
+
+
+def _device(model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _of(outcomes: Outcomes, images: ImageSet) -> ImageSet:
+    """The images of these outcomes, in their order."""
     place = {key: i for i, key in enumerate(images.keys)}
     missing = [key for key in outcomes.keys if key not in place]
     if missing:
         raise ValueError(
             f"{len(missing)} of the labels are of images that {images.name} does not have: {missing[0]}, ..."
         )
-    labelled = np.flatnonzero(outcomes.label >= 0)
-    if len(labelled) < 20:
-        raise ValueError(f"an assigner needs at least 20 labelled images, got {len(labelled)}")
-    outcomes = outcomes.take(labelled)
-    return outcomes, images.subset([place[key] for key in outcomes.keys])
+    return images.subset([place[key] for key in outcomes.keys])
 
 
-def quality(assigner: TokenLengthAssigner) -> dict[str, float]:
-    """How well it predicts the labels that it has not learnt from: accuracy, too short, and calibration error."""
-    outcomes = assigner.outcomes
-    temperature = float(assigner.temperature)
+def quality(outcomes: Outcomes) -> dict[str, dict[str, float]]:
+    """Of each length, how well the assigner, and a pass's own confidence, tell right answers from wrong ones.
 
-    def probabilities(t):
-        z = outcomes.assigner / t
-        z = np.exp(z - z.max(1, keepdims=True))
-        return z / z.sum(1, keepdims=True)
-
-    p = probabilities(temperature)
-    choice, top = p.argmax(1), p.max(1)
-    right = choice == outcomes.label
-    lengths = np.array([cells(grid) for grid in outcomes.menu])
-    before = probabilities(1.0)
-    return {
-        "accuracy": float(right.mean()),
-        "commonest_label": float(np.bincount(outcomes.label).max() / len(outcomes)),
-        "too_short": float((choice > outcomes.label).mean()),
-        "mean_tokens": float(lengths[choice].mean()),
-        "temperature": temperature,
-        "calibration_error_before": calibration_error(before.max(1), before.argmax(1) == outcomes.label),
-        "calibration_error": calibration_error(top, right),
-    }
+    Returns {"7x7": {"assigner": AUC, "confidence": AUC, "evidence": AUC, "calibration_error": of the assigner}, ...};
+    "evidence" is the confidence mixed with the assigner's posterior.
+    """
+    found = {}
+    for row, (h, w) in enumerate(outcomes.menu):
+        right, z = outcomes.correct[:, row], outcomes.assigner[:, row].astype(np.float64)
+        found[f"{h}x{w}"] = {
+            "assigner": auc(z, right),
+            "confidence": auc(outcomes.confidence[:, row], right),
+            "evidence": auc(outcomes.mixed[:, row, 0], right),
+            "calibration_error": calibration_error(1 / (1 + np.exp(-z)), right),
+        }
+    return found

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.engines import engine_of
@@ -28,23 +29,24 @@ def _to_device(pixels: Tensor | list[Tensor], device) -> Tensor | list[Tensor]:
 
 
 @torch.inference_mode()
-def _ask(model, images: ImageSet, members, batch_tokens: int, keep: bool, progress) -> dict[str, np.ndarray]:
+def _ask(
+    model, images: ImageSet, members, batch_tokens: int, keep: bool, progress, assigner=None
+) -> dict[str, np.ndarray]:
     """The columns of some images, (images, lengths, ...) each."""
     device, prefix = next(model.parameters()).device, model.num_prefix_tokens
     tokens = sum(prefix + h * w for h, w in model.menu)
     found: dict[str, list[np.ndarray]] = {}
     for indices, pixels in read_batches(images, members, max(1, batch_tokens // tokens)):
-        logits = packed_logits(model, _to_device(pixels, device), model.menu, prefix, channels_last=True)
-        p = logits.float().softmax(-1).transpose(0, 1)  # (images, lengths, classes)
-        top = p.topk(min(2, p.shape[-1]), -1).values
-        columns = {
-            "predicted": p.argmax(-1).int(),
-            "confidence": top[..., 0],
-            "margin": top[..., 0] - top[..., -1] if p.shape[-1] > 1 else top[..., 0],
-            "entropy": -(p * p.clamp_min(1e-30).log()).sum(-1),
-        }
+        pixels = _to_device(pixels, device)
+        logits = packed_logits(model, pixels, model.menu, prefix, channels_last=True).transpose(0, 1)
+        columns = {"predicted": logits.argmax(-1).int()}  # logits: (images, lengths, classes)
+        columns |= dict(zip(("confidence", "margin", "entropy"), evidence.summary(logits).unbind(-1)))
         if keep:
-            columns["probabilities"] = p.half()
+            columns["probabilities"] = logits.float().softmax(-1).half()
+        if assigner is not None:
+            rows = len(model.menu)
+            columns["assigner"], posterior = assigner(pixels, model=model).tensor_split([rows], 1)
+            columns["mixed"] = torch.stack([evidence.mixed(logits[:, row], posterior) for row in range(rows)], 1)
         for name, values in columns.items():
             found.setdefault(name, []).append(values.cpu().numpy())
         if progress is not None:
@@ -60,6 +62,7 @@ def collect(
     rule: str = "first_correct",
     against: str = "truth",
     probabilities: bool = False,
+    assigner=None,
     batch_tokens: int = 16384,
     progress: Callable[[int], None] | None = None,
     partial: Path | None = None,
@@ -70,6 +73,7 @@ def collect(
     unsolved, rule: as of `label_of`
     against:       "truth", or "full": right is what the longest length answers, whatever the truth
     probabilities: keep those of all classes
+    assigner:      a TokenLengthAssigner of the model, to keep its answers too; not together with `partial`
     batch_tokens:  tokens of one packed batch, every length of an image counted
     progress:      called with the number of images just done
     partial:       a folder to keep what was found in until all is, and to go on from; what is there of another model
@@ -96,7 +100,7 @@ def collect(
         file = partial / f"{number:05d}.npz" if partial is not None else None
         part = _kept(file)
         if part is None:
-            part = _ask(engine, images, members, batch_tokens, probabilities, progress)
+            part = _ask(engine, images, members, batch_tokens, probabilities, progress, assigner)
             if file is not None:
                 write_whole(file, lambda temporary, part=part: _save(temporary, part))
         elif progress is not None:
@@ -164,7 +168,7 @@ def join(parts: list[Outcomes]) -> Outcomes:
     keys = tuple(key for part in parts for key in part.keys)
     if len(set(keys)) != len(keys):
         raise ValueError("an image is in two folds")
-    names = ("targets", "correct", "predicted", "confidence", "margin", "entropy", "label", "probabilities")
+    names = ("targets", "correct", "predicted", "confidence", "margin", "entropy", "label", "probabilities", "held_out")
     arrays = {
         name: None if getattr(parts[0], name) is None else np.concatenate([getattr(part, name) for part in parts])
         for name in names

@@ -1,25 +1,27 @@
-"""TokenLengthAssigner: both kinds, training, calibration, files, and whose it is."""
+"""TokenLengthAssigner: both trunks, training and going on with it, files, and whose it is."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tiny_revit import MENU, held_out, make_images, make_model, trained
+import torch.nn.functional as F
+from tiny_revit import MENU, held_out, labelled, make_images, make_model, trained
 
 from revit_kernels import cli
-from revit_kernels.adaptive.assigner import KINDS, METADATA, SHARE, TokenLengthAssigner, model_macs, vit_macs
+from revit_kernels.adaptive.assigner import METADATA, SHARE, TRUNKS, TokenLengthAssigner
+from revit_kernels.adaptive.costs import Costs, model_macs, vit_macs
 from revit_kernels.models import checkpoints
-from revit_kernels.training.assigner import LOSSES, AssignerRecipe, assigner_loss, quality, train_assigner
-from revit_kernels.training.assigner import _augmented as augmented
+from revit_kernels.training import assigner as training
+from revit_kernels.training.assigner import AssignerRecipe, Targets, quality, train_assigner
 from revit_kernels.training.labels import join
 
 RECIPE = AssignerRecipe(epochs=3, folds=2)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=TRUNKS)
 def assigner(request):
-    images, outcomes = held_out()
+    images, outcomes = labelled()
     return train_assigner(trained(), outcomes, images, request.param, RECIPE)
 
 
@@ -27,98 +29,161 @@ def test_logits_of_images_alone_and_in_company(assigner):
     x = torch.from_numpy(held_out()[0].array[:6])
     with torch.inference_mode():
         together = assigner(x, model=trained())
-        assert together.shape == (6, 3) and together.dtype == torch.float32
+        assert together.shape == (6, 3 + 3) and together.dtype == torch.float32
         for i in range(6):
             torch.testing.assert_close(assigner(x[i : i + 1], model=trained())[0], together[i])
+        listed = assigner(list(x), model=trained())
+        torch.testing.assert_close(listed, together)
 
 
 def test_file_keeps_it_and_what_budgets_are_solved_from(assigner, tmp_path):
+    costs = Costs(MENU, (1.0, 0.6, 0.3), device="a machine")
+    assigner.keep_costs(costs)
     assigner.save(tmp_path / "assigner.safetensors")
     again = TokenLengthAssigner.load(tmp_path / "assigner.safetensors").require(trained())
     x = torch.from_numpy(held_out()[0].array[:6])
     with torch.inference_mode():
         assert torch.equal(again(x, model=trained()), assigner(x, model=trained()))
-    assert again.kind == assigner.kind and again.temperature == assigner.temperature
+    assert again.config == assigner.config and again.about == assigner.about
+    assert again.fitted == assigner.fitted and again.costs == assigner.costs and costs in again.costs
     for name, value in vars(assigner.outcomes).items():
         other = getattr(again.outcomes, name)
         same = np.array_equal(value, other) if isinstance(value, np.ndarray) else value == other
         assert same, name
 
 
-def test_held_out_logits_are_of_assigners_that_have_not_seen_the_image(assigner):
-    assert assigner.outcomes.assigner.shape == (len(assigner.outcomes), 3)
+def test_it_learns_from_the_models_images_and_is_calibrated_on_others(assigner):
+    _, outcomes = labelled()
+    assert assigner.outcomes.keys == outcomes.keys[240:] and assigner.outcomes.held_out is None
+    assert assigner.outcomes.assigner.shape == (200, 3) and assigner.outcomes.mixed.shape == (200, 3, 4)
+    assert assigner.about["learnt"] == 240 and assigner.about["held_out"] == 200
+    assert set(quality(assigner.outcomes)["2x2"]) == {"assigner", "confidence", "evidence", "calibration_error"}
+
+
+@pytest.mark.parametrize("wrong, source", [(0, "2 folds of held-out images"), (100, "the model's training images")])
+def test_training_outcomes_that_are_too_good_are_not_learnt_from(wrong, source, monkeypatch):
+    """The model's errors on its own images, at the shortest length, against those on held-out ones."""
+    images, outcomes = labelled()
+    correct = outcomes.correct.copy()
+    correct[:240] = True
+    correct[:wrong, -1] = False
+    correct[240:, -1] = np.arange(200) % 2  # half of the held-out images
+    seen, inputs = [], training._inputs
+    monkeypatch.setattr(training, "_inputs", lambda a, m, i, p: seen.append(len(i)) or inputs(a, m, i, p))
+    found = train_assigner(trained(), replace(outcomes, correct=correct), images, "scout", RECIPE)
+    assert found.about["from"] == source and seen == [200 if wrong == 0 else 240]
+
+
+def test_answers_of_folds_are_of_assigners_that_have_not_seen_the_image():
+    images, outcomes = labelled()
+    apart = outcomes.apart()[1]
+    found = train_assigner(trained(), apart, images, "scout", AssignerRecipe(epochs=10, batch=32, folds=2))
     with torch.inference_mode():
-        fitted = assigner(torch.from_numpy(held_out()[0].array), model=trained()).numpy()
-    assert not np.allclose(fitted, assigner.outcomes.assigner)
-    assert set(quality(assigner)) >= {"accuracy", "calibration_error", "mean_tokens"}
+        own = found(torch.from_numpy(images.array[240:]), model=trained())[:, :3].numpy()
+    assert not np.allclose(own, found.outcomes.assigner, atol=0.01)
+    assert found.about["from"] == "2 folds of held-out images"
 
 
-def test_training_is_deterministic():
-    images, outcomes = held_out()
-    first, second = (train_assigner(trained(), outcomes, images, "pixels", RECIPE).state_dict() for _ in range(2))
-    assert all(torch.equal(first[k], second[k]) for k in first)
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_training_is_deterministic_and_goes_on_where_it_was_killed(trunk, tmp_path, monkeypatch):
+    images, outcomes = labelled()
+    whole = train_assigner(trained(), outcomes, images, trunk, RECIPE).state_dict()
+    state = tmp_path / "state"
 
+    class Killed(Exception):
+        pass
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("balance", [False, True])
-def test_losses_learn(loss, balance):
-    images, outcomes = held_out()
-    rng = np.random.default_rng(0)
-    label = np.where(images.targets == 0, 2, rng.integers(0, 2, len(images)))  # flat images: the shortest length
-    outcomes = replace(outcomes, label=label)
-    recipe = AssignerRecipe(loss=loss, balance=balance, epochs=20, folds=2, lr=3e-3)
-    found = train_assigner(trained(), outcomes, images, "features", recipe)
-    choice = found.outcomes.assigner.argmax(1)
-    assert ((choice == 2) == (label == 2)).mean() > 0.8
+    def kill(done):
+        if state.exists() and torch.load(state)["epoch"] == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state, progress=kill)
+    with pytest.raises(ValueError, match="of a run with other settings"):
+        train_assigner(trained(), outcomes, images, trunk, replace(RECIPE, lr=1e-3), state=state)
+    epochs = []
+    found = train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state, progress=epochs.append)
+    assert epochs[-1] == 240 and sum(epochs) == 240 + 240  # the inputs, and the last epoch
+    assert all(torch.equal(whole[k], found.state_dict()[k]) for k in whole) and not state.exists()
+    state.write_bytes(b"half")
+    with pytest.raises(ValueError, match="cannot be read"):
+        train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state)
 
 
 def test_loss_by_hand():
-    logits, label = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([1])
-    ordinal = assigner_loss(logits, label, MENU, AssignerRecipe(loss="ordinal"))
-    # P(label <= 0) = 1/3, which is not so; P(label <= 1) = 2/3, which is
-    torch.testing.assert_close(ordinal, -(torch.tensor(2 / 3).log() + torch.tensor(2 / 3).log()))
-    cost = assigner_loss(logits, label, MENU, AssignerRecipe(loss="cost", excess=0.5))
-    torch.testing.assert_close(cost, torch.tensor((0.5 * (16 - 9) / 16 + 0 + 1) / 3))
+    _, outcomes = labelled()
+    outcomes = outcomes.take([0, 1])
+    targets, logits = Targets(outcomes), torch.randn(2, 6)
+    p = torch.from_numpy(outcomes.probabilities).float()
+    expected = []
+    for i in range(2):
+        truth = int(outcomes.targets[i])
+        wanted = [0.5 * float(outcomes.correct[i, row]) + 0.5 * float(p[i, row, truth]) for row in range(3)]
+        log_q = logits[i, 3:].log_softmax(-1)
+        lengths = F.binary_cross_entropy_with_logits(logits[i, :3], torch.tensor(wanted))
+        expected.append(lengths - 0.5 * log_q[truth] - 0.5 * (p[i, 0] * log_q).sum())
+    torch.testing.assert_close(targets.loss(logits, torch.tensor([0, 1]), 0.5), torch.stack(expected).mean())
+    full = Targets(replace(outcomes, about={"against": "full"}))
+    assert full.truth.tolist() == outcomes.predicted[:, 0].tolist()
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_it_learns(trunk):
+    images, outcomes = labelled()
+    flat = images.targets == 0
+    correct = np.stack([np.ones(440, bool), flat, flat], 1)  # stripes need the longest length
+    recipe = AssignerRecipe(epochs=20, batch=32, folds=2)
+    found = train_assigner(trained(), replace(outcomes, correct=correct), images, trunk, recipe)
+    assert quality(found.outcomes)["2x2"]["assigner"] > 0.9
 
 
 def test_labels_of_folds_become_those_of_the_model_they_serve():
-    images, outcomes = held_out()
+    images, outcomes = labelled()
+    outcomes = outcomes.apart()[1]
     joined = join([outcomes.take(np.arange(0, 200, 2)), outcomes.take(np.arange(1, 200, 2))])
     with pytest.warns(UserWarning, match="of models of folds"):
-        found = train_assigner(trained(), joined, images, "features", RECIPE)
+        found = train_assigner(trained(), joined, images, "scout", RECIPE)
     assert found.outcomes.fingerprint == found.fingerprint == outcomes.fingerprint
     with pytest.raises(ValueError, match="another model"):
         found.outcomes.require(make_model())
 
 
-def test_augmentation_mirrors_and_shifts():
-    edge = 8
-    pixels = torch.arange(edge).repeat(64, edge, 1)[..., None].repeat(1, 1, 1, 3).to(torch.uint8)  # each its column
-    torch.manual_seed(0)
-    found = augmented(pixels)[:, 0, :, 0].long()
-    shifted = [[min(max(c + s, 0), edge - 1) for c in range(edge)] for s in (-1, 0, 1)]
-    assert {tuple(row) for row in found.tolist()} == {tuple(row[::turn]) for row in shifted for turn in (1, -1)}
-
-
 def test_training_leaves_the_random_numbers_of_others():
-    images, outcomes = held_out()
+    images, outcomes = labelled()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    train_assigner(trained(), outcomes, images, "pixels", RECIPE)
+    train_assigner(trained(), outcomes, images, "scout", RECIPE)
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_budget_of_the_default_sizes():
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_budget_of_the_default_sizes(trunk):
     from revit_kernels import create_model
 
     deit = create_model("deit_small_patch16_224").make_resizable(((14, 14), (10, 10), (7, 7), (4, 4)))
     full = model_macs(deit, (14, 14))
     # 12 blocks of 12 dim^2 + 2 tokens dim for each of 197 tokens, and a patch embedding, by hand
     assert full == vit_macs(384, 12, 197, 768) == 12 * 197 * (12 * 384**2 + 2 * 197 * 384) + 768 * 384 * 197
-    for kind in KINDS:
-        assert TokenLengthAssigner.for_model(deit, kind).macs(deit) <= SHARE * full
-    assert TokenLengthAssigner.for_model(deit, "features").depth == 2
+    assigner = TokenLengthAssigner.for_model(deit, trunk)
+    assert assigner.macs(deit) <= SHARE * full and assigner.fc1.out_features == 256
+    small = TokenLengthAssigner.for_model(deit, trunk, share=1e-6)  # where nothing costs so little: the smallest
+    assert small.fc1.out_features == 32 and small.macs(deit) < assigner.macs(deit)
+    given = TokenLengthAssigner.for_model(deit, trunk, hidden=96)
+    assert given.fc1.out_features == 96
+
+
+def test_work_of_both_trunks_by_hand():
+    model = make_model()  # 16 pixels, 2x2 patches of 4 pixels at the shortest length, 3 blocks of 32
+    scout = TokenLengthAssigner(MENU, classes=3, hidden=64, width=16, grid=(4, 4), patch=(4, 4))
+    dense = 64 * 64 + 64 * 6
+    assert scout.macs(model) == 16 * 48 * 16 + 16 * 16 * 64 + dense and scout.reused(model) == 0
+    tokens = TokenLengthAssigner(MENU, "tokens", classes=3, hidden=64, width=0, dim=32)
+    assert tokens.reused(model) == 5 * 48 * 32  # the class token is counted as it was
+    assert tokens.macs(model) == tokens.reused(model) + 4 * 32 * 64 + dense
+    deeper = TokenLengthAssigner(MENU, "tokens", classes=3, hidden=64, width=8, dim=32, depth=2)
+    assert deeper.reused(model) == model_macs(model, (2, 2), 2)
+    assert deeper.macs(model) == deeper.reused(model) + 4 * 32 * 8 + 5 * 8 * 64 + dense
 
 
 @pytest.mark.parametrize("name, products", [("vit_small_patch16_224", 2), ("vit_giant_patch14_dinov2", 3)])
@@ -133,9 +198,9 @@ def test_work_of_blocks_by_hand(name, products):
 
 
 def test_loss_that_is_not_finite():
-    images, outcomes = held_out()
+    images, outcomes = labelled()
     with pytest.raises(RuntimeError, match="smaller --lr"):
-        train_assigner(trained(), outcomes, images, "features", replace(RECIPE, lr=float("inf")))
+        train_assigner(trained(), outcomes, images, "scout", replace(RECIPE, lr=float("inf")))
 
 
 @pytest.mark.parametrize("damage", ["json", "tensor", "config", "outcomes"])
@@ -152,50 +217,58 @@ def test_files_that_lack_something(assigner, tmp_path, damage):
     elif damage == "config":
         head = head.replace('"depth"', '"height"')
     else:
-        tensors.pop("outcomes.correct" if damage == "outcomes" else "temperature")
+        tensors.pop("outcomes.correct" if damage == "outcomes" else "fc1.weight")
     save_file(tensors, path, {METADATA: head})
     with pytest.raises(ValueError, match="is no whole assigner") as caught:
         TokenLengthAssigner.load(path)
     assert "\n" not in str(caught.value)
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    from revit_kernels.data import datasets
-
-    images, outcomes = held_out()
+def test_commands(tmp_path, monkeypatch, capsys):
+    """`revit train-assigner`, then `revit costs` with what it wrote."""
+    images, outcomes = labelled()
     checkpoints.save_checkpoint(trained(), tmp_path / "revit.safetensors")
     outcomes.save(tmp_path / "labels.parquet")
-    monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: images)
+    monkeypatch.setattr("revit_kernels.cli.train_assigner.open_set", lambda *args, **kwargs: images)
     model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
-    command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32"]
-    command += ["--epochs", "2", "--folds", "2"]
+    command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32", "--epochs", "2"]
     assert cli.main([*command, "--output", output]) == 0
     told = capsys.readouterr().err
-    assert "tokens on average" in told and "of a full-length pass, measured on" in told
-    TokenLengthAssigner.load(output).require(trained())
+    assert "whether 2x2 is right with AUC" in told and "of a full-length pass, measured on" in told
+    first = TokenLengthAssigner.load(output).require(trained())
+    assert len(first.costs) == 1 and not list(tmp_path.glob(".*state"))
+    costs = ["costs", model, "--assigner", output, "--dtype", "float32", "--batch", "8", "--rounds", "2"]
+    assert cli.main([*costs, "--dry-run"]) == 0
+    assert "3x3: " in capsys.readouterr().out and TokenLengthAssigner.load(output).costs == first.costs
+    assert cli.main(costs) == 0
+    told = capsys.readouterr()
+    assert " before" in told.out and "kept in" in told.err
+    again = TokenLengthAssigner.load(output)
+    assert len(again.costs) == 1 and again.costs[0].batch == 8 and again.fitted == first.fitted
     for wrong, match in (
         (str(tmp_path / "a.pt"), "must end in"),
         (str(tmp_path / "no" / "a.safetensors"), "not exist"),
     ):
-        monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: pytest.fail("work was done for nothing"))
+        done = "revit_kernels.cli.train_assigner.open_set"
+        monkeypatch.setattr(done, lambda *args, **kwargs: pytest.fail("work was done for nothing"))
         assert cli.main([*command, "--output", wrong]) == 2
         assert match in capsys.readouterr().err
 
 
 def test_wrong_use(tmp_path):
-    images, outcomes = held_out()
+    images, outcomes = labelled()
     with pytest.raises(ValueError, match="another model"):
         train_assigner(make_model(), outcomes, images)
     with pytest.raises(ValueError, match="does not have"):
-        train_assigner(trained(), outcomes, make_images(50))
-    with pytest.raises(ValueError, match="at least 20"):
-        train_assigner(trained(), replace(outcomes, label=np.full(200, -1)), images)
-    with pytest.raises(ValueError, match="loss must be"):
-        AssignerRecipe(loss="hinge")
-    with pytest.raises(ValueError, match="kind must be"):
-        TokenLengthAssigner(MENU, "guess", embed_dim=32)
+        train_assigner(trained(), outcomes, make_images(50, name="others"))
+    with pytest.raises(ValueError, match="at least 20 held-out images, got 0"):
+        train_assigner(trained(), replace(outcomes, held_out=np.zeros(440, bool)), images)
+    with pytest.raises(ValueError, match="revit label --probabilities"):
+        train_assigner(trained(), replace(outcomes, probabilities=None), images)
+    with pytest.raises(ValueError, match="trunk must be"):
+        TokenLengthAssigner(MENU, "guess", classes=3)
     with pytest.raises(ValueError, match="needs the model"):
-        TokenLengthAssigner.for_model(trained())(torch.from_numpy(images.array[:2]))
+        TokenLengthAssigner.for_model(trained(), "tokens")(torch.from_numpy(images.array[:2]))
     (tmp_path / "broken.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match="cannot be read"):
         TokenLengthAssigner.load(tmp_path / "broken.safetensors")

@@ -5,17 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_adaptive import COSTS, synthetic
+from test_adaptive import COSTS, PRICED, WEIGHTS, synthetic
 from tiny_revit import held_out, trained
 
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.budgets import Budget, solve
-from revit_kernels.adaptive.calibration import Calibration
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.model import AdaptiveViT
-from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Random
-
-PRICED = (1.0, 0.6, 0.3)
+from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Policy, Random
 
 
 @pytest.mark.parametrize("text", ["0x", "-2x", "nanx", "infx", "0 tokens", "-5%", "full--1"])
@@ -43,32 +40,38 @@ def test_outcomes_that_tell_nothing():
     with pytest.raises(ValueError, match="these outcomes hold none"):
         solve("cascade", synthetic().take(np.zeros(0, int)), COSTS, "1.2x")
     known = synthetic()
-    one = replace(known, menu=known.menu[:1], correct=known.correct[:, :1], confidence=known.confidence[:, :1])
-    with pytest.raises(ValueError, match="two lengths or more"):
-        solve("assigner+cascade", one, Costs(known.menu[:1], (1.0,)), "1x")
+    names = ("correct", "confidence", "margin", "entropy", "assigner", "mixed")
+    one = replace(known, menu=known.menu[:1], **{name: getattr(known, name)[:, :1] for name in names})
+    for policy in ("assigner", "cascade", "assigner+cascade"):  # of one length there is no other to go on to
+        assert solve(policy, one, Costs(known.menu[:1], (1.0,)), "1x") == Fixed(0)
 
 
 @pytest.mark.parametrize(
     "policy, match",
     [
-        (Fixed(3), r"row must be of rows 0 to 2 of the menu, got \(3,\)"),
+        (Fixed(3), "row must be of rows 0 to 2 of the menu, got 3"),
         (Fixed(-1), "row must be of rows 0 to 2"),
         (Random((0.5, 0.5)), "mix must be 3 shares"),
         (Random((0.5, 0.5, 0.0, 0.0)), "mix must be 3 shares"),
         (Random((1.5, -0.5, 0.0)), "none below 0"),
         (Random((0.0, 0.0, 0.0)), "not all 0"),
         (Assign(), "needs 3 costs"),
-        (Assign(0.0, 0.1, PRICED), "a temperature above 0"),
-        (Cascade((9, 0), (0.5,)), "stages must be of rows 0 to 2"),
-        (Cascade((0, 2), (0.5,)), "the shortest length first"),
-        (AssignedCascade(Assign(1.0, 0.1, PRICED), Cascade((1, 1), (0.5,))), "the shortest length first"),
+        (Cascade(9, WEIGHTS, 0.1, PRICED), "first must be of rows 0 to 2"),
+        (Cascade(2, WEIGHTS[:2], 0.1, PRICED), "costs and weights for 3 lengths, got 3 and 2"),
+        (AssignedCascade(2, WEIGHTS, 0.1, PRICED[:1]), "costs and weights for 3 lengths, got 1 and 3"),
     ],
 )
 def test_policies_of_another_menu(policy, match):
     model = trained()
-    assigner = TokenLengthAssigner.for_model(model, "features")
+    assigner = TokenLengthAssigner.for_model(model)
     with pytest.raises(ValueError, match=match):
         AdaptiveViT(model, policy, assigner=assigner)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"policy": "magic"}', '{"policy": "fixed", "length": 3}', "[1]"])
+def test_text_that_is_no_policy(text):
+    with pytest.raises(ValueError, match=r"no JSON of a policy|policy must be one of"):
+        Policy.from_json(text)
 
 
 def test_rows_of_an_own_function():
@@ -85,9 +88,3 @@ def test_rows_of_an_own_function():
 
 
 KINDS = (torch.from_numpy, np.asarray, np.ndarray.tolist)
-
-
-def test_confidences_that_round_to_above_one():
-    above = float(np.nextafter(np.float32(1), np.float32(2)))
-    fitted = Calibration.fit(np.array([0.2, 1.0, 1.0, above]), np.array([False, False, True, True]))
-    assert fitted.confidence == (0.0, 0.2, 1.0) and float(fitted(torch.tensor(above))) == fitted.probability[-1]

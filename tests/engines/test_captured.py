@@ -369,7 +369,7 @@ def test_eager_is_the_same_with_a_reason():
 def test_hooks_are_called_so_there_is_no_graph(where, cuda):
     model, calls = make_model(), []
     assigner = TokenLengthAssigner.for_model(model).to(DEVICE).eval()
-    adaptive = AdaptiveViT(model, Assign(1.0, 0.3, (1.0, 0.6, 0.3)), assigner=assigner).eval()
+    adaptive = AdaptiveViT(model, Assign(0.3, (1.0, 0.6, 0.3)), assigner=assigner).eval()
     roots = {"model": model, "block": model.blocks[1], "choose": assigner}
     handle = roots[where].register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -484,11 +484,11 @@ def test_the_host_looks_only_when_the_next_graph_is_queued():
         assert len(list(found)) == 2 and cuda.log.count("wait") == 4
 
 
-@pytest.fixture(params=("features", "pixels"))
+@pytest.fixture(params=("tokens", "scout"))
 def adaptive(request):
     assigner = TokenLengthAssigner.for_model(tiny(), request.param).to(DEVICE).eval()
     assigner.outcomes = synthetic(200)
-    return AdaptiveViT(tiny(), Assign(1.0, 0.4, (1.0, 0.6, 0.3)), assigner=assigner).eval()
+    return AdaptiveViT(tiny(), Assign(0.4, (1.0, 0.6, 0.3)), assigner=assigner).eval()
 
 
 def test_the_assigner_is_in_the_graph(adaptive, cuda):
@@ -506,7 +506,7 @@ def test_policies_of_one_pass(cuda):
     same(made.answer(images(8)).logits, fixed.predict(images(8), channels_last=True).logits)
     own = capture_adaptive(AdaptiveViT(tiny(), by_pixel), images=8, mix=EVEN)
     assert torch.equal(own.answer(images(5)).choice, by_pixel(images(5)).long())
-    for policy in (Cascade((2, 0), (0.5,)), Random(EVEN)):
+    for policy in (Cascade(2, ((0.0,) * 4,) * 3, 0.1, (1.0, 0.6, 0.3)), Random(EVEN)):
         with pytest.raises(ValueError, match="asks the host"):
             captured_engine(AdaptiveViT(tiny(), policy))
 
