@@ -212,7 +212,8 @@ def _check_described(found: dict, path: str) -> None:
     try:
         check_arguments(cls, found["kwargs"])
         with torch.device("meta"):
-            model = create_model(found["name"], **found["kwargs"])
+            # Drawing on the meta device would import torch's compiler, which takes seconds.
+            model = create_model(found["name"], **found["kwargs"] | {"weight_init": "skip"})
             if "resizable" in found:
                 model.make_resizable(**found["resizable"])
     except Exception as error:  # a size that fits no other is noticed wherever it is first used
