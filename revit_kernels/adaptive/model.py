@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,28 +14,12 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
-from revit_kernels.engines import Engine
+from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells
 from revit_kernels.packing import Packing
-
-
-class Prediction(NamedTuple):
-    """Answers, and what each cost.
-
-    logits: (images, classes)
-    choice: (images,) int64, the menu row of the length that answered
-    tokens: (images,) int64, the tokens of all passes of the model that the image went through, prefix tokens counted,
-            the assigner's own not
-    fits:   (images,) bool: whether the image found room; only with a packing made on the device can it be False
-    """
-
-    logits: Tensor
-    choice: Tensor
-    tokens: Tensor
-    fits: Tensor
 
 
 class AdaptiveViT(nn.Module):
@@ -145,7 +128,7 @@ class AdaptiveViT(nn.Module):
     @torch.inference_mode()
     def predict(
         self, images, *, channels_last: bool = False, labels: Tensor | None = None, device_choice: bool | None = None
-    ) -> Prediction:
+    ) -> Answers:
         """The answers, and at which lengths they were found.
 
         images:        a tensor, or a list of images of any sizes
@@ -158,7 +141,7 @@ class AdaptiveViT(nn.Module):
         if count == 0:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
-            return Prediction(logits, empty, empty, empty.bool())
+            return Answers(logits, empty, empty, 0)
         policy, assigned, tokens = self.policy, None, None
         if policy.uses_assigner:
             assigned, tokens = self._assign(images, channels_last)
@@ -179,7 +162,7 @@ class AdaptiveViT(nn.Module):
                 spent = spent.index_add(0, going, lengths[row[going]])
                 answers = self._at(pick(images, going.tolist()), row[going], channels_last)
                 logits = logits.index_copy(0, going.to(logits.device), answers)
-        return Prediction(logits, row, spent, torch.ones_like(row, dtype=torch.bool))
+        return Answers(logits, row, spent, int(spent.sum()))
 
     # ------------------------------------------------------------------ one pass
 
@@ -196,7 +179,7 @@ class AdaptiveViT(nn.Module):
         """(images, classes) at lengths that the host knows."""
         return self.engine(images, packing=self._packing(choice.tolist()), channels_last=channels_last)
 
-    def _on_device(self, images, choice: Tensor, channels_last: bool) -> Prediction:
+    def _on_device(self, images, choice: Tensor, channels_last: bool) -> Answers:
         """One pass over a packing made on the device: nothing waits, and the capacity is what it may take."""
         prefix = self.model.num_prefix_tokens
         capacity = self.capacity or len(images) * (prefix + cells(self.menu[0]))
@@ -204,7 +187,7 @@ class AdaptiveViT(nn.Module):
         logits = self.engine(images, packing=packing, channels_last=channels_last)
         rows = packing.cu_seqlens
         row = packing.length_index.long()  # not `choice`: a row that is none was brought within the menu
-        return Prediction(logits, row, (rows[1:] - rows[:-1]).long(), packing.fits)
+        return Answers(logits, row, (rows[1:] - rows[:-1]).long(), capacity)
 
     # ------------------------------------------------------------------ the assigner
 

@@ -1,6 +1,7 @@
 """Models made ready to answer: snapshots of their weights, laid out for one device and one way of answering."""
 
-from revit_kernels.engines.captured import Answers, CapturedEngine
+from revit_kernels.engines.answers import Answers
+from revit_kernels.engines.captured import CapturedEngine
 from revit_kernels.engines.engine import QUANTIZE, Engine, StaleEngine, engine_of
 
 __all__ = ["QUANTIZE", "Answers", "CapturedEngine", "Engine", "StaleEngine", "engine_of"]

@@ -13,36 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.device_cache import to_device
+from revit_kernels.engines.answers import Answers
 from revit_kernels.engines.engine import STALE, StaleEngine, state_of, watched_of
 from revit_kernels.modules.lengths import Grid, cells
 from revit_kernels.packing import Packing
 
 WARMUP = 3  # forwards on a side stream ahead of a capture: they fill caches and compile kernels, which a capture cannot
-
-
-class Answers(NamedTuple):
-    """Answers to the images of a batch, on the device, and what they cost.
-
-    logits: (images, classes); zeros for an image that found no room
-    choice: (images,) int64, the menu row that each image was given
-    tokens: (images,) int64, the rows that each image had in the packed buffer; 0 for one that found no room
-    rows:   computed for them, rows of no image among them; a replay's are shared out evenly among its images
-    """
-
-    logits: Tensor
-    choice: Tensor
-    tokens: Tensor
-    rows: float
-
-    @property
-    def fits(self) -> Tensor:
-        """(images,) bool, on the device: whether the image found room, and so has an answer."""
-        return self.tokens > 0
-
-    @property
-    def waste(self) -> Tensor:
-        """Scalar, on the device: the share of the computed rows that were no image's."""
-        return 1 - self.tokens.sum() / self.rows if self.rows else self.tokens.sum().float()
 
 
 def ladder(fewest: int, most: int, waste: float) -> tuple[int, ...]:
