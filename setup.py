@@ -3,7 +3,7 @@
 Both use only PyTorch's stable ABI: one build serves every torch >= 2.10, and needs no GPU nor a CUDA build of torch.
 REVIT_CUDA_ARCHS ("80;90a" by default) names the GPUs to build for, oldest first: those newer than the last compile its
 PTX as they load it. 90a is Hopper with the instructions that no other GPU has; newer ones get the PTX of 90. Empty
-leaves the CUDA kernels out.
+leaves the CUDA kernels out. REVIT_SANITIZE ("address,undefined") builds the CPU kernels with these sanitizers of GCC.
 Without a C++ compiler the package still installs: its Triton and reference backends need none.
 The libraries do not use Python's API, so a wheel is tagged py3-none-<platform>: one wheel serves every Python.
 """
@@ -21,6 +21,8 @@ from setuptools.command.build_ext import build_ext
 FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Icsrc"]
 # Instruction sets are chosen at run time, in the kernels. No -ffast-math: NaN in a packed tail must stay where it is.
 CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
+if sanitizers := os.environ.get("REVIT_SANITIZE"):
+    CPU_FLAGS += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
 ARCHS = [arch for arch in os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";") if arch]
 CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=0"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
