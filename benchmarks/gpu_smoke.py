@@ -114,5 +114,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+    root = Path(__file__).parents[1]
+    sys.path[:0] = [str(root), str(root / "tests"), str(root / "tests" / "ops")]
     sys.exit(main())
