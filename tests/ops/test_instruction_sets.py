@@ -36,7 +36,7 @@ of_images = ([1.0], [0.0], True, False, 0, 2)
 calls = {
     "attention_cpu": (q, q, q, ends, ends, 1.0),
     "attention_backward_cpu": (q, q, q, q, lse, ends, ends, 1.0),
-    "block_cpu": (x, ends, none, *norm, torch.ones(12, 4), none, square, none, none, *norm, square, none, square, none, none,
+    "block_cpu": (x, ends, none, *norm, torch.ones(12, 4), none, square, *[none] * 2, *norm, *[square, none] * 2, none,
                   *of_block),
     "layer_norm_cpu": (x, none, none, none, none, none, 1e-6, False),
     "layer_norm_backward_cpu": (x, none, x, none, none, none, none, none, lse.view(-1), lse.view(-1), False),
