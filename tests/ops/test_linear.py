@@ -261,7 +261,7 @@ def test_a_named_backend_never_falls_back():
 
 def test_the_arithmetic_favours_epilogues_of_short_products():
     form = "gelu", None, False, False
-    assert choice.favours_epilogue(768, 2, *form) and not choice.favours_epilogue(3072, 2, *form)
+    assert choice.favours_epilogue(384, 2, *form) and not choice.favours_epilogue(768, 2, *form)
     assert not choice.favours_epilogue(16, 2, None, None, False, False)
     assert choice.saved_bytes(2, "gelu", None, True, True) == 8
 
