@@ -262,15 +262,20 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError(f"{path} holds no token-length assigner")
         try:
             return cls._from(json.loads(head), tensors).eval()
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:  # an entry or a tensor is missing, or another
+        except (
+            Exception
+        ) as error:  # an entry or a tensor is missing, or another: each is noticed where it is first used
             raise ValueError(f"{path} is no whole assigner: {' '.join(str(error).split())[:200]}") from error
 
     @classmethod
     def _from(cls, head: dict, tensors: dict[str, Tensor]) -> TokenLengthAssigner:
-        config = head["config"]
-        assigner = cls(config.pop("menu"), config.pop("trunk"), **config)
+        with torch.device("meta"):  # before memory is asked for
+            described = cls(**head["config"]).state_dict()
         kept = {k.removeprefix("outcomes."): v.numpy() for k, v in tensors.items() if k.startswith("outcomes.")}
         state = {k: v for k, v in tensors.items() if not k.startswith("outcomes.")}
+        if {k: v.shape for k, v in described.items()} != {k: v.shape for k, v in state.items()}:
+            raise ValueError("its tensors are not those of the network that it describes")
+        assigner = cls(**head["config"])
         assigner.load_state_dict(state)
         assigner.fingerprint, assigner.about = head["fingerprint"], head["about"]
         assigner.costs = [Costs.from_json(text) for text in head["costs"]]

@@ -5,9 +5,13 @@ import random
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from revit_kernels.adaptive import assigner as assigners
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import METADATA, Outcomes
+from revit_kernels.models.registry import SHIPPED_ASSIGNER
 
 VALUES = [None, True, -1, 0, 1, 2.5, 1 << 70, float("nan"), float("inf"), "", "x", [], {}, [[]], [1], [[1, 2, 3]]]
 VALUES += [[[0, 4], [2, 2]], [[4, 4], [4, 4]], [[1 << 70, 1], [1, 1]], [["a", "b"]], {"a": {}}]
@@ -93,3 +97,34 @@ def test_costs(seed):
 def test_no_costs_at_all(text):
     with pytest.raises(ValueError, match="no JSON of costs"):
         Costs.from_json(text)
+
+
+@pytest.mark.parametrize("part", ["config", "outcomes", "fitted", None])
+@pytest.mark.parametrize("seed", range(25))
+def test_assigners(tmp_path, seed, part):
+    path = tmp_path / "assigner.safetensors"
+    with safe_open(SHIPPED_ASSIGNER, "pt") as file:
+        head = json.loads(file.metadata()[assigners.METADATA])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    if part is None:
+        head = changed(head, seed)
+    else:
+        head[part] = changed(head[part], seed)
+    save_file(tensors, path, {assigners.METADATA: json.dumps(head)})
+    try:
+        found = assigners.TokenLengthAssigner.load(path)
+    except ValueError as error:
+        assert "assigner.safetensors is no whole assigner" in str(error) and "\n" not in str(error)
+    else:
+        assert len(found.menu) == 4 and found.fc3.out_features == 14
+
+
+def test_an_assigner_that_describes_another_network_asks_for_no_memory(tmp_path):
+    path = tmp_path / "assigner.safetensors"
+    with safe_open(SHIPPED_ASSIGNER, "pt") as file:
+        head = json.loads(file.metadata()[assigners.METADATA])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    head["config"]["hidden"] = 1 << 30
+    save_file(tensors, path, {assigners.METADATA: json.dumps(head)})
+    with pytest.raises(ValueError, match="not those of the network that it describes"):
+        assigners.TokenLengthAssigner.load(path)
