@@ -168,7 +168,7 @@ def devices() -> list[dict]:
 
 
 def headline() -> str:
-    """One benchmark of one device: what README.md shows."""
+    """One benchmark of one device, and the shipped ReViT's report: what README.md shows."""
     (results,) = (found for found in devices() if found["device"] == HEADLINE["device"])
     rows = [
         row
@@ -180,7 +180,14 @@ def headline() -> str:
         cells = [RIVALS.get(row["rival"], row["rival"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
         text.append("| " + " | ".join([*cells, f"**{row['speedup']:.2f}x**"]) + " |")
     dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
-    return "\n".join([*text, "", f"{results['device']}; {dates}, commit {commits}.", ""])
+    text += ["", f"{results['device']}; {dates}, commit {commits}.", ""]
+    found = json.loads((REPORTS / "fashion_mnist" / "report.json").read_text())
+    about, report = found["about"], "recipes/reports/fashion_mnist"
+    where = f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}"
+    shipped = f"The ReViT that comes with the package, on {found['count']:,} test images of Fashion-MNIST"
+    text += [f"{shipped} ({where}; [report]({report}/report.md)):", "", found["verdict"][0], ""]
+    text.append(f'<img src="{report}/accuracy_speed.png" width="480" alt="Accuracy and speed of lengths and policies">')
+    return "\n".join([*text, ""])
 
 
 def performance() -> str:

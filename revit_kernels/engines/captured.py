@@ -115,7 +115,7 @@ class CapturedEngine:
 
     A graph reads the parameters where they were when it was captured: values written in place (an optimizer's step,
     `load_state_dict`) are seen by the next replay. After `.to()`, `load_state_dict(assign=True)`, `train()`, or with
-    another module, parameter or hook, the engine is stale.
+    another module, parameter or hook, in the model or in a `choose` that is a module, the engine is stale.
 
     No gradients are recorded, and autocast does not reach inside. Calls share the buffers: one at a time, though on any
     stream. Images in pinned memory are copied without waiting: leave them alone until the answers are there.
@@ -185,8 +185,9 @@ class CapturedEngine:
     @torch.no_grad()
     def refresh(self) -> None:
         """Capture every budget anew, where the model is now; `waste` begins again."""
-        watched = watched_of(self.model)
-        self._snapshot = watched, state_of(watched, self.model, written=False)
+        modules = [m for m in (self.model, self.choose) if isinstance(m, nn.Module)]
+        watched = [watched_of(module) for module in modules]
+        self._snapshot = watched, self._state(watched)
         self.device = self.model._device()
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._stream = None
@@ -199,7 +200,6 @@ class CapturedEngine:
             raise ValueError("the model must pool its tokens: one answer an image is captured")
         self._logits = torch.zeros_like(logits)
         self._total = torch.zeros((), dtype=torch.int64, device=self.device)
-        modules = [m for m in (self.model, self.choose) if isinstance(m, nn.Module)]
         # Held, so that a graph never reads what was freed when a parameter was replaced.
         self._held = [t.detach() for m in modules for t in chain(m.parameters(), m.buffers())]
         self.refusal: str | None = _uncapturable(self.device, modules) or self._capture()
@@ -272,9 +272,12 @@ class CapturedEngine:
         wanted = math.ceil(images * self._mean + self._spread * math.sqrt(images))
         return max(longest, min(wanted, images * longest))
 
+    def _state(self, watched: list) -> list:
+        return [state_of(of_module, self.model, written=False) for of_module in watched]
+
     def _current(self) -> None:
         watched, state = self._snapshot
-        if state_of(watched, self.model, written=False) != state:
+        if self._state(watched) != state:
             if self.stale == "raise":
                 raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
             self.refresh()

@@ -1,12 +1,15 @@
-"""timm's feature extraction: the tokens after chosen blocks, of a dense or a mixed batch."""
+"""What is inside the model: the tokens after chosen blocks, as timm extracts them, and attention maps."""
 
 from __future__ import annotations
 
 from numbers import Integral
 
+import torch
 from torch import nn
 
+from revit_kernels.modules.attention import Maps
 from revit_kernels.modules.layer_norm import normalise
+from revit_kernels.modules.linear import takes_packing
 
 
 def take_indices(count: int, indices) -> tuple[list[int], int]:
@@ -26,7 +29,7 @@ def take_indices(count: int, indices) -> tuple[list[int], int]:
 
 
 class Intermediates:
-    """The methods of VarLenViT that give intermediate features."""
+    """The methods of VarLenViT that give intermediate features and attention maps."""
 
     def forward_intermediates(
         self,
@@ -134,3 +137,31 @@ class Intermediates:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, "")
         return taken
+
+    @torch.no_grad()
+    def attention_maps(self, x, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False) -> list:
+        """The attention maps of every block: for each, a tuple with (heads, length, length) for each image.
+
+        Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,
+        as with timm; a hook on it sees (images, heads, length, length) of a dense batch, and each image of a mixed one.
+        Not while another thread calls the model. Raises ValueError for a model whose blocks have no attention of ours.
+        """
+        attentions = [m for m in self.blocks.modules() if isinstance(m, Maps)]
+        if not attentions or not all(takes_packing(m) for m in attentions):
+            raise ValueError("the model's blocks have no attention that can give its maps")
+        maps = {m: [] for m in attentions}
+        handles, before = [], {m: m.__dict__.get("fused_attn") for m in attentions}
+        try:
+            for module, seen in maps.items():
+                module.fused_attn = False
+                handles.append(module.attn_drop.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out)))
+            self(x, grids=grids, packing=packing, max_tokens=max_tokens, channels_last=channels_last)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, fused in before.items():
+                if fused is None:
+                    del module.fused_attn
+                else:
+                    module.fused_attn = fused
+        return [tuple(seen) for seen in maps.values()]

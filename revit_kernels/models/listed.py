@@ -1,10 +1,12 @@
 """A list of images at their own sizes as two ops: torch.compile then knows no size, and compiles no size anew."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from revit_kernels import ops
 from revit_kernels.grids import native_grid
+from revit_kernels.modules.layer_norm import normalise
+from revit_kernels.modules.linear import is_plain, takes_packing, traced
 from revit_kernels.packing import Packing
 
 _LIMITS = "SymInt[] patch_size, SymInt max_tokens, SymInt prefix_tokens, bool channels_last"
@@ -52,7 +54,7 @@ for _name, _schema, _run, _fake in (
     torch.library.impl(f"revit_kernels::{_name}", "CompositeExplicitAutograd", _run)
 
 
-def embedded(images: list[Tensor], weight, bias, table, prefix, statistics: dict, how: tuple, limits: tuple):
+def _embedded(images: list[Tensor], weight, bias, table, prefix, statistics: dict, how: tuple, limits: tuple):
     """The packed tokens (tokens, dim), with positions, of images at their own sizes, and their packing.
 
     table:      (rows, columns, dim) positions, or None
@@ -69,3 +71,42 @@ def embedded(images: list[Tensor], weight, bias, table, prefix, statistics: dict
     zeros = torch.zeros_like(image)
     known = ((longest.shape[0], 1),), limits[2], image.shape[0], None, False
     return tokens, Packing(cu_seqlens, cu_seqlens.new_zeros(len(images)), image, zeros, zeros, *known)
+
+
+def takes(model, x) -> bool:
+    """Whether `answers` gives what a VarLenViT says of x, given without grids: nothing that it calls sees sizes."""
+    if not torch.compiler.is_compiling() or traced(x) or torch.is_grad_enabled() or not isinstance(x, list | tuple):
+        return False
+    embed = model.patch_embed
+    return (
+        len(x) > 0
+        and model.menu is model.attn_pool is None
+        and model.global_pool != ""
+        and model.patch_method == "resize"
+        and model._own("_pos_embed", "pool", "forward_head")
+        and is_plain(embed, "PatchEmbed")
+        and is_plain(embed.norm, "Identity")
+        and is_plain(embed.proj, "Conv2d")
+        and isinstance(model.patch_drop, nn.Identity)
+        and not model.training
+        and all([takes_packing(block) for block in model.blocks])
+    )
+
+
+def answers(model, images, max_tokens: int | None, channels_last: bool) -> Tensor:
+    """`model(images)` of what `takes` allows."""
+    embed, limit = model.patch_embed, model.patch_embed.num_patches if max_tokens is None else max_tokens
+    table, own = (None, None) if model.pos_embed is None else model._table()
+    x, packing = _embedded(
+        list(images),
+        embed.proj.weight,
+        embed.proj.bias,
+        table,
+        model._prefix(own),
+        model._statistics() if images[0].dtype == torch.uint8 else {},
+        (model.pos_interpolation, model.pos_antialias),
+        (list(embed.patch_size), limit, model.num_prefix_tokens, channels_last),
+    )
+    x = x if model.pos_embed is None else model.pos_drop(x)
+    x = normalise(model.norm_pre, x, packing)[0]
+    return model.finish(model.run_blocks([x, None, None], packing), packing)

@@ -17,7 +17,7 @@ from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
-from revit_kernels.modules.attention import Maps, by_length, dense_packing, fitting, per_length
+from revit_kernels.modules.attention import by_length, dense_packing, fitting, per_length
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
@@ -384,34 +384,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         x = self._normalised(stream, packing)
         return x if dense else PackedTokens(x, packing)
 
-    @torch.no_grad()
-    def attention_maps(self, x, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False) -> list:
-        """The attention maps of every block: for each, a tuple with (heads, length, length) for each image.
-
-        Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,
-        as with timm; a hook on it sees (images, heads, length, length) of a dense batch, and each image of a mixed one.
-        Not while another thread calls the model. Raises ValueError for a model whose blocks have no attention of ours.
-        """
-        attentions = [m for m in self.blocks.modules() if isinstance(m, Maps)]
-        if not attentions or not all(takes_packing(m) for m in attentions):
-            raise ValueError("the model's blocks have no attention that can give its maps")
-        maps = {m: [] for m in attentions}
-        handles, before = [], {m: m.__dict__.get("fused_attn") for m in attentions}
-        try:
-            for module, seen in maps.items():
-                module.fused_attn = False
-                handles.append(module.attn_drop.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out)))
-            self(x, grids=grids, packing=packing, max_tokens=max_tokens, channels_last=channels_last)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, fused in before.items():
-                if fused is None:
-                    del module.fused_attn
-                else:
-                    module.fused_attn = fused
-        return [tuple(seen) for seen in maps.values()]
-
     # ------------------------------------------------------------------ features to answers
 
     def _packed(self, x) -> tuple[Tensor, Packing]:
@@ -490,46 +462,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         if not self._own("forward_features", "forward_head", "pool"):
             return self._forward_in_parts(x, attn_mask, is_causal, options)
         mask = _mask(attn_mask, is_causal)
-        if not mask and self._listed(x, grids, packing):
-            return self._listed_answers(x, max_tokens, channels_last)
+        if not mask and grids is packing is None and listed.takes(self, x):
+            return listed.answers(self, x, max_tokens, channels_last)
         images, packing, dense = self._inputs(x, **options)
         return self._features(images, packing, dense, channels_last, mask, answers=True)[0]
-
-    def _listed(self, x, grids, packing) -> bool:
-        """Whether torch.compile may be kept from knowing the sizes of the images: nothing it sees depends on them."""
-        if not torch.compiler.is_compiling() or traced(x) or torch.is_grad_enabled() or not isinstance(x, list | tuple):
-            return False
-        plain_embed = is_plain(self.patch_embed, "PatchEmbed") and is_plain(self.patch_embed.norm, "Identity")
-        return (
-            len(x) > 0
-            and grids is packing is self.menu is self.attn_pool is None
-            and self.global_pool != ""
-            and self.patch_method == "resize"
-            and self._own("_pos_embed", "pool", "forward_head")
-            and plain_embed
-            and is_plain(self.patch_embed.proj, "Conv2d")
-            and isinstance(self.patch_drop, nn.Identity)
-            and not self.training
-            and all([takes_packing(block) for block in self.blocks])
-        )
-
-    def _listed_answers(self, images, max_tokens: int | None, channels_last: bool) -> Tensor:
-        """`forward` of images that `_listed` allows."""
-        proj, limit = self.patch_embed.proj, self.patch_embed.num_patches if max_tokens is None else max_tokens
-        table, own = (None, None) if self.pos_embed is None else self._table()
-        x, packing = listed.embedded(
-            list(images),
-            proj.weight,
-            proj.bias,
-            table,
-            self._prefix(own),
-            self._statistics() if images[0].dtype == torch.uint8 else {},
-            (self.pos_interpolation, self.pos_antialias),
-            (list(self.patch_embed.patch_size), limit, self.num_prefix_tokens, channels_last),
-        )
-        x = x if self.pos_embed is None else self.pos_drop(x)
-        x = normalise(self.norm_pre, x, packing)[0]
-        return self.finish(self.run_blocks([x, None, None], packing), packing)
 
     def _forward_in_parts(self, x, attn_mask, is_causal, options: dict):
         """`forward` as timm's: by `forward_features` and `forward_head`, of which somebody overrode one."""

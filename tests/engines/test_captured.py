@@ -294,6 +294,17 @@ def test_weights_written_in_place_are_seen_and_others_after_refresh(cuda, stale)
     assert not torch.equal(made.answer(x, rows).logits, before)
 
 
+def test_another_assigner_makes_the_engine_stale(cuda):
+    model = make_model()
+    assigner = TokenLengthAssigner.for_model(model).to(DEVICE).eval()
+    adaptive = AdaptiveViT(model, Assign(1.0, (1.0, 0.6, 0.3)), assigner=assigner).eval()
+    made = capture_adaptive(adaptive, images=4)
+    made.answer(images(4))
+    assigner.fc3.weight = torch.nn.Parameter(assigner.fc3.weight.detach() * 2)
+    with pytest.raises(StaleEngine, match="changed since its engine was made"):
+        made.answer(images(4))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_an_engine_gives_what_its_model_gives(cuda, channels_last):
     model = tiny()
