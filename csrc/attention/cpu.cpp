@@ -84,7 +84,42 @@ Strided<T> strided(const Tensor& x) {
   return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
 }
 
-// cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,), each below the positions
+template <class T>
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
+             float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
+  Problem<T> p{};
+  p.rotation = rotation;
+  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  zero_outside(p.y.data, p.heads * p.dim, queries);
+  zero_outside(p.lse, p.heads, queries);
+  const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
+  const std::vector<Item> items = items_of(queries, keys, p.heads, 512);
+  each_of(items.size(), [&](int64_t i) {
+    const Item& item = items[i];
+    if (item.keys) return kernel(p, item);
+    for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
+      std::memset(static_cast<void*>(p.y.at(t, item.head)), 0, p.dim * sizeof(T));
+      p.lse[t * p.heads + item.head] = -INFINITY;
+    }
+  });
+}
+
+template <class T>
+Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, const Rotation& rotation, void* y,
+                      float* lse) {
+  const int64_t width = heads * dim;
+  const T* q = static_cast<const T*>(qkv);
+  Problem<T> p{};
+  p.q = {q, 3 * width, dim}, p.k = {q + width, 3 * width, dim}, p.v = {q + 2 * width, 3 * width, dim};
+  p.y = {static_cast<T*>(y), width, dim};
+  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale, p.rotation = rotation;
+  return p;
+}
+
+}  // namespace
+
 Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                      const std::optional<Tensor>& row, bool half) {
   if (!cos) return {};
@@ -99,61 +134,12 @@ Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tenso
   return r;
 }
 
-template <class T>
-void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
-  const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
-  const std::vector<Item> items = items_of(queries, keys, p.heads, 512);
-  each_of(items.size(), [&](int64_t i) {
-    const Item& item = items[i];
-    if (item.keys) return kernel(p, item);
-    for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
-      std::memset(static_cast<void*>(p.y.at(t, item.head)), 0, p.dim * sizeof(T));
-      p.lse[t * p.heads + item.head] = -INFINITY;
-    }
-  });
-}
-
-template <class T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
-             float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
-  Problem<T> p{};
-  p.rotation = rotation;
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
-  zero_outside(p.y.data, p.heads * p.dim, queries);
-  zero_outside(p.lse, p.heads, queries);
-  forward_images(p, queries, keys);
-}
-
-template <class T>
-Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, void* y, float* lse) {
-  const int64_t width = heads * dim;
-  const T* q = static_cast<const T*>(qkv);
-  Problem<T> p{};
-  p.q = {q, 3 * width, dim}, p.k = {q + width, 3 * width, dim}, p.v = {q + 2 * width, 3 * width, dim};
-  p.y = {static_cast<T*>(y), width, dim};
-  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale;
-  return p;
-}
-
-}  // namespace
-
-void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
-            int64_t head_dim, float scale, void* y, float* lse) {
-  const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
-  if (is_bf16)
-    forward_images(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
-  else
-    forward_images(problem_of<float>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
-}
-
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
-                  void* y, float* lse) {
+                  const Rotation& rotation, void* y, float* lse) {
   if (is_bf16)
-    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
   else
-    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
 }
 
 namespace {
