@@ -18,8 +18,9 @@ from revit_kernels.data.images import find_images, left_out_text, printable, sho
 from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
+from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
-from revit_kernels.serving.records import check_output, open_records
+from revit_kernels.serving.records import check_output
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -34,8 +35,9 @@ examples:
   revit infer tiles/ --model flexivit_small --pretrained --grids 8x8 --method patch
 
 A PATH is an image, a folder, an archive (.tar, .zip, a .parquet with a column of images), a pattern such as
-"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "@-"
-reads standard input). An image that is missing or broken becomes a record with its error; the others are unharmed.
+"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "-"
+reads one from standard input). An image that is missing or broken becomes a record with its error; the others are
+unharmed.
 
 exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
 """
@@ -117,7 +119,23 @@ def add(commands):
 
     output = infer.add_argument_group("output")
     output.add_argument(
-        "--output", "-o", metavar="FILE", help=".jsonl, .csv, .parquet or .npz (default: JSON lines on standard output)"
+        "--output",
+        "-o",
+        metavar="FILE",
+        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: JSON lines on "
+        "standard output)",
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted or killed: its records are kept in FILE.partial, or in the folder",
+    )
+    output.add_argument(
+        "--shard-rows",
+        type=count,
+        metavar="N",
+        default=SHARD_ROWS,
+        help=f"records of a shard, with a folder (default: {SHARD_ROWS})",
     )
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
@@ -137,6 +155,11 @@ def run(args) -> int:
     """
     check_output(args.output)
     _check_options(args)
+    if args.output:
+        check_begin(args.output, args.resume)
+        if args.resume and is_finished(args.output):
+            _say(f"revit: {args.output} is finished: there is nothing to go on with")
+            return 0
     settings = Settings.of(args)
     paths, empty, problems, left_out = find_images(args.paths, args.recursive)
     _check_overwritten(args, paths)
@@ -162,24 +185,33 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     prepared = _prepared(settings, args.compare)
     model = prepared.answerer
     sample = Sample() if args.compare else None
-    bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
-    with bar, _written(args.output), open_records(args.output, prepared.columns) as writer:
-        totals = infer(
-            model,
-            paths,
-            prepared.rule,
-            writer,
-            features=args.features,
-            batch_tokens=args.batch_tokens,
-            workers=args.workers or min(16, _cores()),
-            progress=bar.update,
-            keep=sample.keep if sample else None,
-        )
+    run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
+    with _written(args.output), run as run:
+        if run.done:
+            _say(f"revit: {images_text(run.done)} were answered before")
+        with tqdm(total=len(paths), initial=run.done, unit=" images", disable=args.quiet or None) as bar:
+            totals = infer(
+                model,
+                paths[run.done :],
+                prepared.rule,
+                run,
+                features=args.features,
+                batch_tokens=args.batch_tokens,
+                workers=args.workers or min(16, _cores()),
+                progress=bar.update,
+                keep=sample.keep if sample else None,
+            )
     if not args.quiet:
         _say(closing_line(totals, full_length(model), others))
     if sample is not None and sample.pixels:
         _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
+    totals.errors[:0] = run.errors
+    totals.images += run.done
     return totals
+
+
+def _kept(count: int) -> None:
+    _say(f"revit: the records of {images_text(count)} are kept: the same command with --resume goes on")
 
 
 @contextmanager
@@ -232,6 +264,8 @@ def _check_options(args) -> None:
         raise ValueError("--policy gives each image a length of the model's menu: it does not go with --compare")
     if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
+    if args.resume and not args.output:
+        raise ValueError("--resume goes on with an --output: records on standard output are not kept")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
 
