@@ -75,20 +75,18 @@ def find_images(arguments: Sequence[str], recursive: bool = True, suffixes: froz
     arguments: files; folders (their image files, sorted by name; hidden ones are left out; folders that are linked in
                are looked into, each once); archives (.tar, .zip; of a .parquet, its column of images); patterns such as
                "photos/**/*.jpg"; data URLs; and lists, as @FILE or a .txt file: one of these a line ("@-": standard
-               input), where a line that begins with # is a comment unless there is such a file
+               input, as "-" does), where a line that begins with # is a comment unless there is such a file
     recursive: also look into the folders of a folder
     suffixes:  of files that are taken out of folders and archives
 
     A file named outright is taken whatever its name, and whether or not it exists: decoding it says what is wrong.
     A line of a list is never a pattern: the names of files have brackets. Archives in a folder are left out: name them.
-    Raises ValueError for a list that cannot be read, and for "-".
+    Raises ValueError for a list that cannot be read.
     """
     found = Found([], [], [], Counter())
     for argument, is_line in _expand_lists(arguments):
         if argument[:5].lower() == "data:" and not os.path.lexists(argument):
             found.paths.append(data_url(argument))
-        elif argument == "-" and not os.path.lexists(argument):
-            raise ValueError("- is no image: give @- to read a list of paths from standard input")
         elif os.path.isdir(argument):
             before = len(found.paths), len(found.problems)
             found.paths.extend(_walk(argument, recursive, found, suffixes))
@@ -151,9 +149,9 @@ def left_out_text(left_out: Counter[str], what: str = "images") -> str | None:
 def _expand_lists(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Each argument, or the lines of the list that it is; and whether it is a line."""
     for argument in arguments:
-        is_list = argument.startswith("@") and not os.path.lexists(argument)
+        is_list = (argument.startswith("@") or argument == "-") and not os.path.lexists(argument)
         if is_list or (argument.lower().endswith(".txt") and not os.path.isdir(argument) and not URL.match(argument)):
-            yield from ((line, True) for line in _read_list(argument[1:] if is_list else argument))
+            yield from ((line, True) for line in _read_list(argument.removeprefix("@") if is_list else argument))
         else:
             yield argument, False
 
