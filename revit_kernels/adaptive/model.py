@@ -21,7 +21,7 @@ from revit_kernels.models.embedding import Images
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
-from revit_kernels.modules.lengths import Grid, cells
+from revit_kernels.modules.lengths import Grid, cells, tokens_of
 from revit_kernels.packing import Packing
 
 
@@ -105,7 +105,7 @@ class AdaptiveViT(nn.Module):
         # A pass over a packing made on the device begins with the images.
         if not self.reuse or (name == "assigner" and model_device(self.model).type != "cpu"):
             self.costs = replace(self.costs, reused=0.0)
-        prefix = self.model.num_prefix_tokens
+        prefix = [tokens_of(self.model, grid) - cells(grid) for grid in self.menu]
         return solve(name, outcomes.apart()[1], self.costs, budget, known=known, prefix=prefix)
 
     @classmethod
@@ -154,7 +154,7 @@ class AdaptiveViT(nn.Module):
         """
         count, device = len(images), next(self.model.parameters()).device
         if device_choice is None:
-            device_choice = device.type != "cpu"
+            device_choice = device.type != "cpu" and self.model.per_frame is None  # clips are packed by the host
         if count == 0:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
@@ -184,13 +184,10 @@ class AdaptiveViT(nn.Module):
     # ------------------------------------------------------------------ one pass
 
     def _lengths(self, device) -> Tensor:
-        prefix = self.model.num_prefix_tokens
-        return torch.tensor([prefix + cells(grid) for grid in self.menu], device=device)
+        return torch.tensor([tokens_of(self.model, grid) for grid in self.menu], device=device)
 
     def _packing(self, rows: list[int]) -> Packing:
-        device = next(self.model.parameters()).device
-        grids = [self.menu[row] for row in rows]
-        return Packing.from_grids(grids, self.model.num_prefix_tokens, menu=self.menu, device=device)
+        return self.model.packing([self.menu[row] for row in rows])
 
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""

@@ -19,6 +19,7 @@ from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
 from revit_kernels.engines import engine_of
 from revit_kernels.files import write_whole
+from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.training.loader import seed_of
 
@@ -273,9 +274,9 @@ def quality(outcomes: Outcomes) -> dict[str, dict[str, float]]:
     "evidence" is the confidence mixed with the assigner's posterior.
     """
     found = {}
-    for row, (h, w) in enumerate(outcomes.menu):
+    for row, grid in enumerate(outcomes.menu):
         right, z = outcomes.correct[:, row], outcomes.assigner[:, row].astype(np.float64)
-        found[f"{h}x{w}"] = {
+        found[grid_text(grid)] = {
             "assigner": auc(z, right),
             "confidence": auc(outcomes.confidence[:, row], right),
             "evidence": auc(outcomes.mixed[:, row, 0], right),
