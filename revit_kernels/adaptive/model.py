@@ -16,9 +16,10 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
-from revit_kernels.engines import Answers, Engine
+from revit_kernels.engines import Answers, ClipEngine, Engine
 from revit_kernels.models.embedding import Images
 from revit_kernels.models.registry import load_resizable
+from revit_kernels.models.video import ClipModel
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells, tokens_of
@@ -28,8 +29,8 @@ from revit_kernels.packing import Packing
 class AdaptiveViT(nn.Module):
     """Gives each image a length by a policy, and all of them to the model in packed batches.
 
-    model:    a VarLenViT that was made resizable, or an engine of one; of a model an engine is made at the first
-              prediction, which is refreshed where the model changes
+    model:    a VarLenViT or a model of clips that was made resizable, or an engine of one; of a model an engine is made
+              at the first prediction, which is refreshed where the model changes
     policy:   "fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle" (needs the truth: evaluation only);
               a Policy whose numbers are known; or a function from the images to (images,) menu rows
     assigner: a TokenLengthAssigner of the model
@@ -48,7 +49,7 @@ class AdaptiveViT(nn.Module):
 
     def __init__(
         self,
-        model: VarLenViT | Engine,
+        model: VarLenViT | ClipModel | Engine | ClipEngine,
         policy: str | Policy | Callable = "cascade",
         *,
         assigner: TokenLengthAssigner | None = None,
@@ -60,8 +61,8 @@ class AdaptiveViT(nn.Module):
     ):
         super().__init__()
         check_resizable(model)
-        self._engine = model if isinstance(model, Engine) else None
-        self.model = model.model if isinstance(model, Engine) else model
+        self._engine = None if isinstance(model, nn.Module) else model
+        self.model = model if isinstance(model, nn.Module) else model.model
         self.assigner = None if assigner is None else assigner.require(self.model)
         self.capacity, self.reuse, self._turn, self.costs = capacity, reuse, 0, costs
         if outcomes is not None:
@@ -77,7 +78,7 @@ class AdaptiveViT(nn.Module):
         self.policy = policy.require(self.model.menu)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ClipEngine:
         """What answers."""
         if self._engine is None:
             self._engine = self.model.engine(stale="refresh")
