@@ -10,20 +10,23 @@ from contextlib import contextmanager, suppress
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from revit_kernels import dispatch
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.cli import hints
+from revit_kernels.cli.answers import on_terminal, open_answers, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.gallery import Gallery, check_gallery
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import find_images, left_out_text, printable, show
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import GridRule, Totals, closing_line, full_length, images_text, infer
 from revit_kernels.serving.prepare import load_model, make_engine, read_labels
-from revit_kernels.serving.records import Columns, check_output, open_records
+from revit_kernels.serving.records import Columns, check_output
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -121,7 +124,14 @@ def add(commands):
 
     output = infer.add_argument_group("output")
     output.add_argument(
-        "--output", "-o", metavar="FILE", help=".jsonl, .csv, .parquet or .npz (default: JSON lines on standard output)"
+        "--output",
+        "-o",
+        metavar="FILE",
+        help=".jsonl, .csv, .parquet or .npz (default: a table on a terminal, JSON lines to a pipe)",
+    )
+    output.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
+    output.add_argument(
+        "--gallery", metavar="FILE", help="also write an .html page: each image as it was read, its class and its cost"
     )
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
@@ -140,6 +150,7 @@ def run(args) -> int:
     Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
     """
     check_output(args.output)
+    check_gallery(args.gallery)
     _check_options(args)
     paths, empty, problems, left_out = find_images(args.paths, args.recursive)
     _check_overwritten(args, paths)
@@ -173,7 +184,11 @@ def _answer(args, paths: list[str], device: torch.device, others: str | None) ->
     )
     model.patch_method = args.method
     model = make_engine(model, args.quantize)
+    hints.check_tokens(args.grids, args.max_tokens, full_length(model))
     adaptive = _adaptive(args, model)
+    if not args.quiet:
+        for warning in _warnings(args, model, adaptive):
+            _say(f"revit: warning: {warning}")
     columns = _columns(args, model, adaptive is not None)
     rule = GridRule(
         model.patch_embed.patch_size,
@@ -183,8 +198,12 @@ def _answer(args, paths: list[str], device: torch.device, others: str | None) ->
         resize=args.method == "resize",
     )
     sample = Sample() if args.compare else None
-    bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
-    with bar, _written(args.output), open_records(args.output, columns) as writer:
+    gallery, keep = _gallery(args, adaptive or model, columns), None
+    if sample or gallery:
+        keep = _each([kept.keep for kept in (sample, gallery) if kept])
+    bar = Progress(len(paths), quiet=args.quiet, lines=through_a_pipe(args.output))
+    answers = open_answers(args.output, columns, paths, full_length(model), bar, args.json, gallery)
+    with bar, _written(args.output), answers as writer:
         totals = infer(
             adaptive or model,
             paths,
@@ -194,10 +213,13 @@ def _answer(args, paths: list[str], device: torch.device, others: str | None) ->
             batch_tokens=args.batch_tokens,
             workers=args.workers or min(16, _cores()),
             progress=bar.update,
-            keep=sample.keep if sample else None,
+            keep=keep,
         )
+    if gallery is not None:
+        with _written(args.gallery, "--gallery"):
+            gallery.save(totals, args.model or "The ReViT that comes with the package")
     if not args.quiet:
-        _say(closing_line(totals, full_length(adaptive or model), others))
+        _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
         _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
     return totals
@@ -218,14 +240,30 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 
 
 @contextmanager
-def _written(output: str | None):
+def _written(output: str | None, option: str = "--output"):
     try:
         yield
     except BrokenPipeError:  # no failure: the reader has what it wanted
         raise
     except OSError as error:  # of an image it would be a record
-        name = f"--output {output}" if output else "standard output"
+        name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
+
+
+def _gallery(args, model, columns: Columns) -> Gallery | None:
+    if args.gallery is None:
+        return None
+    plain = model.model if isinstance(model, AdaptiveViT) else model
+    prefix = plain.num_prefix_tokens
+    return Gallery(args.gallery, columns, prefix, prefix + full_length(plain), plain.patch_embed.patch_size)
+
+
+def _each(functions: list):
+    def call(*arguments):
+        for function in functions:
+            function(*arguments)
+
+    return call
 
 
 def _say(text: str) -> None:
@@ -251,11 +289,12 @@ def _cores() -> int:
 def _check_options(args) -> None:
     if args.grids and args.max_tokens:
         raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
-    if args.policy and (args.grids or args.max_tokens or args.features or args.compare or args.method == "patch"):
+    if args.policy and (others := _leaves_no_policy(args)):
         raise ValueError(
-            "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens, "
-            "--features, --compare or --method patch"
+            f"--policy gives each image a length of the model's menu: it does not go with {' or '.join(others)}"
         )
+    if args.json and args.output:
+        raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
     if (args.checkpoint or args.pretrained or args.untrained) and not args.model:
         raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
     if args.fit and args.model and not args.grids and not args.policy:
@@ -270,9 +309,24 @@ def _check_options(args) -> None:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
 
 
+def _warnings(args, model, adaptive: AdaptiveViT | None) -> list[str]:
+    menu = getattr(model, "menu", None)
+    found = hints.lengths(args.grids, args.max_tokens, menu, full_length(model))
+    if adaptive is None:
+        known = bool(args.assigner or args.outcomes or not args.model)
+        found += [why for why in [hints.no_policy(menu, known, _leaves_no_policy(args))] if why]
+    return found
+
+
+def _leaves_no_policy(args) -> list[str]:
+    """The options that decide the lengths without a policy."""
+    given = {"--grids": args.grids, "--max-tokens": args.max_tokens, "--compare": args.compare}
+    return [name for name, value in given.items() if value] + (["--method patch"] if args.method == "patch" else [])
+
+
 def _columns(args, model, adaptive: bool) -> Columns:
     if args.features:
-        return Columns(features=model.num_features)
+        return Columns(features=model.num_features, adaptive=adaptive)
     if model.num_classes < 1:
         raise ValueError(f"{args.model} has no classes: ask for --features")
     return Columns(
@@ -299,10 +353,10 @@ def _adaptive(args, model) -> AdaptiveViT | None:
     """The model with the policy that the arguments ask for; None where each image's size decides its length.
 
     Without --policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless --grids,
-    --max-tokens, --features, --compare or --method say otherwise.
+    --max-tokens, --compare or --method say otherwise.
     Raises ValueError where a policy is asked for that cannot be had.
     """
-    otherwise = args.grids or args.max_tokens or args.features or args.compare or args.method == "patch"
+    otherwise = _leaves_no_policy(args)
     file = args.assigner or (SHIPPED_ASSIGNER if not args.model else None)
     known = file is not None or args.outcomes
     if not args.policy and (otherwise or not known or model.menu is None):
