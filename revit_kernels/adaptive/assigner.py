@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from revit_kernels.adaptive.budgets import fitted
 from revit_kernels.adaptive.costs import Costs, counted, device_name, model_device, model_dtype, model_macs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Policy
+from revit_kernels.engines import Engine
 from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
+from revit_kernels.models.embedding import Images
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import cells, check_menu
@@ -53,7 +56,7 @@ class TokenLengthAssigner(nn.Module):
 
     def __init__(
         self,
-        menu,
+        menu: Sequence[Grid],
         trunk: str = "scout",
         *,
         classes: int,
@@ -155,13 +158,13 @@ class TokenLengthAssigner(nn.Module):
         x = F.gelu(self.fc2(self.drop(x)))
         return self.fc3(self.drop(x)).float()
 
-    def patches(self, images, channels_last: bool = True) -> Tensor:
+    def patches(self, images: Images, channels_last: bool = True) -> Tensor:
         """(images * patches, width): what the scout's first layer makes of images of any sizes."""
         packing = Packing.uniform(len(images), self.grid, 0, device=self.proj.weight.device)
         statistics = {"mean": self.mean, "std": self.std, "channels_last": channels_last}
         return ops.patch_embed(images, self.proj.weight, self.proj.bias, packing, **statistics)
 
-    def tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Packing]:
+    def tokens(self, images: Images, model: VarLenViT | Engine, channels_last: bool = True) -> tuple[Tensor, Packing]:
         """(images * length, dim) of the model at the shortest length, after `depth` blocks, and their packing."""
         packing = Packing.uniform(len(images), self.menu[-1], self.prefix, device=self.fc1.weight.device)
         stream = [model.embed(images, packing, channels_last), None, None]
@@ -172,7 +175,9 @@ class TokenLengthAssigner(nn.Module):
         x = tokens.view(-1, self.prefix + cells(self.menu[-1]), tokens.shape[-1])
         return x if self.depth else x[:, self.prefix :]
 
-    def with_tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Tensor, Packing]:
+    def with_tokens(
+        self, images: Images, model: VarLenViT | Engine, channels_last: bool = True
+    ) -> tuple[Tensor, Tensor, Packing]:
         """(logits, tokens, packing), for the trunk "tokens".
 
         An image that stays at the shortest length goes on from there:
@@ -181,7 +186,7 @@ class TokenLengthAssigner(nn.Module):
         tokens, packing = self.tokens(images, model, channels_last)
         return self.head(self.inputs(tokens)), tokens, packing
 
-    def forward(self, images, model=None, channels_last: bool = True) -> Tensor:
+    def forward(self, images: Images, model: VarLenViT | Engine | None = None, channels_last: bool = True) -> Tensor:
         """(images, lengths + classes) logits, float32. images: as VarLenViT takes them"""
         if self.trunk == "scout":
             return self.head(self.patches(images, channels_last))
@@ -200,7 +205,7 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError("the assigner was trained for another model, or for this one before it changed")
         return self
 
-    def costs_for(self, model) -> Costs:
+    def costs_for(self, model: VarLenViT | Engine) -> Costs:
         """What was measured on the device of a model, or an engine of one, in its dtype; else multiply-accumulates."""
         where = device_name(model_device(model)), model_dtype(model)
         found = [costs for costs in self.costs if (costs.device, costs.dtype) == where]
@@ -221,7 +226,7 @@ class TokenLengthAssigner(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a .safetensors file: weights in bfloat16, whose it is, costs, what budgets are solved from."""
         from safetensors.torch import save_file
 
@@ -246,7 +251,7 @@ class TokenLengthAssigner(nn.Module):
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
-    def load(cls, path) -> TokenLengthAssigner:
+    def load(cls, path: str | Path) -> TokenLengthAssigner:
         """What `save` wrote, in eval mode. Raises ValueError for a file that is missing, broken, or none of these."""
         from safetensors import safe_open
 

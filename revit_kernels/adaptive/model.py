@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counte
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
 from revit_kernels.engines import Answers, Engine
+from revit_kernels.models.embedding import Images
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
@@ -107,7 +110,16 @@ class AdaptiveViT(nn.Module):
 
     @classmethod
     def from_files(
-        cls, model, assigner=None, labels=None, *, policy="cascade", budget="full", device=None, dtype=None, **options
+        cls,
+        model: str | Path,
+        assigner: str | Path | None = None,
+        labels: str | Path | None = None,
+        *,
+        policy: str | Policy | Callable = "cascade",
+        budget: str | Budget = "full",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> AdaptiveViT:
         """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
         model = load_resizable(str(model), device, dtype)
@@ -121,13 +133,18 @@ class AdaptiveViT(nn.Module):
     def menu(self) -> tuple[Grid, ...]:
         return check_resizable(self.model)
 
-    def forward(self, images, channels_last: bool = False) -> Tensor:
+    def forward(self, images: Images, channels_last: bool = False) -> Tensor:
         """(images, classes) logits. images: as VarLenViT takes them."""
         return self.predict(images, channels_last=channels_last).logits
 
     @torch.inference_mode()
     def predict(
-        self, images, *, channels_last: bool = False, labels: Tensor | None = None, device_choice: bool | None = None
+        self,
+        images: Images,
+        *,
+        channels_last: bool = False,
+        labels: Tensor | None = None,
+        device_choice: bool | None = None,
     ) -> Answers:
         """The answers, and at which lengths they were found.
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from revit_kernels.data.images import show
 from revit_kernels.files import write_whole
-from revit_kernels.serving.infer import Totals, closing_line
+from revit_kernels.serving.infer import Totals, closing_line, full_length
+from revit_kernels.serving.prepare import Prepared
 from revit_kernels.serving.records import Answer, Columns
 
 MOST = 1000  # images that a page shows; its totals are of all
@@ -161,6 +162,15 @@ class Gallery:
         """Write the page. Raises OSError where it cannot be written."""
         text = self.page(totals, model)
         write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def gallery_of(path: str | None, prepared: Prepared) -> Gallery | None:
+    """The gallery of a run; None where no path was given."""
+    if path is None:
+        return None
+    model = prepared.model
+    full = model.num_prefix_tokens + full_length(model)
+    return Gallery(path, prepared.columns, model.num_prefix_tokens, full, model.patch_embed.patch_size)
 
 
 def check_gallery(path: str | None) -> None:

@@ -12,21 +12,17 @@ import torch
 from PIL import Image
 
 from revit_kernels import dispatch
-from revit_kernels.adaptive.assigner import TokenLengthAssigner
-from revit_kernels.adaptive.model import AdaptiveViT
-from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli import hints
 from revit_kernels.cli.answers import on_terminal, open_answers, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
-from revit_kernels.cli.gallery import Gallery, check_gallery
+from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import find_images, left_out_text, printable, show
-from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER
+from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
-from revit_kernels.serving.infer import GridRule, Totals, closing_line, full_length, images_text, infer
-from revit_kernels.serving.prepare import load_model, make_engine, read_labels
-from revit_kernels.serving.records import Columns, check_output
+from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
+from revit_kernels.serving.prepare import Prepared, Settings, prepare
+from revit_kernels.serving.records import check_output
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -152,6 +148,7 @@ def run(args) -> int:
     check_output(args.output)
     check_gallery(args.gallery)
     _check_options(args)
+    settings = Settings.of(args)
     paths, empty, problems, left_out = find_images(args.paths, args.recursive)
     _check_overwritten(args, paths)
     others = left_out_text(left_out)
@@ -166,54 +163,33 @@ def run(args) -> int:
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
         with _out_of_memory(device, args.batch_tokens):
-            totals = _answer(args, paths, device, others)
+            totals = _answer(args, settings, paths, others)
     for problem in problems:
         _say(f"revit: {problem}")
     return max(_report(totals), 1 if problems else 0)
 
 
-def _answer(args, paths: list[str], device: torch.device, others: str | None) -> Totals:
-    name = args.model or str(SHIPPED)
-    model = load_model(
-        name,
-        checkpoint=args.checkpoint,
-        pretrained=args.pretrained,
-        untrained=args.untrained,
-        device=device,
-        dtype=choose_dtype(args.dtype, device),
-    )
-    model.patch_method = args.method
-    model = make_engine(model, args.quantize)
-    hints.check_tokens(args.grids, args.max_tokens, full_length(model))
-    adaptive = _adaptive(args, model)
-    if not args.quiet:
-        for warning in _warnings(args, model, adaptive):
-            _say(f"revit: warning: {warning}")
-    columns = _columns(args, model, adaptive is not None)
-    rule = GridRule(
-        model.patch_embed.patch_size,
-        args.max_tokens or full_length(model),
-        args.grids if adaptive is None else (model.menu[0],),
-        crop=args.fit != "squash",
-        resize=args.method == "resize",
-    )
+def _answer(args, settings: Settings, paths: list[str], others: str | None) -> Totals:
+    prepared = _prepared(settings, args.compare)
+    model = prepared.answerer
+    for hint in [] if args.quiet else hints.hints(args, prepared):
+        _say(f"revit: warning: {hint}")
     sample = Sample() if args.compare else None
-    gallery, keep = _gallery(args, adaptive or model, columns), None
-    if sample or gallery:
-        keep = _each([kept.keep for kept in (sample, gallery) if kept])
+    gallery = gallery_of(args.gallery, prepared)
+    full = full_length(prepared.model)
     bar = Progress(len(paths), quiet=args.quiet, lines=through_a_pipe(args.output))
-    answers = open_answers(args.output, columns, paths, full_length(model), bar, args.json, gallery)
+    answers = open_answers(args.output, prepared.columns, paths, full, bar, args.json, gallery)
     with bar, _written(args.output), answers as writer:
         totals = infer(
-            adaptive or model,
+            model,
             paths,
-            rule,
+            prepared.rule,
             writer,
             features=args.features,
             batch_tokens=args.batch_tokens,
             workers=args.workers or min(16, _cores()),
             progress=bar.update,
-            keep=keep,
+            keep=_each([kept.keep for kept in (sample, gallery) if kept]),
         )
     if gallery is not None:
         with _written(args.gallery, "--gallery"):
@@ -221,7 +197,7 @@ def _answer(args, paths: list[str], device: torch.device, others: str | None) ->
     if not args.quiet:
         _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
-        _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
+        _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
     return totals
 
 
@@ -250,20 +226,14 @@ def _written(output: str | None, option: str = "--output"):
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
 
 
-def _gallery(args, model, columns: Columns) -> Gallery | None:
-    if args.gallery is None:
-        return None
-    plain = model.model if isinstance(model, AdaptiveViT) else model
-    prefix = plain.num_prefix_tokens
-    return Gallery(args.gallery, columns, prefix, prefix + full_length(plain), plain.patch_embed.patch_size)
-
-
 def _each(functions: list):
+    """A function that calls each of these; None for none."""
+
     def call(*arguments):
         for function in functions:
             function(*arguments)
 
-    return call
+    return call if functions else None
 
 
 def _say(text: str) -> None:
@@ -287,54 +257,23 @@ def _cores() -> int:
 
 
 def _check_options(args) -> None:
-    if args.grids and args.max_tokens:
-        raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
-    if args.policy and (others := _leaves_no_policy(args)):
-        raise ValueError(
-            f"--policy gives each image a length of the model's menu: it does not go with {' or '.join(others)}"
-        )
+    if args.compare and args.policy:
+        raise ValueError("--policy gives each image a length of the model's menu: it does not go with --compare")
     if args.json and args.output:
         raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
-    if (args.checkpoint or args.pretrained or args.untrained) and not args.model:
-        raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
-    if args.fit and args.model and not args.grids and not args.policy:
-        raise ValueError("--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched")
-    if args.method == "patch" and args.compare:
+    if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
-    if args.method == "patch" and args.fit == "squash":
-        raise ValueError("--fit squash stretches the image; with --method patch it keeps its size")
-    if args.features and args.labels:
-        raise ValueError("--labels names classes; with --features there are none")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
 
 
-def _warnings(args, model, adaptive: AdaptiveViT | None) -> list[str]:
-    menu = getattr(model, "menu", None)
-    found = hints.lengths(args.grids, args.max_tokens, menu, full_length(model))
-    if adaptive is None:
-        known = bool(args.assigner or args.outcomes or not args.model)
-        found += [why for why in [hints.no_policy(menu, known, _leaves_no_policy(args))] if why]
-    return found
-
-
-def _leaves_no_policy(args) -> list[str]:
-    """The options that decide the lengths without a policy."""
-    given = {"--grids": args.grids, "--max-tokens": args.max_tokens, "--compare": args.compare}
-    return [name for name, value in given.items() if value] + (["--method patch"] if args.method == "patch" else [])
-
-
-def _columns(args, model, adaptive: bool) -> Columns:
-    if args.features:
-        return Columns(features=model.num_features, adaptive=adaptive)
-    if model.num_classes < 1:
-        raise ValueError(f"{args.model} has no classes: ask for --features")
-    return Columns(
-        classes=model.num_classes,
-        top=min(args.top, model.num_classes),
-        labels=read_labels(args.labels, model),
-        adaptive=adaptive,
-    )
+def _prepared(settings: Settings, plain: bool) -> Prepared:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        prepared = prepare(settings, plain)
+    for warning in told:
+        _say(f"revit: warning: {warning.message}")
+    return prepared
 
 
 def _report(totals: Totals) -> int:
@@ -347,35 +286,3 @@ def _report(totals: Totals) -> int:
         _say(f"revit: and {more:,} more, each with its error in its record")
     _say(f"revit: {len(totals.errors):,} of {images_text(totals.images)} could not be answered")
     return 1
-
-
-def _adaptive(args, model) -> AdaptiveViT | None:
-    """The model with the policy that the arguments ask for; None where each image's size decides its length.
-
-    Without --policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless --grids,
-    --max-tokens, --compare or --method say otherwise.
-    Raises ValueError where a policy is asked for that cannot be had.
-    """
-    otherwise = _leaves_no_policy(args)
-    file = args.assigner or (SHIPPED_ASSIGNER if not args.model else None)
-    known = file is not None or args.outcomes
-    if not args.policy and (otherwise or not known or model.menu is None):
-        if args.assigner or args.outcomes or args.budget:
-            raise ValueError("--assigner, --outcomes and --budget go with a --policy and a ReViT")
-        return None
-    if model.menu is None:
-        raise ValueError(f"--policy {args.policy} needs a ReViT: {args.model} knows one length only")
-    parameter = next(model.parameters())
-    assigner = None
-    if file is not None:
-        assigner = TokenLengthAssigner.load(file).to(parameter.device, parameter.dtype)
-    outcomes = Outcomes.load(args.outcomes) if args.outcomes else None
-    policy = args.policy or ("cascade" if assigner is None or outcomes is not None else "assigner+cascade")
-    if policy == "oracle":
-        raise ValueError("--policy oracle asks the truth: it is for `revit evaluate`")
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        adaptive = AdaptiveViT(model, policy, assigner=assigner, outcomes=outcomes, budget=args.budget or "full").eval()
-    for warning in told:
-        _say(f"revit: warning: {warning.message}")
-    return adaptive

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -109,16 +111,16 @@ def class_of(name: str) -> type[VarLenViT]:
 def create_model(
     name: str,
     pretrained: bool = False,
-    checkpoint_path=None,
+    checkpoint_path: str | Path | None = None,
     *,
     pretrained_cfg_overlay: dict | None = None,
-    cache_dir=None,
+    cache_dir: str | Path | None = None,
     features_only: bool = False,
-    out_indices=3,
+    out_indices: int | Sequence[int] = 3,
     scriptable: bool | None = None,
     exportable: bool | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> Any:
     """The model that timm knows by this name, or the one that a file holds.
 
     name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; or the path of

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,9 @@ from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
 from revit_kernels.modules.linear import is_plain, traced
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EMBEDDINGS = ("resize", "patch", "per_length")
 POSITIONS = ("interpolate", "per_length")
@@ -71,8 +77,12 @@ class Resizable:
     menu: tuple[Grid, ...] | None
 
     def make_resizable(
-        self, menu, embedding: str = "resize", positions: str = "interpolate", norms: str = "per_length"
-    ) -> Resizable:
+        self,
+        menu: Sequence[Grid],
+        embedding: str = "resize",
+        positions: str = "interpolate",
+        norms: str = "per_length",
+    ) -> Self:
         """Turn the model, trained or not, into a ReViT (arXiv:2112.01686) of these lengths, in place.
 
         menu:      grids (rows, columns), longest first; the longest becomes the model's input size

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from revit_kernels.models.checkpoints import save_checkpoint
+from revit_kernels.models.vit import VarLenViT
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented, Order, load, seed_of
@@ -104,7 +105,7 @@ class Trainer:
         self.logged = 0  # those steps
 
     @property
-    def best_weights(self):
+    def best_weights(self) -> VarLenViT:
         """The model to use: the average of the weights where there is one."""
         return self.model if self.average is None else self.average.module
 

@@ -18,9 +18,9 @@ from PIL import Image
 from test_images import broken_files, noise
 
 from revit_kernels import cli, dispatch
-from revit_kernels.cli import infer as command
 from revit_kernels.data.images import Decoded, decode
 from revit_kernels.serving import loading
+from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.infer import GridRule, Totals, bottleneck, measured
 from revit_kernels.serving.records import WRITERS, Answer, Columns, check_output
 
@@ -54,7 +54,7 @@ class StandIn(torch.nn.Module):
 @pytest.fixture
 def model(monkeypatch):
     model = StandIn()
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
     return model
 
 
@@ -282,14 +282,14 @@ def test_an_interrupt_from_outside(photos, tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from test_infer import StandIn
         from revit_kernels import cli
-        from revit_kernels.cli import infer as command
+        from revit_kernels.serving import prepare as preparing
         from revit_kernels.serving import loading
         model = StandIn()
         def slow(images, **kwargs):
             print("answering", flush=True)
             time.sleep(60)
         model.forward = slow
-        command.load_model = lambda *args, **kwargs: model
+        preparing.load_model = lambda *args, **kwargs: model
         sys.exit(cli.main(sys.argv[1:]))
     """
     arguments = ["infer", str(photos), "--model", "m", "-o", str(tmp_path / "out.csv")]
@@ -423,7 +423,7 @@ def test_a_full_disk_is_no_wrong_command(model, photos, tmp_path, capsys, monkey
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_standard_output_on_a_full_disk(photos):
-    script = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
     script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with open("/dev/full", "wb") as full:
@@ -460,7 +460,7 @@ def test_version_and_help(capsys):
 
 
 def test_the_reader_of_a_pipe_may_leave(photos):
-    script = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
     script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     many = [str(photos)] * 300
