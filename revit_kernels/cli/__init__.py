@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return args.run(args)
     except KeyboardInterrupt:
-        _say("revit: interrupted, nothing was left half-written")
+        _say("revit: interrupted")
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
         _forget_output()

@@ -5,11 +5,10 @@ from __future__ import annotations
 import shutil
 import sys
 import unicodedata
-from contextlib import contextmanager
 
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import show
-from revit_kernels.serving.records import Answer, Columns, open_records, short
+from revit_kernels.serving.records import Answer, Columns, short
 
 WIDEST = 24  # columns for the name of a class
 LEAST = 16  # columns for the name of a file, however narrow the terminal
@@ -84,11 +83,16 @@ class Rows:
         sys.stdout.write("\n".join(lines) + "\n")
 
 
-class _Answers:
-    """Gives each answer to every writer, off the bar of `progress`."""
+class Answers:
+    """What the answers are written to: a table on a terminal, else `records`; and the gallery, if there is one.
 
-    def __init__(self, writers: list, progress: Progress):
-        self.writers, self.progress = writers, progress
+    records: a writer of serving.records or a run of serving.journal
+    paths:   of all images; full: patches of a full-length pass
+    """
+
+    def __init__(self, records, output, columns, paths, full: int, progress: Progress, as_json: bool, gallery=None):
+        first = Rows(columns, paths, full) if on_terminal(output, as_json) else records
+        self.writers, self.progress = [first, *([gallery] if gallery else [])], progress
 
     def write(self, answer: Answer) -> None:
         self.progress.clear()
@@ -104,17 +108,3 @@ def on_terminal(output: str | None, as_json: bool) -> bool:
 def through_a_pipe(output: str | None) -> bool:
     """Whether the records leave by a pipe, whose reader may write to the same terminal."""
     return output is None and sys.stdout is not None and not sys.stdout.isatty()
-
-
-@contextmanager
-def open_answers(
-    output: str | None, columns: Columns, paths: list[str], full: int, progress: Progress, as_json: bool, gallery=None
-):
-    """What the answers are written to: a table on a terminal, else a writer of records; and the gallery, if there is
-    one. Files take their names on leaving without an exception."""
-    if on_terminal(output, as_json):
-        yield _Answers([Rows(columns, paths, full), *([gallery] if gallery else [])], progress)
-        sys.stdout.flush()
-        return
-    with open_records(output, columns) as records:
-        yield _Answers([records, *([gallery] if gallery else [])], progress)

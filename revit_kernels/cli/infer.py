@@ -13,7 +13,7 @@ from PIL import Image
 
 from revit_kernels import dispatch
 from revit_kernels.cli import hints
-from revit_kernels.cli.answers import on_terminal, open_answers, through_a_pipe
+from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
 from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
@@ -21,6 +21,7 @@ from revit_kernels.data.images import find_images, left_out_text, printable, sho
 from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
+from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
 from revit_kernels.serving.records import check_output
 
@@ -37,8 +38,9 @@ examples:
   revit infer tiles/ --model flexivit_small --pretrained --grids 8x8 --method patch
 
 A PATH is an image, a folder, an archive (.tar, .zip, a .parquet with a column of images), a pattern such as
-"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "@-"
-reads standard input). An image that is missing or broken becomes a record with its error; the others are unharmed.
+"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "-"
+reads one from standard input). An image that is missing or broken becomes a record with its error; the others are
+unharmed.
 
 exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
 """
@@ -123,11 +125,24 @@ def add(commands):
         "--output",
         "-o",
         metavar="FILE",
-        help=".jsonl, .csv, .parquet or .npz (default: a table on a terminal, JSON lines to a pipe)",
+        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: a table on a "
+        "terminal, JSON lines to a pipe)",
     )
     output.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
     output.add_argument(
         "--gallery", metavar="FILE", help="also write an .html page: each image as it was read, its class and its cost"
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted or killed: its records are kept in FILE.partial, or in the folder",
+    )
+    output.add_argument(
+        "--shard-rows",
+        type=count,
+        metavar="N",
+        default=SHARD_ROWS,
+        help=f"records of a shard, with a folder (default: {SHARD_ROWS})",
     )
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
@@ -148,6 +163,11 @@ def run(args) -> int:
     check_output(args.output)
     check_gallery(args.gallery)
     _check_options(args)
+    if args.output:
+        check_begin(args.output, args.resume)
+        if args.resume and is_finished(args.output):
+            _say(f"revit: {args.output} is finished: there is nothing to go on with")
+            return 0
     settings = Settings.of(args)
     paths, empty, problems, left_out = find_images(args.paths, args.recursive)
     _check_overwritten(args, paths)
@@ -174,23 +194,24 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     model = prepared.answerer
     for hint in [] if args.quiet else hints.hints(args, prepared):
         _say(f"revit: warning: {hint}")
-    sample = Sample() if args.compare else None
-    gallery = gallery_of(args.gallery, prepared)
-    full = full_length(prepared.model)
-    bar = Progress(len(paths), quiet=args.quiet, lines=through_a_pipe(args.output))
-    answers = open_answers(args.output, prepared.columns, paths, full, bar, args.json, gallery)
-    with bar, _written(args.output), answers as writer:
-        totals = infer(
-            model,
-            paths,
-            prepared.rule,
-            writer,
-            features=args.features,
-            batch_tokens=args.batch_tokens,
-            workers=args.workers or min(16, _cores()),
-            progress=bar.update,
-            keep=_each([kept.keep for kept in (sample, gallery) if kept]),
-        )
+    sample, gallery = Sample() if args.compare else None, gallery_of(args.gallery, prepared)
+    run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
+    with _written(args.output), run as run:
+        if run.done:
+            _say(f"revit: {images_text(run.done)} were answered before")
+        full, lines = full_length(prepared.model), through_a_pipe(args.output)
+        with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
+            totals = infer(
+                model,
+                paths[run.done :],
+                prepared.rule,
+                Answers(run, args.output, prepared.columns, paths, full, bar, args.json, gallery),
+                features=args.features,
+                batch_tokens=args.batch_tokens,
+                workers=args.workers or min(16, _cores()),
+                progress=bar.update,
+                keep=_each([kept.keep for kept in (sample, gallery) if kept]),
+            )
     if gallery is not None:
         with _written(args.gallery, "--gallery"):
             gallery.save(totals, args.model or "The ReViT that comes with the package")
@@ -198,7 +219,13 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
         _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
         _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
+    totals.errors[:0] = run.errors
+    totals.images += run.done
     return totals
+
+
+def _kept(count: int) -> None:
+    _say(f"revit: the records of {images_text(count)} are kept: the same command with --resume goes on")
 
 
 @contextmanager
@@ -263,6 +290,8 @@ def _check_options(args) -> None:
         raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
     if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
+    if args.resume and not args.output:
+        raise ValueError("--resume goes on with an --output: records on standard output are not kept")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
 

@@ -23,20 +23,27 @@ class Progress:
     total: what there is to do, None if that is not known yet
     unit:  of what is counted, a plural
     desc:  what is being done
+    done:  what was done before
     lines: write whole lines on a terminal too: something else writes to it that knows nothing of a bar
 
     `say` and `clear` keep other text off the bar.
     """
 
     def __init__(
-        self, total: int | None = None, unit: str = "images", desc: str = "", quiet: bool = False, lines: bool = False
+        self,
+        total: int | None = None,
+        unit: str = "images",
+        desc: str = "",
+        done: int = 0,
+        quiet: bool = False,
+        lines: bool = False,
     ):
-        self.total, self.unit, self.desc, self.quiet, self.n = total, unit.strip(), desc, quiet, 0
+        self.total, self.unit, self.desc, self.quiet, self.n, self.done = total, unit.strip(), desc, quiet, done, done
         self.began = self.reported = time.monotonic()
         self.wait, self.note, self._bar, self._drawn = FIRST, "", None, False
         if not quiet and not lines and sys.stderr.isatty():
             # A bar that is drawn at once would flash on a run that takes no time.
-            how = {"file": sys.stderr, "dynamic_ncols": True, "leave": False, "delay": 0.5}
+            how = {"initial": done, "file": sys.stderr, "dynamic_ncols": True, "leave": False, "delay": 0.5}
             self._bar = _Bar(total=total, desc=desc or None, unit=f" {self.unit}", **how)
 
     def __enter__(self) -> Progress:
@@ -57,11 +64,11 @@ class Progress:
 
     def line(self) -> str:
         """How far it is, in one line."""
-        rate = self.n / max(time.monotonic() - self.began, 1e-9)
+        rate = (self.n - self.done) / max(time.monotonic() - self.began, 1e-9)
         known = self.total is not None and self.total >= self.n
         parts = [f"{self.n:,} of {self.total:,} {self.unit}" if known else f"{self.n:,} {self.unit}"]
         parts += [f"{rate:,.0f} a second" if rate >= 10 else f"{rate:.2g} a second"]
-        if known and self.n:
+        if known and rate:
             parts.append(f"{clock((self.total - self.n) / rate)} left")
         return (
             f"revit: {f'{self.desc}: ' if self.desc else ''}{', '.join(parts)}{f'; {self.note}' if self.note else ''}"

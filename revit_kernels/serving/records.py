@@ -273,23 +273,26 @@ class Npz:
 WRITERS = {".jsonl": JsonLines, ".csv": Csv, ".parquet": Parquet, ".npz": Npz}
 
 
+def is_folder(path: str) -> bool:
+    """Whether records go to a folder of parquet shards: one that is there, or a name that ends in /."""
+    return os.path.isdir(path) or (path.endswith("/") and not os.path.exists(path.rstrip("/")))
+
+
 def check_output(path: str | None) -> None:
     """Raise ValueError where records could not be written to `path`, before any work is done for them."""
     if path is None:
         return
-    path = Path(path)
-    if path.suffix.lower() not in WRITERS:
-        raise ValueError(f"--output must end in {', '.join(WRITERS)}, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder")
-    if path.exists() and not path.is_file():
+    named, folder, path = path, is_folder(path), Path(path)
+    if not folder and path.suffix.lower() not in WRITERS:
+        raise ValueError(f"--output must end in {', '.join(WRITERS)}, or in / for a folder of shards, got {named!r}")
+    if not folder and path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a regular file")
     path = Path(os.path.realpath(path))  # of a link, what it leads to is written
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --output {path} does not exist")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
         raise ValueError(f"the folder of --output {path} cannot be written to")
-    if path.suffix.lower() == ".parquet":
+    if folder or path.suffix.lower() == ".parquet":
         Parquet.require()
 
 
