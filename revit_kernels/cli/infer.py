@@ -10,10 +10,13 @@ from contextlib import contextmanager, suppress
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from revit_kernels import dispatch
+from revit_kernels.cli import hints
+from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.gallery import check_gallery, gallery_of
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import find_images, left_out_text, printable, show
 from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
@@ -122,8 +125,12 @@ def add(commands):
         "--output",
         "-o",
         metavar="FILE",
-        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: JSON lines on "
-        "standard output)",
+        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: a table on a "
+        "terminal, JSON lines to a pipe)",
+    )
+    output.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
+    output.add_argument(
+        "--gallery", metavar="FILE", help="also write an .html page: each image as it was read, its class and its cost"
     )
     output.add_argument(
         "--resume",
@@ -168,6 +175,7 @@ def run(args) -> int:
     Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
     """
     check_output(args.output)
+    check_gallery(args.gallery)
     _check_options(args)
     if args.output:
         check_begin(args.output, args.resume)
@@ -200,25 +208,31 @@ def run(args) -> int:
 def _answer(args, settings: Settings, paths: list[str], others: str | None) -> Totals:
     prepared = _prepared(settings, args.compare)
     model = prepared.answerer
-    sample = Sample() if args.compare else None
+    for hint in [] if args.quiet else hints.hints(args, prepared):
+        _say(f"revit: warning: {hint}")
+    sample, gallery = Sample() if args.compare else None, gallery_of(args.gallery, prepared)
     run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
     with _written(args.output), run as run:
         if run.done:
             _say(f"revit: {images_text(run.done)} were answered before")
-        with tqdm(total=len(paths), initial=run.done, unit=" images", disable=args.quiet or None) as bar:
+        full, lines = full_length(prepared.model), through_a_pipe(args.output)
+        with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
             totals = infer(
                 model,
                 paths[run.done :],
                 prepared.rule,
-                run,
+                Answers(run, args.output, prepared.columns, paths, full, bar, args.json, gallery),
                 features=args.features,
                 batch_tokens=args.batch_tokens,
                 workers=args.workers or min(16, _cores()),
                 progress=bar.update,
-                keep=sample.keep if sample else None,
+                keep=_each([kept.keep for kept in (sample, gallery) if kept]),
             )
+    if gallery is not None:
+        with _written(args.gallery, "--gallery"):
+            gallery.save(totals, args.model or "The ReViT that comes with the package")
     if not args.quiet:
-        _say(closing_line(totals, full_length(model), others))
+        _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
         _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
     totals.errors[:0] = run.errors
@@ -245,16 +259,15 @@ def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str],
     if cluster.done:
         _say(f"revit: {cluster.done:,} of {cluster.all:,} shards were written before")
     totals = Totals()
-    with tqdm(unit=" images", disable=args.quiet or None) as bar:
+    with Progress(quiet=args.quiet) as bar:
         for number, part in enumerate(cluster.run(), cluster.done + 1):
             for name in ("images", "tokens", "full", "errors"):
                 setattr(totals, name, getattr(totals, name) + getattr(part, name))
             totals.seconds = part.seconds
-            bar.set_postfix_str(f"shard {number:,} of {cluster.all:,}", refresh=False)
+            bar.note = f"shard {number:,} of {cluster.all:,}"
             bar.update(part.images)
     if not args.quiet and totals.images:
-        length = totals.full // max(1, totals.images - len(totals.errors))
-        _say(closing_line(totals, length, left_out_text(left_out + cluster.left_out)))
+        _say(closing_line(totals, left_out_text(left_out + cluster.left_out)))
     for problem in problems + cluster.problems:
         _say(f"revit: {problem}")
     return max(_report(totals), 1 if problems or cluster.problems else 0)
@@ -279,14 +292,24 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 
 
 @contextmanager
-def _written(output: str | None):
+def _written(output: str | None, option: str = "--output"):
     try:
         yield
     except BrokenPipeError:  # no failure: the reader has what it wanted
         raise
     except OSError as error:  # of an image it would be a record
-        name = f"--output {output}" if output else "standard output"
+        name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
+
+
+def _each(functions: list):
+    """A function that calls each of these; None for none."""
+
+    def call(*arguments):
+        for function in functions:
+            function(*arguments)
+
+    return call if functions else None
 
 
 def _say(text: str) -> None:
@@ -312,6 +335,8 @@ def _cores() -> int:
 def _check_options(args) -> None:
     if args.compare and args.policy:
         raise ValueError("--policy gives each image a length of the model's menu: it does not go with --compare")
+    if args.json and args.output:
+        raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
     if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
     if args.ray is not None:
@@ -325,8 +350,8 @@ def _check_options(args) -> None:
 def _check_ray(args) -> None:
     if args.ray and args.ray not in ("auto", "local") and ":" not in args.ray:
         raise ValueError(f"--ray {args.ray}: an address is HOST:PORT, ray://HOST:PORT or auto; --ray alone goes last")
-    if args.compare:
-        raise ValueError("--compare times images on one machine: leave out --ray")
+    if args.compare or args.gallery or args.json:
+        raise ValueError("--compare, --gallery and --json are for one machine: leave out --ray")
     if not args.output or not is_folder(args.output):
         raise ValueError("--ray writes parquet shards to a folder: give --output FOLDER/, on a disk that all nodes see")
 

@@ -26,12 +26,14 @@ POSITIONS = ("interpolate", "per_length")
 NORMS = ("per_length", "shared")
 # The norms that are told the packing: those of the stream, of queries and keys, and around attention pooling.
 NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "pre_norm", "post_norm")
+NORM_NAMES += ("temporal_norm1",)
 NORM_OWNERS = (
     "Attention",
     "AttentionPoolPrr",
     "AttentionRope",
     "Block",
     "DiffParallelScalingBlock",
+    "DividedBlock",
     "EvaAttention",
     "EvaBlock",
     "EvaBlockPostNorm",
@@ -39,6 +41,8 @@ NORM_OWNERS = (
     "ResPostBlock",
     "Sequential",
     "VarLenEva",
+    "VarLenTimeSformer",
+    "VarLenVideoViT",
     "VarLenViT",
     "VarLenViTDistilled",
 )

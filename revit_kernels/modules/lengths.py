@@ -10,14 +10,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from revit_kernels.device_cache import DeviceCache
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
 
 _tables = DeviceCache(256)
 
 
 def cells(grid: Grid) -> int:
-    """The patches of a grid: its length."""
-    return grid[0] * grid[1]
+    """The patches of a grid (rows, columns), or of a clip's (frames, rows, columns): its length."""
+    return math.prod(grid)
 
 
 def check_menu(menu) -> tuple[Grid, ...]:
