@@ -52,6 +52,12 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.close()
 
+    def go_on_from(self, done: int) -> None:
+        """So much was done before."""
+        self.n = self.done = done
+        if self._bar is not None:
+            self._bar.n = self._bar.initial = done
+
     def update(self, count: int = 1) -> None:
         self.n += count
         if self._bar is not None:
