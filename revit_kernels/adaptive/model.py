@@ -182,6 +182,27 @@ class AdaptiveViT(nn.Module):
                 logits = logits.index_copy(0, going.to(logits.device), answers)
         return Answers(logits, row, spent, int(spent.sum()))
 
+    @torch.inference_mode()
+    def features(self, images, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model's head is given for each image, at the length that the policy chooses.
+
+        images: a tensor, or a list of images of any sizes
+
+        Returns (images, features), (images,) menu rows, and (images,) tokens of all passes. A cascade chooses by the
+        answers: its images then take one more pass, which is counted.
+        """
+        if len(images) and self.policy.passes == 1:
+            assigned = self._assign(images, channels_last)[0] if self.policy.uses_assigner else None
+            device = next(self.model.parameters()).device
+            row = self.policy.start(Seen(images, device, assigned, None, self._turn)).cpu().long()
+            self._turn += 1
+            spent = torch.zeros_like(row)
+        else:
+            answers = self.predict(images, channels_last=channels_last, device_choice=False)
+            row, spent = answers.choice.cpu(), answers.tokens.cpu()
+        packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
+        return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
+
     # ------------------------------------------------------------------ one pass
 
     def _lengths(self, device) -> Tensor:

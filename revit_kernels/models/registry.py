@@ -19,6 +19,7 @@ from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.hub import hub_or_cache
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
@@ -250,7 +251,14 @@ def _timm_model(name: str, kwargs: dict):
             f"the pretrained weights of {name} come through timm: install it (pip install 'revit_kernels[timm]'), "
             "or pass checkpoint_path"
         ) from None
-    return timm.create_model(name, pretrained=True, **kwargs)
+    try:
+        with hub_or_cache():
+            return timm.create_model(name, pretrained=True, **kwargs)
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the pretrained weights of {name} are not in the cache and cannot be downloaded: {why}"
+        ) from None
 
 
 def load_resizable(path: str, device_name: str | None, dtype: str | None):
