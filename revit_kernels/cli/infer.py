@@ -23,7 +23,7 @@ from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
 from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
-from revit_kernels.serving.records import check_output
+from revit_kernels.serving.records import check_output, is_folder
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -144,6 +144,20 @@ def add(commands):
         default=SHARD_ROWS,
         help=f"records of a shard, with a folder (default: {SHARD_ROWS})",
     )
+    cluster = infer.add_argument_group("on a cluster")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster (default: the one that this machine belongs to, or this machine); each archive, and "
+        "each 1,000 paths, become a shard; --resume does what has no shard yet",
+    )
+    cluster.add_argument(
+        "--actors", type=count, metavar="N", help="default: one for each GPU, or for each --actor-cpus"
+    )
+    cluster.add_argument("--actor-cpus", type=count, default=1, metavar="N", help="CPUs of an actor (default: 1)")
+
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
     output.add_argument("--labels", metavar="FILE", help="class names: one a line, .json or .csv")
@@ -169,7 +183,7 @@ def run(args) -> int:
             _say(f"revit: {args.output} is finished: there is nothing to go on with")
             return 0
     settings = Settings.of(args)
-    paths, empty, problems, left_out = find_images(args.paths, args.recursive)
+    paths, empty, problems, left_out = find_images(args.paths, args.recursive, inside=args.ray is None)
     _check_overwritten(args, paths)
     others = left_out_text(left_out)
     if not paths:
@@ -177,6 +191,8 @@ def run(args) -> int:
         raise ValueError("; ".join(problems + none + ([others] if others else [])) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
+    if args.ray is not None:
+        return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
         # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -222,6 +238,39 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     totals.errors[:0] = run.errors
     totals.images += run.done
     return totals
+
+
+def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str], left_out) -> int:
+    try:
+        from revit_kernels.serving.ray_data import Cluster
+    except ImportError as error:
+        raise ValueError(f"--ray needs Ray: pip install 'revit_kernels[ray]' ({error})") from None
+    cluster = Cluster(
+        paths,
+        os.path.realpath(args.output),
+        settings,
+        address=args.ray or None,
+        backend=args.backend,
+        batch_tokens=args.batch_tokens,
+        workers=args.workers,
+        actors=args.actors or 0,
+        cpus=args.actor_cpus,
+    )
+    if cluster.done:
+        _say(f"revit: {cluster.done:,} of {cluster.all:,} shards were written before")
+    totals = Totals()
+    with Progress(quiet=args.quiet) as bar:
+        for number, part in enumerate(cluster.run(), cluster.done + 1):
+            for name in ("images", "tokens", "full", "errors"):
+                setattr(totals, name, getattr(totals, name) + getattr(part, name))
+            totals.seconds = part.seconds
+            bar.note = f"shard {number:,} of {cluster.all:,}"
+            bar.update(part.images)
+    if not args.quiet and totals.images:
+        _say(closing_line(totals, left_out_text(left_out + cluster.left_out)))
+    for problem in problems + cluster.problems:
+        _say(f"revit: {problem}")
+    return max(_report(totals), 1 if problems or cluster.problems else 0)
 
 
 def _kept(count: int) -> None:
@@ -290,10 +339,21 @@ def _check_options(args) -> None:
         raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
     if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
+    if args.ray is not None:
+        _check_ray(args)
     if args.resume and not args.output:
         raise ValueError("--resume goes on with an --output: records on standard output are not kept")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
+
+
+def _check_ray(args) -> None:
+    if args.ray and args.ray not in ("auto", "local") and ":" not in args.ray:
+        raise ValueError(f"--ray {args.ray}: an address is HOST:PORT, ray://HOST:PORT or auto; --ray alone goes last")
+    if args.compare or args.gallery or args.json:
+        raise ValueError("--compare, --gallery and --json are for one machine: leave out --ray")
+    if not args.output or not is_folder(args.output):
+        raise ValueError("--ray writes parquet shards to a folder: give --output FOLDER/, on a disk that all nodes see")
 
 
 def _prepared(settings: Settings, plain: bool) -> Prepared:

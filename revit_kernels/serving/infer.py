@@ -143,6 +143,7 @@ def infer(
     workers: int = 4,
     progress=None,
     keep=None,
+    measure: bool = True,
 ) -> Totals:
     """Run the model over image files and write one record for each, in the order given.
 
@@ -156,6 +157,7 @@ def infer(
     workers:      threads that decode
     progress:     called with the number of images whose records were just written
     keep:         called with each image, decoded
+    measure:      let the decoders stand still for a few batches, to know the rates of Totals
 
     Returns the totals. Decoded images in memory: loading.AHEAD_BYTES that wait and BATCH_BYTES in a batch, or one that
     is larger.
@@ -221,7 +223,7 @@ def infer(
             bytes_of=lambda loaded: loaded.bytes,
         )
         for number, batch in enumerate(batches):
-            if number and not measured(number):
+            if not measure or (number and not measured(number)):
                 results = run(batch)
                 if before is not None:
                     write(*before)
@@ -237,7 +239,7 @@ def infer(
     finally:
         images.close()
     totals.decoded = pace.images_per_second
-    if len(totals.errors) < totals.images:
+    if measure and len(totals.errors) < totals.images:
         # The first batch warms up; where there is no other, all images were decoded before it.
         count, seconds = map(sum, zip(*(alone[1:] or alone)))
         totals.answered = count / max(seconds, 1e-9)
