@@ -1,6 +1,6 @@
 """What each budget costs and gives: the ReViT that comes with the package chooses a length for each image.
 
-    revit samples samples && python examples/adaptive.py samples/fashion
+revit samples samples && python examples/adaptive.py samples/fashion
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Where the class token of the last block looks, drawn over an image.
 
-    python examples/attention_maps.py IMAGE [MODEL]
+python examples/attention_maps.py IMAGE [MODEL]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Features of every image in an archive, in batches of so many tokens, and which images are alike.
 
-    python examples/embed_archive.py photos.tar --model vit_small_patch14_dinov2 --pretrained
+python examples/embed_archive.py photos.tar --model vit_small_patch14_dinov2 --pretrained
 """
 
 import argparse

@@ -13,7 +13,6 @@ torch.export.save(program, "model.pt2")
 again = torch.export.load("model.pt2").module()
 print(f"model.pt2: the largest difference is {(again(images) - model(images)).abs().max():.1e}")
 
-torch.onnx.export(
-    model, (images,), "model.onnx", dynamo=False, input_names=["images"], dynamic_axes={"images": {0: "images"}}
-)
+program = torch.onnx.export(model, (images,), dynamic_shapes={"x": {0: Dim("images", max=64)}}, dynamo=True)
+program.save("model.onnx")
 print("model.onnx is written")

@@ -1,6 +1,6 @@
 """Fine-tune a model on a folder with a folder for each class, each image at its own size and shape.
 
-    python examples/fine_tune.py FOLDER
+python examples/fine_tune.py FOLDER
 """
 
 import argparse
