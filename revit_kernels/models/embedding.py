@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
@@ -16,6 +18,12 @@ from revit_kernels.modules.linear import is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What a model takes: a batch of one size, or images of any sizes.
+Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]]]  # noqa: UP007
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
 
@@ -42,6 +50,13 @@ def _as_tensor(image, channels: int, channels_last: bool, device: torch.device) 
         "images must be a tensor, or a list of tensors (channels, height, width), PIL images or NumPy arrays, got "
         f"{type(image).__name__}"
     )
+
+
+def as_tensors(images, channels: int, channels_last: bool, device: torch.device):
+    """The images of a list as tensors, see `_as_tensor`; a tensor of images as it is."""
+    if isinstance(images, list | tuple):
+        return [_as_tensor(image, channels, channels_last, device) for image in images]
+    return _as_tensor(images, channels, channels_last, device)
 
 
 def _only_dense(x, grids, packing, max_tokens, channels_last):
