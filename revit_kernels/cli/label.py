@@ -14,6 +14,7 @@ from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype,
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
+from revit_kernels.grids import grid_text
 from revit_kernels.models.registry import load_resizable, model_file
 from revit_kernels.training.labels import collect, fit_images, join
 from revit_kernels.training.run_folder import SETTINGS
@@ -155,8 +156,8 @@ def summary(outcomes) -> list[str]:
     (learnt, outcomes), lines = outcomes.apart(), []
     if learnt is not None:
         lines.append(f"revit: of {len(outcomes):,} held-out images, {len(learnt):,} others are labelled too:")
-    for row, (h, w) in enumerate(outcomes.menu):
+    for row, grid in enumerate(outcomes.menu):
         share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
-        lines.append(f"revit: {h}x{w} is right on {share:.2%}, and the label of {labels:.2%}")
+        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%}, and the label of {labels:.2%}")
     dropped = int((outcomes.label < 0).sum())
     return lines + ([f"revit: {dropped:,} images that no length gets right have no label"] if dropped else [])

@@ -16,6 +16,7 @@ from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
 from revit_kernels.devices import choose_device
+from revit_kernels.grids import grid_text
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
@@ -274,7 +275,7 @@ def _model(args, classes: tuple[str, ...]):
             raise ValueError("--menu must name the lengths, such as 14x14,10x10,7x7: the model has none of its own")
         model.make_resizable(args.menu, args.embedding, args.positions, args.norms)
     elif args.menu and tuple(args.menu) != model.menu:
-        own = ",".join(f"{h}x{w}" for h, w in model.menu)
+        own = ",".join(map(grid_text, model.menu))
         raise ValueError(f"{args.model} has the menu {own} already: leave out --menu")
     return model
 

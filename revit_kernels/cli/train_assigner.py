@@ -68,7 +68,7 @@ def run(args) -> int:
         assigner = train_assigner(model, outcomes, images, args.trunk, recipe, **options)
     parameter, engine = next(model.parameters()), model.engine()
     served = copy.deepcopy(assigner).to(parameter.device, parameter.dtype)
-    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[:2]), rounds=9)
+    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[-3:-1]), rounds=9)
     assigner.keep_costs(costs)
     assigner.save(output)
     if not args.quiet:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.training.distillation import Objective, packed_logits
@@ -113,7 +114,10 @@ class Trainer:
     # ------------------------------------------------------------------ one step
 
     def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns (lengths,), each length's own loss. images: (batch, height, width, 3) uint8"""
+        """One update; returns (lengths,), each length's own loss.
+
+        images: (batch, height, width, 3) uint8, or clips (batch, frames, height, width, 3)
+        """
         recipe = self.recipe
         # Drop path, dropout and mixing draw from torch's generator: a step's draws depend on its number alone.
         torch.manual_seed(seed_of(recipe.seed, self.step, self.rank))
@@ -130,9 +134,8 @@ class Trainer:
             last = i == len(parts) - 1
             wait = nullcontext() if last or self.world == 1 else self.forward.no_sync()
             with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
-                logits = packed_logits(
-                    self.forward, part, self.model.menu, self.model.num_prefix_tokens, channels_last=True
-                )
+                layout = self.model.menu, self.model.num_prefix_tokens, self.model.per_frame
+                logits = packed_logits(self.forward, part, *layout, channels_last=True)
                 loss, own = recipe.objective(logits, target)
                 (loss / len(parts)).backward()
             losses.append(own)
@@ -169,7 +172,7 @@ class Trainer:
         if self.folder is not None and (state := self.folder.state()) is not None:
             self.load_state(state)
         if first:
-            lengths = [f"{h}x{w}" for h, w in self.model.menu]
+            lengths = list(map(grid_text, self.model.menu))
             names = [f"loss_{length}" for length in lengths] + [f"accuracy_{length}" for length in lengths]
             self.folder.begin_log(self.step, tensorboard, ["step", "epoch", "lr", "images_per_s", *names])
         saved = time.monotonic()
@@ -212,7 +215,7 @@ class Trainer:
         losses = (self.losses / self.logged).tolist()
         self.losses, self.logged = None, 0
         row = {"step": self.step, "epoch": epoch + 1, "lr": self.optimiser.param_groups[-1]["lr"], "images_per_s": rate}
-        return row | {f"loss_{h}x{w}": loss for (h, w), loss in zip(self.model.menu, losses)}
+        return row | {f"loss_{grid_text(grid)}": loss for grid, loss in zip(self.model.menu, losses)}
 
     def _check_finite(self) -> None:
         """Raise RuntimeError where a loss since the log's last row was not finite."""
@@ -272,4 +275,4 @@ def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = Fal
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         right = collect(model, images, batch_tokens=batch_tokens).correct.mean(0)
-    return {f"accuracy_{h}x{w}": float(share) for (h, w), share in zip(model.menu, right)}
+    return {f"accuracy_{grid_text(grid)}": float(share) for grid, share in zip(model.menu, right)}
