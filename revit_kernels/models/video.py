@@ -15,7 +15,7 @@ from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths
 from revit_kernels.models.surgery import _is_affine
 from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
-from revit_kernels.modules.lengths import check_menu
+from revit_kernels.modules.lengths import check_menu, tokens_of
 from revit_kernels.modules.linear import is_plain, linear, takes_packing
 from revit_kernels.packing import Packing
 
@@ -75,6 +75,14 @@ class ClipModel(nn.Module):
         """The packing of clips of these (frames, rows, columns) of tokens, as the model lays them out."""
         device = self.patch_embed.proj.weight.device if device is None else device
         return ClipPacking.from_grids(grids, self.num_prefix_tokens, per_frame=self.per_frame, device=device)
+
+    def attention_pairs(self, grid: ClipGrid) -> int:
+        """Queries times keys of one clip in a block's attention, over space and over time."""
+        if not self.per_frame:
+            return tokens_of(self, grid) ** 2
+        frames, patches = grid[0], grid[1] * grid[2]
+        in_time = patches * frames**2 if hasattr(self.blocks[0], "temporal_attn") else 0
+        return frames * (self.num_prefix_tokens + patches) ** 2 + in_time
 
     def _inputs(self, x, grids, packing, channels_last) -> tuple[list[Tensor] | Tensor, ClipPacking, bool]:
         """The frames of all clips, as `ops.patch_embed` takes images, the packing, and whether the answer is dense."""
