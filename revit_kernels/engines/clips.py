@@ -15,15 +15,15 @@ from revit_kernels.modules.layer_norm import add
 class ClipEngine:
     """A model of clips made ready to answer: `engine(clips, ...)` gives what `model(clips, ...)` gives.
 
-    A snapshot of the model's weights, as `Engine` is. On a CPU it packs them once (temporal_fc and the projection before
-    it as one), and takes a few clips at a time through all blocks, so that their tokens stay in cache. Where the model
-    cannot be packed, `engine.refusal` says why, and the engine runs the model as it is.
+    A snapshot of the model's weights, as `Engine` is. On a CPU it packs them once (temporal_fc and the projection
+    before it as one), and takes a few clips at a time through all blocks, so that their tokens stay in cache. Where the
+    model cannot be packed, `engine.refusal` says why, and the engine runs the model as it is.
 
     model: a VarLenTimeSformer or another ClipModel
     stale: what to do in a call where the model changed: "raise" StaleEngine, or "refresh"; see `Engine`
 
-    Many threads may call one engine. Raises ValueError for another `stale`, NotImplementedError for a quantization: there
-    is none for clips.
+    Many threads may call one engine. Raises ValueError for another `stale`, NotImplementedError for a quantization:
+    there is none for clips.
     """
 
     def __init__(self, model: nn.Module, *, quantize: str | None = None, stale: str = "raise"):

@@ -155,17 +155,19 @@ class PackedClipBlocks:
             dim, width, hidden = self._widths[i]
             of_time, first, second = affines[i]
             time, between, qkv, proj, fc1, fc2, time_eps, time_scale = self._products[i]
-
-            def split(y, weight):
-                return multiply(y, weight, 3 * width).view(-1, 3, heads, width // heads).unbind(1)
+            shape = (-1, 3, heads, width // heads)
 
             y = ops.layer_norm(x, *of_time, row, branch=branch, eps=time_eps)
             y, x = (y, x) if branch is None else y
             told = packing.cu_seqlens, packing.frames, packing.max_frames
-            y = ops.temporal_attention(*split(y, time), *told, prefix=packing.prefix, scale=time_scale)
+            y = ops.temporal_attention(
+                *multiply(y, time, 3 * width).view(shape).unbind(1), *told, prefix=packing.prefix, scale=time_scale
+            )
             branch = multiply(y.flatten(1), between, dim).index_fill_(0, packing.prefix_rows, 0)
             y, x = ops.layer_norm(x, *first, row, branch=branch, eps=eps1)
-            y = ops.attention(*split(y, qkv), frames.cu_seqlens, frames.max_seqlen, scale=scale)
+            y = ops.attention(
+                *multiply(y, qkv, 3 * width).view(shape).unbind(1), frames.cu_seqlens, frames.max_seqlen, scale=scale
+            )
             branch = multiply(y.flatten(1), proj, dim)
             mean = ops.pool(branch[packing.prefix_rows], packing.cu_frames, "avg", include_prefix=True)
             branch.index_copy_(0, packing.prefix_rows, mean[packing.clip])
@@ -194,10 +196,6 @@ def _packed_divided(block: DividedBlock) -> tuple:
     attn, fc = block.temporal_attn, block.temporal_fc
     dtype = fc.weight.dtype
     both = (fc.weight.double() @ attn.proj.weight.double()).to(dtype)
-    bias = (
-        fc.weight.double()
-        @ (attn.proj.weight.new_zeros(len(both)) if attn.proj.bias is None else attn.proj.bias).double()
-    )
-    bias = (bias if fc.bias is None else bias + fc.bias.double()).float()
-    time = pack_weight(attn.qkv.weight, attn.qkv.bias, None, dtype), pack_weight(both, bias, None, dtype)
+    bias = fc.bias.double() + fc.weight.double() @ attn.proj.bias.double()
+    time = pack_weight(attn.qkv.weight, attn.qkv.bias, None, dtype), pack_weight(both, bias.float(), None, dtype)
     return *time, *_packed_whole(block), block.temporal_norm1.eps, attn.scale

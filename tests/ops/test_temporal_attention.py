@@ -71,39 +71,6 @@ def test_is_attention_of_each_position(frames, rows):
 
 
 @every_backend
-@every_dtype
-def test_a_clip_does_not_depend_on_its_company(dtype, backend):
-    clips = [(8, 5), (3, 7), (17, 2), (1, 4)]
-    apart = [make_inputs([clip], 2, 64, dtype) for clip in clips]
-    generator = torch.Generator().manual_seed(1)
-    for one in apart:  # not the same numbers in each
-        for name in "qkv":
-            one[name] = torch.randn(one[name].shape, generator=generator).to(one[name])
-    require("temporal_attention", backend, *told(apart[0]))
-
-    def results(order):
-        ends = torch.tensor([0, *(clips[i][0] * clips[i][1] for i in order)]).cumsum(0)
-        qkv = [
-            torch.cat([*(apart[i][name] for i in order), torch.full((3, 2, 64), torch.nan).to(apart[0]["q"])])
-            for name in "qkv"
-        ]
-        qkv = [x.requires_grad_() for x in qkv]
-        frames = torch.tensor([clips[i][0] for i in order], dtype=torch.int32, device=DEVICE)
-        y = temporal_attention(
-            *qkv, ends.to(DEVICE, torch.int32), frames, max(clips[i][0] for i in order), backend=backend
-        )
-        grads = torch.autograd.grad(y.sin().sum(), qkv)
-        sizes = [*ends.diff().tolist(), 3]
-        assert not any(x[int(ends[-1]) :].any() for x in (y, *grads))
-        return dict(zip(order, zip(*(x.split(sizes) for x in (y, *grads)))))
-
-    together, turned = results([0, 1, 2, 3]), results([2, 3, 0, 1])
-    for i in range(4):
-        for one, here, there in zip(results([i])[i], together[i], turned[i]):
-            assert torch.equal(one, here) and torch.equal(one, there)
-
-
-@every_backend
 def test_views_of_a_fused_projection(backend):
     inputs = make_inputs([(4, 5), (2, 3)], 2, 32, tail=2)
     require("temporal_attention", backend, *told(inputs))
@@ -128,28 +95,8 @@ def test_nan_spoils_its_own_position_only(backend):
     assert spoiled.nonzero().flatten().tolist() == [2, 7, 12, 17]
 
 
-def test_registration():
-    inputs = make_inputs([(3, 5), (2, 4)], 2, 16)
-    forward, backward = (
-        getattr(torch.ops.revit_kernels, f"temporal_attention_{x}").default for x in ("forward", "backward")
-    )
-    args = told({k: v.nan_to_num() if k in "qkv" else v for k, v in inputs.items()})
-    torch.library.opcheck(forward, (*args, None))
-    out, lse = forward(*args, None)
-    torch.library.opcheck(backward, (out, *args[:3], out, lse, *args[3:], None))
-
-
 def test_sample_is_what_forward_takes():
     assert torch.ops.revit_kernels.temporal_attention_forward.default(*sample(DEVICE), None)[0].shape == (6, 2, 64)
-
-
-def test_compiles_whole():
-    compiled = torch.compile(temporal_attention, fullgraph=True, dynamic=True)
-    for clips in ([(3, 5), (2, 4)], [(4, 4), (2, 6), (7, 2)]):
-        inputs = make_inputs(clips, 2, 16, tail=2)
-        eager, whole = run(temporal_attention, inputs, None), run(compiled, inputs, None)
-        for name in eager:
-            torch.testing.assert_close(whole[name], eager[name], msg=name)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +118,3 @@ def test_wrong_use_says_so(change, message):
     inputs = make_inputs([(3, 5), (2, 4)], 2, 16)
     with pytest.raises(ValueError, match=message):
         temporal_attention(**{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()} | change)
-
-
-def test_a_named_backend_never_falls_back():
-    inputs = make_inputs([(3, 5)], 2, 16, torch.float64)
-    with pytest.raises(NotImplementedError, match=r"^temporal_attention: triton: [^;]+$"):
-        temporal_attention(**inputs, backend="triton")
