@@ -63,7 +63,7 @@ def _forward_kernel(
     row = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     cols = tl.arange(0, BLOCK_DIM)
     first, stride, frames = _sequences(cu_seqlens_ptr, frames_ptr, row, tokens, clips, prefix)
-    q = _rows(q_ptr, q_token, q_head, row, head, frames > 0, cols, dim) * (scale * LOG2E)
+    q = _rows(q_ptr, q_token, q_head, row, head, frames > 0, cols, dim)
     top = tl.full([BLOCK_TOKENS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_TOKENS], tl.float32)
     sums = tl.zeros([BLOCK_TOKENS, BLOCK_DIM], tl.float32)
@@ -73,11 +73,11 @@ def _forward_kernel(
         inside = frame < frames
         k = _rows(k_ptr, k_token, k_head, first + frame * stride, head, inside, cols, dim)
         v = _rows(v_ptr, v_token, v_head, first + frame * stride, head, inside, cols, dim)
-        score = tl.where(inside, tl.sum(q * k, 1), float("-inf"))
+        score = tl.where(inside, tl.sum(q * k, 1) * scale, float("-inf"))
         largest = tl.maximum(top, score)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        shrink = tl.exp2(top - shift)
-        weight = tl.exp2(score - shift)
+        shrink = tl.exp2((top - shift) * LOG2E)
+        weight = tl.exp2((score - shift) * LOG2E)
         total = total * shrink + weight
         sums = sums * shrink[:, None] + weight[:, None] * v
         top = largest
@@ -85,7 +85,7 @@ def _forward_kernel(
     used = frames > 0
     total = tl.where(used, total, 1.0)
     y = tl.where(used[:, None], sums / total[:, None], 0.0)
-    lse = tl.where(used, (top + tl.log2(total)) / LOG2E, 0.0)
+    lse = tl.where(used, top + tl.log2(total) / LOG2E, 0.0)
     to = row.to(tl.int64) * heads + head
     tl.store(lse_ptr + to, lse, mask=row < tokens)
     mask = (row < tokens)[:, None] & (cols < dim)[None, :]
