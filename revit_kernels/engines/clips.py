@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from revit_kernels.clips import ClipGrid, ClipPacking
 from revit_kernels.engines.engine import STALE, StaleEngine, _without_blocks, state_of, watched_of
 from revit_kernels.engines.packed import TRAINING
 from revit_kernels.engines.packed_clips import PackedClipBlocks, refusal
+from revit_kernels.models.video import Clips
+from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
 
 
@@ -77,20 +83,34 @@ class ClipEngine:
         return running, blocks.run(x, packing, running._of_blocks, 0, None), packing, dense
 
     @torch.no_grad()
-    def __call__(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def __call__(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """(clips, classes), one row per clip in the order given; arguments as of the model."""
         running, x, packing, _ = self._after_blocks(clips, grids, packing, channels_last)
         return running.finish([x, None, None], packing)
 
     @torch.no_grad()
-    def features(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def features(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """What `model.forward_features` gives."""
         running, x, packing, dense = self._after_blocks(clips, grids, packing, channels_last)
         found = running._features(x, packing)
         return running._dense(found) if dense else found
 
     @torch.no_grad()
-    def embed(self, clips, packing, channels_last: bool = False) -> Tensor:
+    def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
         """As of the model."""
         running, blocks = self._current()
         if blocks is None:
@@ -99,7 +119,9 @@ class ClipEngine:
         return running._tokens(frames, packing, channels_last, blocks.positions(running, packing.menu), blocks.patch)
 
     @torch.no_grad()
-    def run_blocks(self, stream, packing, start: int = 0, stop: int | None = None):
+    def run_blocks(
+        self, stream: list[Tensor | None], packing: ClipPacking, start: int = 0, stop: int | None = None
+    ) -> list[Tensor | None]:
         """As of the model, without visits."""
         running, blocks = self._current()
         if blocks is None:
@@ -107,12 +129,12 @@ class ClipEngine:
         return [blocks.run(add(*stream), packing, running._of_blocks, start, stop), None, None]
 
     @torch.no_grad()
-    def finish(self, stream, packing) -> Tensor:
+    def finish(self, stream: list[Tensor | None], packing: ClipPacking) -> Tensor:
         """As of the model."""
         return self._current()[0].finish(stream, packing)
 
     @torch.no_grad()
-    def forward_head(self, x, pre_logits: bool = False) -> Tensor:
+    def forward_head(self, x: PackedTokens, pre_logits: bool = False) -> Tensor:
         """As of the model."""
         return self._current()[0].forward_head(x, pre_logits)
 
