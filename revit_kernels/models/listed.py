@@ -81,6 +81,7 @@ def takes(model, x) -> bool:
     return (
         len(x) > 0
         and model.menu is model.attn_pool is None
+        and getattr(model, "rope", None) is None  # which turns by the sizes
         and model.global_pool != ""
         and model.patch_method == "resize"
         and model._own("_pos_embed", "pool", "forward_head")
