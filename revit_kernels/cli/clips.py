@@ -12,8 +12,7 @@ from revit_kernels.data.video_sets import open_clips
 from revit_kernels.data.videos import Sampling
 from revit_kernels.models.checkpoints import description
 from revit_kernels.models.registry import class_of, constructor_kwargs, model_file
-
-UNIFORM = "uniform"
+from revit_kernels.serving.clips import UNIFORM, sampling
 
 
 def stride(text: str) -> str:
@@ -26,8 +25,19 @@ def stride(text: str) -> str:
     raise argparse.ArgumentTypeError(f"must be a number of frames above 0, or uniform, got {text!r}")
 
 
-def add_clips(parser) -> None:
-    """Which frames of a video: --frames and --stride."""
+def views(text: str) -> tuple[int, int]:
+    """(views, crops) of "4" or "4x3"."""
+    try:
+        found = [int(n) for n in text.lower().split("x")]
+    except ValueError:
+        found = []
+    if len(found) not in (1, 2) or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"must be VIEWS or VIEWSxCROPS such as 4 or 4x3, got {text!r}")
+    return found[0], (found + [1])[1]
+
+
+def add_clips(parser, several: bool = False) -> None:
+    """Which frames of a video: --frames, --stride and, with `several`, --clips."""
     group = parser.add_argument_group("videos (of a model of clips)")
     group.add_argument("--frames", type=count, metavar="N", help="frames of a clip (default: the model's)")
     group.add_argument(
@@ -37,6 +47,14 @@ def add_clips(parser) -> None:
         help="frames of the video from one of the clip's to the next; uniform: they are spread over the whole video "
         "(default: as the model was trained, else uniform)",
     )
+    if several:
+        group.add_argument(
+            "--clips",
+            type=views,
+            metavar="VIEWS[xCROPS]",
+            help="clips of each video, whose answers are averaged; of each frame 1 crop or 3, with a list of --grids "
+            "or a policy (default: 1)",
+        )
 
 
 def described(name: str) -> dict:
@@ -53,18 +71,13 @@ def takes_clips(name: str) -> bool:
     return found is not None and class_of(found).per_frame is not None
 
 
-def sampling_of(name: str, frames: int | None, stride: str | None, menu=None, views: int = 1) -> Sampling:
-    """The frames of a video that a model of clips, by name or file, is given.
-
-    menu: that it will get; the file's own, if not given
-    """
+def _sampling(args, name: str, menu) -> Sampling:
+    """The frames of a video that a model of clips, by name or file, is trained on or asked about."""
     found = described(name)
     menu = menu or found.get("resizable", {}).get("menu")
-    tubelet = class_of(found["name"]).tubelet
     kwargs = constructor_kwargs(found["name"]) | found["kwargs"]
-    own = menu[0][0] * tubelet if menu else kwargs.get("num_frames", 8)
-    stride = stride or found.get("cfg", {}).get("stride", UNIFORM)
-    return Sampling(frames or own, None if stride == UNIFORM else float(stride), views)
+    own = menu[0][0] * class_of(found["name"]).tubelet if menu else kwargs.get("num_frames", 8)
+    return sampling(args.frames or own, args.stride or found.get("cfg", {}).get("stride"))
 
 
 def open_data(args, name: str, menu=None) -> ImageSet:
@@ -73,7 +86,7 @@ def open_data(args, name: str, menu=None) -> ImageSet:
     name: of the model, or its file. Raises ValueError for --frames and --stride of a model of images.
     """
     if takes_clips(name):
-        return open_clips(args.data, sampling_of(name, args.frames, args.stride, menu), args.split, root=args.root)
+        return open_clips(args.data, _sampling(args, name, menu), args.split, root=args.root)
     if args.frames or args.stride:
         raise ValueError(f"--frames and --stride are of videos, and {name} is a model of images")
     return open_set(args.data, args.split, root=args.root)
