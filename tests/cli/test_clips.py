@@ -23,15 +23,12 @@ MENU = "4x4x4,4x2x2,2x2x2"
 SMALL = "img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=2"
 
 
-def moving(right: bool, number: int, frames: int = 8, size: int = 32) -> list[np.ndarray]:
-    """A bright bar that moves to the right, or to the left."""
+def ramp(name: str, number: int, frames: int = 8, size: int = 32) -> list[np.ndarray]:
+    """Noise that gets brighter, or darker, from one frame to the next."""
     rng = np.random.default_rng(number)
-    found = rng.integers(20, 60, (frames, size, size, 3)).astype(np.uint8)
-    start = rng.integers(0, size - 10)
-    for t in range(frames):
-        x = int(start + (1 if right else -1) * 2 * t) % size
-        found[t, :, x : x + 6] = 220
-    return list(found)
+    level = rng.integers(100, 150) + (18 if name == "brighter" else -18) * (np.arange(frames) - (frames - 1) / 2)
+    noise = rng.integers(-30, 30, (size, size, 3))
+    return [np.uint8(np.clip(noise + one, 0, 255)) for one in level]
 
 
 def run(*arguments) -> tuple[int, list[dict], str]:
@@ -54,17 +51,17 @@ def done(*arguments) -> list[dict]:
 def trained(tmp_path_factory):
     """(folder of clips, folder of the run with model, labels, assigner and report)"""
     root = tmp_path_factory.mktemp("clips")
-    for split, count in (("train", 32), ("test", 24)):
-        for name in ("left", "right"):
+    for split, count in (("train", 30), ("test", 16)):
+        for name in ("brighter", "darker"):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
-                frames = moving(name == "right", i + (1000 if split == "test" else 0))
+                frames = ramp(name, i + (1000 if split == "test" else 0))
                 write_video(root / split / name / f"{i}.mp4", frames)
     folder = root / "run"
     options = ["--quiet", "--device", "cpu"]
     done(
         *("train", "timesformer_tiny_patch16_224", "--model-args", SMALL, "--menu", MENU, "--data", root),
-        *("--held-out", 0.4, "--epochs", 12, "--batch", 8, "--lr", 4e-3, "--output", folder, *options),
+        *("--held-out", 0.4, "--epochs", 16, "--batch", 8, "--lr", 3e-3, "--output", folder, *options),
     )
     model = folder / "model.safetensors"
     where = ["--data", root, *options]
@@ -76,7 +73,7 @@ def trained(tmp_path_factory):
     return root, folder
 
 
-def test_learns_what_one_frame_does_not_tell(trained):
+def test_learns(trained):
     _, folder = trained
     with open(folder / "log.csv") as file:
         last = list(csv.DictReader(file))[-1]
@@ -86,7 +83,7 @@ def test_learns_what_one_frame_does_not_tell(trained):
 def test_report(trained):
     _, folder = trained
     report = json.loads((folder / "report" / "report.json").read_text())
-    assert report["menu"] == [[4, 4, 4], [4, 2, 2], [2, 2, 2]] and report["count"] == 48
+    assert report["menu"] == [[4, 4, 4], [4, 2, 2], [2, 2, 2]] and report["count"] == 32
     assert report["macs"][0] > 2 * report["macs"][1] > 2 * report["macs"][2]
     text = (folder / "report" / "report.md").read_text()
     assert "| 4x4x4 | 64 |" in text and "| 2x2x2 | 8 |" in text
@@ -96,10 +93,10 @@ def test_report(trained):
 def test_infer_is_the_model(trained):
     """A record's answer is the model's for the frames that were decoded."""
     root, folder = trained
-    records = done("infer", root / "test" / "left", "--model", folder, "--quiet", "--dtype", "float32")
-    assert [record["frames"] for record in records] == [4] * 24
+    records = done("infer", root / "test" / "darker", "--model", folder, "--quiet", "--dtype", "float32")
+    assert [record["frames"] for record in records] == [4] * 16
     assert all(record["grid"] == [4, 4] and record["tokens"] == 64 for record in records)
-    right = [record["classes"][0]["label"] == "left" for record in records]
+    right = [record["classes"][0]["label"] == "darker" for record in records]
     model = create_model(folder / "model.safetensors").eval()
     for record in records[:3]:
         clip = torch.from_numpy(decode_clip(record["path"], Sampling(4)).pixels[0])
@@ -108,15 +105,15 @@ def test_infer_is_the_model(trained):
         best = record["classes"][0]
         assert logits.argmax() == best["class"]
         assert float(logits.softmax(-1).max()) == pytest.approx(best["probability"], abs=1e-5)
-    assert np.mean(right) > 0.6
+    assert np.mean(right) > 0.75
 
 
 def test_policy_views_and_tables(trained, tmp_path):
     root, folder = trained
     assigner = ["--model", folder, "--assigner", folder / "assigner.safetensors", "--quiet"]
-    for record in done("infer", root / "test" / "left", *assigner, "--budget", "1.5x"):
+    for record in done("infer", root / "test" / "darker", *assigner, "--budget", "1.5x"):
         assert record["frames"] in (2, 4) and 0 < record["share_of_full_pass"] <= 2
-    path = root / "test" / "left" / "0.mp4"
+    path = root / "test" / "darker" / "0.mp4"
     (several,) = done("infer", path, "--model", folder, "--quiet", "--clips", 2, "--stride", 1)
     assert several["frames"] == 8 and several["tokens"] == 128
     (crops,) = done("infer", path, "--model", folder, "--quiet", "--clips", "2x3", "--grids", "4x4")
@@ -137,26 +134,24 @@ def test_a_folder_of_everything(trained, tmp_path):
     clips = tmp_path / "everything"
     clips.mkdir()
     for suffix in (".mp4", ".webm", ".avi", ".gif", ".mkv"):
-        write_video(clips / f"right{suffix}", moving(True, 3))
-    data = (clips / "right.mp4").read_bytes()
+        write_video(clips / f"darker{suffix}", ramp("darker", 3))
+    data = (clips / "darker.mp4").read_bytes()
     (clips / "cut.mp4").write_bytes(data[: len(data) // 2])
     with av.open(str(clips / "sound.mp4"), "w") as file:
         small_videos.write_sound(file)
     (clips / "text.mp4").write_text("no video\n" * 20)
-    write_video(clips / "two.mp4", moving(True, 4, frames=2))
-    tall = [np.rot90(frame, -1) for frame in moving(True, 5, size=64)]
-    tall = [frame[:, :32] for frame in tall]
-    write_video(clips / "portrait.mp4", [np.rot90(frame) for frame in tall], rotation=-90)
+    write_video(clips / "two.mp4", ramp("darker", 4, frames=2))
+    write_video(clips / "portrait.mp4", [frame[:32] for frame in ramp("darker", 5, size=64)], rotation=-90)
     hour = (np.full((16, 16, 3), 40 + i % 7 * 20, np.uint8) for i in range(3600))
     write_video(clips / "hour.mp4", hour, rate=1, gop=30)
-    Image.fromarray(moving(True, 6)[0]).save(clips / "picture.png")
+    Image.fromarray(ramp("darker", 6)[0]).save(clips / "picture.png")
     (clips / "notes.md").write_text("not a video")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     status, records, said = run("infer", clips, "--model", folder, "--workers", 2)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert status == 1 and grown < 200_000  # kilobytes
     found = {record["path"].rsplit("/", 1)[1]: record for record in records}
-    assert len(found) == 13 and "1 file was not taken as videos or images (1 .md)" in said
+    assert len(found) == 12 and "1 file was not taken as videos or images (1 .md)" in said
     errors = {name: record["error"] for name, record in found.items() if "error" in record}
     assert errors == {
         "cut.mp4": "it is an MP4 without its index: it was cut off, or never finished",
@@ -165,8 +160,8 @@ def test_a_folder_of_everything(trained, tmp_path):
     }
     assert all(record["frames"] == 4 for name, record in found.items() if name not in errors)
     assert (found["portrait.mp4"]["width"], found["portrait.mp4"]["height"]) == (32, 64)
-    answers = [found[f"right{suffix}"]["classes"][0] for suffix in (".mp4", ".webm", ".avi", ".mkv")]
-    assert len({answer["label"] for answer in answers}) == 1
+    for name in (*(f"darker{suffix}" for suffix in (".mp4", ".webm", ".avi", ".gif", ".mkv")), "portrait.mp4"):
+        assert found[name]["classes"][0]["label"] == "darker"
 
 
 @pytest.mark.parametrize(
@@ -184,7 +179,7 @@ def test_a_folder_of_everything(trained, tmp_path):
 def test_refuses(trained, options, why):
     root, folder = trained
     try:
-        status, _, said = run("infer", root / "test" / "left", "--model", folder, "--quiet", *options)
+        status, _, said = run("infer", root / "test" / "darker", "--model", folder, "--quiet", *options)
     except SystemExit as error:
         assert error.code == 2
         return
