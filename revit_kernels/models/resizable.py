@@ -81,7 +81,7 @@ class Resizable:
     menu: tuple[Grid, ...] | None
     per_frame = None  # of models of clips: whether each frame has prefix tokens of its own
 
-    def packing(self, grids, *, device=None) -> Packing:
+    def packing(self, grids: Sequence[Grid], *, device: torch.device | str | None = None) -> Packing:
         """The packing of images of these grids, as the model lays them out; on the model's device, if not given."""
         device = next(self.parameters()).device if device is None else device
         menu = self.menu if self.menu is not None and set(grids) <= set(self.menu) else None
