@@ -20,6 +20,7 @@ COMMANDS = (
     "train_assigner",
     "costs",
     "evaluate",
+    "bench",
     "data",
     "samples",
     "models",
