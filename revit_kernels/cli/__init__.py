@@ -15,6 +15,7 @@ from importlib import import_module
 
 COMMANDS = (
     "infer",
+    "serve",
     "train",
     "label",
     "train_assigner",
