@@ -18,12 +18,16 @@ from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.lvvit import VarLenLVViT
+from revit_kernels.models.towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
-CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
+CLASSES = {
+    cls.__name__: cls for cls in (VarLenViT, VarLenViTDistilled, VarLenEva, VarLenTower, VarLenGemma4, VarLenLVViT)
+}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
-MODULES = "vision_transformer.py, deit.py or eva.py"
+MODULES = "vision_transformer.py, deit.py or eva.py, NaFlexVit, nor a classifier of a language model's tower"
 MODEL_FILE = "model.safetensors"  # in the folder of a run
 
 
@@ -160,11 +164,15 @@ def create_model(
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
     if pretrained:
+        if registry()["models"][base].get("module") == "lvvit":
+            raise ValueError(f"timm has no weights of {base}: pass checkpoint_path")
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
         source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
+    for attribute, value in registry()["models"][base].get("positions", {}).items():
+        setattr(model, attribute, value)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
     if checkpoint_path is not None:
