@@ -46,7 +46,8 @@ def difference(name: str) -> float:
     ours = revit_kernels.from_timm(theirs)
     h, w = ours.patch_embed.patch_size
     images = [torch.rand(3, rows * h, columns * w) for rows, columns in GRIDS]
-    x = torch.rand(2, 3, *(theirs.patch_embed.img_size if "module" not in entry else (14 * h, 14 * w)))
+    whole = "module" not in entry and "depth" not in kwargs
+    x = torch.rand(2, 3, *(theirs.patch_embed.img_size if whole else (14 * h, 14 * w)))
     pairs = [(ours(x), theirs(x))]
     pairs.append((ours(images, grids=GRIDS), torch.cat([theirs(image[None]) for image in images])))
     return max(((a - b).abs().max() / max(1.0, b.abs().max())).item() for a, b in pairs)
@@ -55,7 +56,7 @@ def difference(name: str) -> float:
 def main() -> None:
     pattern = sys.argv[1] if len(sys.argv) > 1 else ""
     found = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-    for name in revit_kernels.list_models(pattern):
+    for name in sorted(revit_kernels.list_models(pattern), key=lambda name: registry()["models"][name]["parameters"]):
         if registry()["models"][name].get("module") != "lvvit":  # which timm does not have
             found[name] = float(f"{difference(name):.1e}")
             OUTPUT.write_text(json.dumps(dict(sorted(found.items())), indent=0) + "\n")

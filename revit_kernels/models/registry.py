@@ -127,8 +127,8 @@ def create_model(
 ) -> Any:
     """The model that timm knows by this name, or the one that a file holds.
 
-    name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; or the path of
-                     a .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
+    name:            a name of list_models(), which are timm's and LV-ViT's, with or without a tag; or the path of a
+                     .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
