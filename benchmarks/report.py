@@ -1,20 +1,23 @@
-"""Keeps measured results in benchmarks/results/<device>.json and writes the tables of README.md and docs/ from them.
+"""Keeps measured results in benchmarks/results/<device>.json and writes the tables and pictures of README.md and docs/.
 
-    pytest benchmarks --benchmark-json=run.json && python benchmarks/report.py run.json
+    pytest benchmarks --all --benchmark-json=run.json && python benchmarks/report.py run.json
 
 Rows of a benchmark that ran again replace the old ones; the others stay. Rows that lose are shown like the rest.
-Without arguments only the tables are written.
+Without arguments only the tables and pictures are written.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
+
+import charts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ROOT = HERE.parent
 REPORTS = ROOT / "recipes" / "reports"  # of `revit evaluate`
+LEAST_ROUNDS = 5  # of a duel whose row is kept
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
 KEPT += ("settings", "ours_error", "rival_error")
@@ -65,6 +68,16 @@ def results_file(device: str) -> Path:
     """Where the results of this device are kept."""
     RESULTS.mkdir(exist_ok=True)
     return RESULTS / (re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json")
+
+
+def check(path: Path) -> None:
+    """Raise ValueError for a file whose rows are not to be kept, before any of them is."""
+    for bench in json.loads(path.read_text())["benchmarks"]:
+        if "speedup" in bench["extra_info"] and bench["stats"]["rounds"] < LEAST_ROUNDS:
+            raise ValueError(
+                f"{path}: {bench['name']} ran {bench['stats']['rounds']} rounds, which is noise: rows of at least "
+                f"{LEAST_ROUNDS} are kept"
+            )
 
 
 def collect(path: Path) -> None:
@@ -167,27 +180,43 @@ def devices() -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
 
 
-def headline() -> str:
-    """One benchmark of one device, and the shipped ReViT's report: what README.md shows."""
+def headline_rows() -> tuple[dict, list[dict]]:
+    """(results of the device, its rows that README.md shows, the strongest rival first)."""
     (results,) = (found for found in devices() if found["device"] == HEADLINE["device"])
     rows = [
         row
         for parameters, row in _rows(results, HEADLINE["bench"])
         if (_case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
     ]
-    text = ["| against | ours, ms | theirs, ms | speedup |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: row["speedup"]):
-        cells = [RIVALS.get(row["rival"], row["rival"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
-        text.append("| " + " | ".join([*cells, f"**{row['speedup']:.2f}x**"]) + " |")
+    return results, sorted(rows, key=lambda row: row["speedup"])
+
+
+def pictures() -> dict[str, str]:
+    """The text of each picture of README.md, by its path from the root."""
+    results, rows = headline_rows()
+    named = [(RIVALS.get(row["rival"], row["rival"]), row["speedup"]) for row in rows]
+    return charts.pictures(named, results["device"])
+
+
+def headline() -> str:
+    """What README.md says of one benchmark of one device, and of the shipped ReViT's report."""
+    _, rows = headline_rows()
     dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
-    text += ["", f"{results['device']}; {dates}, commit {commits}.", ""]
     found = json.loads((REPORTS / "fashion_mnist" / "report.json").read_text())
     about, report = found["about"], "recipes/reports/fashion_mnist"
     where = f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}"
-    shipped = f"The ReViT that comes with the package, on {found['count']:,} test images of Fashion-MNIST"
-    text += [f"{shipped} ({where}; [report]({report}/report.md)):", "", found["verdict"][0], ""]
-    text.append(f'<img src="{report}/accuracy_speed.png" width="480" alt="Accuracy and speed of lengths and policies">')
+    text = [picture("mixed_batches", "Speed of a mixed batch against rivals"), ""]
+    text += [f"Medians of paired runs, {dates}, commit {commits}. Above 1 we are faster.", ""]
+    text += [picture("accuracy_speed", "Accuracy against measured speed of lengths and policies"), ""]
+    shipped = f"The ReViT that comes with the package on {found['count']:,} test images of Fashion-MNIST"
+    text += [f"{shipped} ({where}; [report]({report}/report.md)): {found['verdict'][0].partition('. ')[0]}."]
     return "\n".join([*text, ""])
+
+
+def picture(name: str, said: str) -> str:
+    """The HTML of a picture for light and dark pages."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{charts.FOLDER}/{name}_dark.svg">'
+    return f'<picture>{dark}<img src="{charts.FOLDER}/{name}_light.svg" width="760" alt="{said}"></picture>'
 
 
 def performance() -> str:
@@ -253,10 +282,21 @@ def written(name: str) -> str:
 
 
 def main() -> None:
-    for path in sys.argv[1:]:
-        collect(Path(path))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="of pytest --benchmark-json")
+    arguments = parser.parse_args()
+    try:
+        for path in arguments.runs:
+            check(path)
+        for path in arguments.runs:
+            collect(path)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(str(error))
     for name in TABLES:
         (ROOT / name).write_text(written(name))
+    for name, text in pictures().items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`python -m revit_kernels`: which backend runs which op here, why the others do not, versions and devices."""
 
 import importlib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -94,4 +95,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,9 +7,11 @@ page should not show stands in a comment directly before it, and runs first:
 """
 
 import importlib.util
+import json
 import linecache
 import re
 import shlex
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from revit_kernels import cli
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
-KNOWN = {"python", "bash"}  # a block of anything else would be skipped silently
+KNOWN = {"python", "bash", "text"}  # a block of anything else would be skipped silently
 BLOCK = re.compile(r"^```(?P<kind>.*)\n(?P<code>(?:.*\n)*?)^```$", re.MULTILINE)
 SETUP = re.compile(r"<!-- setup:(?P<code>(?:(?!-->).)*)-->\n\Z", re.DOTALL)
 
@@ -69,7 +71,7 @@ def test_commands_parse(page):
 
 @pytest.mark.parametrize("page", PAGES + OTHERS, ids=name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
         target = "".join(target).partition("#")[0]
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
@@ -87,7 +89,9 @@ def test_readme_is_short():
 def report():
     spec = importlib.util.spec_from_file_location("benchmarks_report", ROOT / "benchmarks" / "report.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec.loader.exec_module(module)
     return module
 
 
@@ -96,12 +100,25 @@ def test_tables_are_current(report, page):
     assert (ROOT / page).read_text() == report.written(page), "run: python benchmarks/report.py"
 
 
+def test_pictures_are_current(report):
+    for name, text in report.pictures().items():
+        assert (ROOT / name).read_text() == text, "run: python benchmarks/report.py"
+        xml.etree.ElementTree.fromstring(text)
+
+
 def test_the_list_of_models_is_current():
     spec = importlib.util.spec_from_file_location("make_models_page", ROOT / "tools" / "make_models_page.py")
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     text = tool.PAGE.read_text()
     assert text == tool.page(text), "run: python tools/make_models_page.py"
+
+
+def test_noise_is_not_kept(report, tmp_path):
+    rows = [{"name": "bench_a", "extra_info": {"speedup": 2.0}, "stats": {"rounds": 1}}]
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": rows}))
+    with pytest.raises(ValueError, match="bench_a ran 1 rounds, which is noise"):
+        report.check(tmp_path / "run.json")
 
 
 def test_every_table_is_tested(report):

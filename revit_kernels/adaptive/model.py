@@ -16,20 +16,21 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
-from revit_kernels.engines import Answers, Engine
-from revit_kernels.models.embedding import Images
+from revit_kernels.engines import Answers, ClipEngine, Engine
+from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
+from revit_kernels.models.video import ClipModel
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
-from revit_kernels.modules.lengths import Grid, cells
+from revit_kernels.modules.lengths import Grid, cells, tokens_of
 from revit_kernels.packing import Packing
 
 
 class AdaptiveViT(nn.Module):
     """Gives each image a length by a policy, and all of them to the model in packed batches.
 
-    model:    a VarLenViT that was made resizable, or an engine of one; of a model an engine is made at the first
-              prediction, which is refreshed where the model changes
+    model:    a VarLenViT or a model of clips that was made resizable, or an engine of one; of a model an engine is made
+              at the first prediction, which is refreshed where the model changes
     policy:   "fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle" (needs the truth: evaluation only);
               a Policy whose numbers are known; or a function from the images to (images,) menu rows
     assigner: a TokenLengthAssigner of the model
@@ -48,7 +49,7 @@ class AdaptiveViT(nn.Module):
 
     def __init__(
         self,
-        model: VarLenViT | Engine,
+        model: VarLenViT | ClipModel | Engine | ClipEngine,
         policy: str | Policy | Callable = "cascade",
         *,
         assigner: TokenLengthAssigner | None = None,
@@ -60,8 +61,8 @@ class AdaptiveViT(nn.Module):
     ):
         super().__init__()
         check_resizable(model)
-        self._engine = model if isinstance(model, Engine) else None
-        self.model = model.model if isinstance(model, Engine) else model
+        self._engine = None if isinstance(model, nn.Module) else model
+        self.model = model if isinstance(model, nn.Module) else model.model
         self.assigner = None if assigner is None else assigner.require(self.model)
         self.capacity, self.reuse, self._turn, self.costs = capacity, reuse, 0, costs
         if outcomes is not None:
@@ -77,7 +78,7 @@ class AdaptiveViT(nn.Module):
         self.policy = policy.require(self.model.menu)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ClipEngine:
         """What answers."""
         if self._engine is None:
             self._engine = self.model.engine(stale="refresh")
@@ -105,7 +106,7 @@ class AdaptiveViT(nn.Module):
         # A pass over a packing made on the device begins with the images.
         if not self.reuse or (name == "assigner" and model_device(self.model).type != "cpu"):
             self.costs = replace(self.costs, reused=0.0)
-        prefix = self.model.num_prefix_tokens
+        prefix = [tokens_of(self.model, grid) - cells(grid) for grid in self.menu]
         return solve(name, outcomes.apart()[1], self.costs, budget, known=known, prefix=prefix)
 
     @classmethod
@@ -118,7 +119,7 @@ class AdaptiveViT(nn.Module):
         policy: str | Policy | Callable = "cascade",
         budget: str | Budget = "full",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         **options: Any,
     ) -> AdaptiveViT:
         """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
@@ -148,17 +149,18 @@ class AdaptiveViT(nn.Module):
     ) -> Answers:
         """The answers, and at which lengths they were found.
 
-        images:        a tensor, or a list of images of any sizes
+        images:        a tensor, or a list of images of any sizes, as VarLenViT takes them
         labels:        (images,) true menu rows, for the policy "oracle" alone
         device_choice: pack on the device, without waiting for it; by default where the model is on a GPU
         """
         count, device = len(images), next(self.model.parameters()).device
         if device_choice is None:
-            device_choice = device.type != "cpu"
+            device_choice = device.type != "cpu" and self.model.per_frame is None  # clips are packed by the host
         if count == 0:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
             return Answers(logits, empty, empty, 0)
+        images = as_tensors(images, self.model.in_chans, channels_last, device)
         policy, assigned, tokens = self.policy, None, None
         if policy.uses_assigner:
             assigned, tokens = self._assign(images, channels_last)
@@ -181,16 +183,35 @@ class AdaptiveViT(nn.Module):
                 logits = logits.index_copy(0, going.to(logits.device), answers)
         return Answers(logits, row, spent, int(spent.sum()))
 
+    @torch.inference_mode()
+    def features(self, images: Images, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model's head is given for each image, at the length that the policy chooses.
+
+        images: a tensor, or a list of images of any sizes
+
+        Returns (images, features), (images,) menu rows, and (images,) tokens of all passes. A cascade chooses by the
+        answers: its images then take one more pass, which is counted.
+        """
+        device = next(self.model.parameters()).device
+        images = as_tensors(images, self.model.in_chans, channels_last, device)
+        if len(images) and self.policy.passes == 1:
+            assigned = self._assign(images, channels_last)[0] if self.policy.uses_assigner else None
+            row = self.policy.start(Seen(images, device, assigned, None, self._turn)).cpu().long()
+            self._turn += 1
+            spent = torch.zeros_like(row)
+        else:
+            answers = self.predict(images, channels_last=channels_last, device_choice=False)
+            row, spent = answers.choice.cpu(), answers.tokens.cpu()
+        packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
+        return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
+
     # ------------------------------------------------------------------ one pass
 
     def _lengths(self, device) -> Tensor:
-        prefix = self.model.num_prefix_tokens
-        return torch.tensor([prefix + cells(grid) for grid in self.menu], device=device)
+        return torch.tensor([tokens_of(self.model, grid) for grid in self.menu], device=device)
 
     def _packing(self, rows: list[int]) -> Packing:
-        device = next(self.model.parameters()).device
-        grids = [self.menu[row] for row in rows]
-        return Packing.from_grids(grids, self.model.num_prefix_tokens, menu=self.menu, device=device)
+        return self.model.packing([self.menu[row] for row in rows])
 
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""

@@ -10,17 +10,20 @@ from contextlib import contextmanager, suppress
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from revit_kernels import dispatch
+from revit_kernels.cli import hints
+from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.gallery import check_gallery, gallery_of
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import find_images, left_out_text, printable, show
 from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
 from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
-from revit_kernels.serving.records import check_output
+from revit_kernels.serving.records import check_output, is_folder
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -122,8 +125,12 @@ def add(commands):
         "--output",
         "-o",
         metavar="FILE",
-        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: JSON lines on "
-        "standard output)",
+        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: a table on a "
+        "terminal, JSON lines to a pipe)",
+    )
+    output.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
+    output.add_argument(
+        "--gallery", metavar="FILE", help="also write an .html page: each image as it was read, its class and its cost"
     )
     output.add_argument(
         "--resume",
@@ -137,6 +144,20 @@ def add(commands):
         default=SHARD_ROWS,
         help=f"records of a shard, with a folder (default: {SHARD_ROWS})",
     )
+    cluster = infer.add_argument_group("on a cluster")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster (default: the one that this machine belongs to, or this machine); each archive, and "
+        "each 1,000 paths, become a shard; --resume does what has no shard yet",
+    )
+    cluster.add_argument(
+        "--actors", type=count, metavar="N", help="default: one for each GPU, or for each --actor-cpus"
+    )
+    cluster.add_argument("--actor-cpus", type=count, default=1, metavar="N", help="CPUs of an actor (default: 1)")
+
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
     output.add_argument("--labels", metavar="FILE", help="class names: one a line, .json or .csv")
@@ -154,6 +175,7 @@ def run(args) -> int:
     Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
     """
     check_output(args.output)
+    check_gallery(args.gallery)
     _check_options(args)
     if args.output:
         check_begin(args.output, args.resume)
@@ -161,7 +183,7 @@ def run(args) -> int:
             _say(f"revit: {args.output} is finished: there is nothing to go on with")
             return 0
     settings = Settings.of(args)
-    paths, empty, problems, left_out = find_images(args.paths, args.recursive)
+    paths, empty, problems, left_out = find_images(args.paths, args.recursive, inside=args.ray is None)
     _check_overwritten(args, paths)
     others = left_out_text(left_out)
     if not paths:
@@ -169,6 +191,8 @@ def run(args) -> int:
         raise ValueError("; ".join(problems + none + ([others] if others else [])) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
+    if args.ray is not None:
+        return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
         # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -184,30 +208,69 @@ def run(args) -> int:
 def _answer(args, settings: Settings, paths: list[str], others: str | None) -> Totals:
     prepared = _prepared(settings, args.compare)
     model = prepared.answerer
-    sample = Sample() if args.compare else None
+    for hint in [] if args.quiet else hints.hints(args, prepared):
+        _say(f"revit: warning: {hint}")
+    sample, gallery = Sample() if args.compare else None, gallery_of(args.gallery, prepared)
     run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
     with _written(args.output), run as run:
         if run.done:
             _say(f"revit: {images_text(run.done)} were answered before")
-        with tqdm(total=len(paths), initial=run.done, unit=" images", disable=args.quiet or None) as bar:
+        full, lines = full_length(prepared.model), through_a_pipe(args.output)
+        with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
             totals = infer(
                 model,
                 paths[run.done :],
                 prepared.rule,
-                run,
+                Answers(run, args.output, prepared.columns, paths, full, bar, args.json, gallery),
                 features=args.features,
                 batch_tokens=args.batch_tokens,
                 workers=args.workers or min(16, _cores()),
                 progress=bar.update,
-                keep=sample.keep if sample else None,
+                keep=_each([kept.keep for kept in (sample, gallery) if kept]),
             )
+    if gallery is not None:
+        with _written(args.gallery, "--gallery"):
+            gallery.save(totals, args.model or "The ReViT that comes with the package")
     if not args.quiet:
-        _say(closing_line(totals, full_length(model), others))
+        _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
         _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
     totals.errors[:0] = run.errors
     totals.images += run.done
     return totals
+
+
+def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str], left_out) -> int:
+    try:
+        from revit_kernels.serving.ray_data import Cluster
+    except ImportError as error:
+        raise ValueError(f"--ray needs Ray: pip install 'revit_kernels[ray]' ({error})") from None
+    cluster = Cluster(
+        paths,
+        os.path.realpath(args.output),
+        settings,
+        address=args.ray or None,
+        backend=args.backend,
+        batch_tokens=args.batch_tokens,
+        workers=args.workers,
+        actors=args.actors or 0,
+        cpus=args.actor_cpus,
+    )
+    if cluster.done:
+        _say(f"revit: {cluster.done:,} of {cluster.all:,} shards were written before")
+    totals = Totals()
+    with Progress(quiet=args.quiet) as bar:
+        for number, part in enumerate(cluster.run(), cluster.done + 1):
+            for name in ("images", "tokens", "full", "errors"):
+                setattr(totals, name, getattr(totals, name) + getattr(part, name))
+            totals.seconds = part.seconds
+            bar.note = f"shard {number:,} of {cluster.all:,}"
+            bar.update(part.images)
+    if not args.quiet and totals.images:
+        _say(closing_line(totals, left_out_text(left_out + cluster.left_out)))
+    for problem in problems + cluster.problems:
+        _say(f"revit: {problem}")
+    return max(_report(totals), 1 if problems or cluster.problems else 0)
 
 
 def _kept(count: int) -> None:
@@ -229,14 +292,24 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 
 
 @contextmanager
-def _written(output: str | None):
+def _written(output: str | None, option: str = "--output"):
     try:
         yield
     except BrokenPipeError:  # no failure: the reader has what it wanted
         raise
     except OSError as error:  # of an image it would be a record
-        name = f"--output {output}" if output else "standard output"
+        name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
+
+
+def _each(functions: list):
+    """A function that calls each of these; None for none."""
+
+    def call(*arguments):
+        for function in functions:
+            function(*arguments)
+
+    return call if functions else None
 
 
 def _say(text: str) -> None:
@@ -262,12 +335,25 @@ def _cores() -> int:
 def _check_options(args) -> None:
     if args.compare and args.policy:
         raise ValueError("--policy gives each image a length of the model's menu: it does not go with --compare")
+    if args.json and args.output:
+        raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
     if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
+    if args.ray is not None:
+        _check_ray(args)
     if args.resume and not args.output:
         raise ValueError("--resume goes on with an --output: records on standard output are not kept")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
+
+
+def _check_ray(args) -> None:
+    if args.ray and args.ray not in ("auto", "local") and ":" not in args.ray:
+        raise ValueError(f"--ray {args.ray}: an address is HOST:PORT, ray://HOST:PORT or auto; --ray alone goes last")
+    if args.compare or args.gallery or args.json:
+        raise ValueError("--compare, --gallery and --json are for one machine: leave out --ray")
+    if not args.output or not is_folder(args.output):
+        raise ValueError("--ray writes parquet shards to a folder: give --output FOLDER/, on a disk that all nodes see")
 
 
 def _prepared(settings: Settings, plain: bool) -> Prepared:

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from revit_kernels.data.archives import Member, data_url, is_archive, members
+from revit_kernels.data.archives import Archive, Member, data_url, is_archive, members
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .avif .jp2 .heic .heif .hif".split()
@@ -69,7 +69,9 @@ class Found(NamedTuple):
     left_out: Counter[str]
 
 
-def find_images(arguments: Sequence[str], recursive: bool = True, suffixes: frozenset[str] = SUFFIXES) -> Found:
+def find_images(
+    arguments: Sequence[str], recursive: bool = True, suffixes: frozenset[str] = SUFFIXES, inside: bool = True
+) -> Found:
     """The images that the arguments name.
 
     arguments: files; folders (their image files, sorted by name; hidden ones are left out; folders that are linked in
@@ -78,6 +80,7 @@ def find_images(arguments: Sequence[str], recursive: bool = True, suffixes: froz
                input, as "-" does), where a line that begins with # is a comment unless there is such a file
     recursive: also look into the folders of a folder
     suffixes:  of files that are taken out of folders and archives
+    inside:    also look into archives; else each is there as an Archive
 
     A file named outright is taken whatever its name, and whether or not it exists: decoding it says what is wrong.
     A line of a list is never a pattern: the names of files have brackets. Archives in a folder are left out: name them.
@@ -93,20 +96,23 @@ def find_images(arguments: Sequence[str], recursive: bool = True, suffixes: froz
             if before == (len(found.paths), len(found.problems)):
                 found.empty.append(argument)
         elif is_line or os.path.lexists(argument) or URL.match(argument) or not glob.has_magic(argument):
-            _take(argument, found, suffixes)
+            _take(argument, found, suffixes, inside)
         else:
             images = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
             for path in images:
-                _take(path, found, suffixes)
+                _take(path, found, suffixes, inside)
             if not images:
                 found.problems.append(f"there is no file {show(argument)}, and none that matches it as a pattern")
     return found
 
 
-def _take(path: str, found: Found, suffixes: frozenset[str]) -> None:
+def _take(path: str, found: Found, suffixes: frozenset[str], inside: bool) -> None:
     """A file named outright: an image, or an archive of some."""
     if not is_archive(path) or not os.path.isfile(path):
         found.paths.append(path)
+        return
+    if not inside:
+        found.paths.append(Archive(path))
         return
     before = len(found.paths)
     try:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from revit_kernels.clips import ClipGrid, ClipPacking
 from revit_kernels.engines.engine import STALE, StaleEngine, state_of, watched_of
+from revit_kernels.models.video import Clips
+from revit_kernels.models.vit import PackedTokens
 
 
 class ClipEngine:
@@ -46,31 +52,47 @@ class ClipEngine:
         return self.model
 
     @torch.no_grad()
-    def __call__(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def __call__(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """(clips, classes), one row per clip in the order given; arguments as of the model."""
         return self._current()(clips, grids=grids, packing=packing, channels_last=channels_last)
 
     @torch.no_grad()
-    def features(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def features(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """What `model.forward_features` gives."""
         return self._current().forward_features(clips, grids=grids, packing=packing, channels_last=channels_last)
 
     @torch.no_grad()
-    def embed(self, clips, packing, channels_last: bool = False):
+    def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
         """As of the model."""
         return self._current().embed(clips, packing, channels_last)
 
     @torch.no_grad()
-    def run_blocks(self, stream, packing, start: int = 0, stop: int | None = None):
+    def run_blocks(
+        self, stream: list[Tensor | None], packing: ClipPacking, start: int = 0, stop: int | None = None
+    ) -> list[Tensor | None]:
         """As of the model, without visits."""
         return self._current().run_blocks(stream, packing, start, stop)
 
     @torch.no_grad()
-    def finish(self, stream, packing):
+    def finish(self, stream: list[Tensor | None], packing: ClipPacking) -> Tensor:
         """As of the model."""
         return self._current().finish(stream, packing)
 
     @torch.no_grad()
-    def forward_head(self, x, pre_logits: bool = False):
+    def forward_head(self, x: PackedTokens, pre_logits: bool = False) -> Tensor:
         """As of the model."""
         return self._current().forward_head(x, pre_logits)

@@ -171,9 +171,9 @@ class Engine:
             return self._current()[0].forward_head(x, pre_logits)
 
 
-def engine_of(model: nn.Module | Engine) -> Engine:
+def engine_of(model: Any) -> Any:
     """The model's engine, refreshed where the model changes; an engine itself as it is."""
-    return model if isinstance(model, Engine) else Engine(model, stale="refresh")
+    return model.engine(stale="refresh") if isinstance(model, nn.Module) else model
 
 
 def _remade(model, quantize, stale):

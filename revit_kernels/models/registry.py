@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
+from revit_kernels.models import clip_names
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.hub import hub_or_cache
 from revit_kernels.models.lvvit import VarLenLVViT
 from revit_kernels.models.towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import SCRIPT, VarLenViT
@@ -71,6 +73,8 @@ def resolve(name: str) -> tuple[str, str]:
     Raises ValueError for an unknown name or tag.
     """
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if name in clip_names.MODELS:
+        return name, ""
     current = registry()["deprecated"].get(name, name)
     if current != name:
         warnings.warn(f"{name} is now called {current}", DeprecationWarning, stacklevel=3)
@@ -83,9 +87,11 @@ def resolve(name: str) -> tuple[str, str]:
     return base, tag or next(iter(tags))
 
 
-def pretrained_cfg(name: str) -> dict:
+def get_pretrained_cfg(name: str) -> dict:
     """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
     base, tag = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.cfg_of(base)
     row = dict(registry()["models"][base]["tags"][tag])
     statistics = registry()["statistics"][row.pop("statistics", 0)]
     cfg = registry()["cfg"] | row | {"mean": statistics[:3], "std": statistics[3:]}
@@ -96,8 +102,10 @@ def pretrained_cfg(name: str) -> dict:
 def constructor_kwargs(name: str) -> dict:
     """The arguments of the class's constructor that `name` stands for, where they differ from the defaults."""
     base, _ = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.kwargs_of(base)
     kwargs = dict(registry()["models"][base]["kwargs"])
-    num_classes = pretrained_cfg(name)["num_classes"]
+    num_classes = get_pretrained_cfg(name)["num_classes"]
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
 
 
@@ -109,34 +117,41 @@ def model_file(name) -> str:
 
 def class_of(name: str) -> type[VarLenViT]:
     """The class of the model that `name` stands for."""
-    return CLASSES[registry()["models"][resolve(name)[0]].get("class", "VarLenViT")]
+    base, _ = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.class_of(base)
+    return CLASSES[registry()["models"][base].get("class", "VarLenViT")]
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     checkpoint_path: str | Path | None = None,
-    *,
-    pretrained_cfg_overlay: dict | None = None,
     cache_dir: str | Path | None = None,
-    features_only: bool = False,
-    out_indices: int | Sequence[int] = 3,
     scriptable: bool | None = None,
     exportable: bool | None = None,
+    no_jit: bool | None = None,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] = 3,
     **kwargs: Any,
 ) -> Any:
-    """The model that timm knows by this name, or the one that a file holds.
+    """The model that timm knows by this name, or the one that a file holds. Arguments as of timm.create_model.
 
-    name:            a name of list_models(), which are timm's and LV-ViT's, with or without a tag; or the path of a
-                     .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
+    model_name:      a name of list_models(), which are timm's and LV-ViT's, with or without a tag; a name of
+                     clip_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
+                     of a run that has it
     pretrained:      load timm's weights for this name; needs timm
+    pretrained_cfg:  a tag of the name's weights; or fields, as of an overlay
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
                      input_size
     cache_dir:       where timm keeps pretrained weights
     features_only:   return timm's FeatureGetterNet of the model instead, which gives the features after blocks
                      `out_indices`, as `forward_intermediates` does without timm
-    exportable:      changes nothing: every model can be exported
+    exportable, no_jit: change nothing: every model can be exported, and none uses TorchScript
     kwargs:          arguments of the constructor (VarLenViT's, or VarLenEva's) that replace the name's own; None is
                      passed over
 
@@ -146,11 +161,19 @@ def create_model(
     if scriptable:
         raise NotImplementedError(SCRIPT)
     if features_only:
-        options = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
-        return _feature_getter(create_model(name, pretrained, checkpoint_path, **options, **kwargs), out_indices)
+        options = {"checkpoint_path": checkpoint_path, "cache_dir": cache_dir} | kwargs
+        model = create_model(model_name, pretrained, pretrained_cfg, pretrained_cfg_overlay, **options)
+        return _feature_getter(model, out_indices)
+    if isinstance(pretrained_cfg, str):
+        base, _, tag = model_name.partition(".")
+        if tag not in ("", pretrained_cfg):
+            raise ValueError(f"{model_name} has a tag of its own: leave out pretrained_cfg={pretrained_cfg!r}")
+        model_name = f"{base}.{pretrained_cfg}"
+    elif pretrained_cfg:
+        pretrained_cfg_overlay = pretrained_cfg | (pretrained_cfg_overlay or {})
     overlay = pretrained_cfg_overlay or {}
     kwargs = _of_overlay(overlay) | {key: value for key, value in kwargs.items() if value is not None}
-    name = model_file(name)
+    name = model_file(model_name)
     if Path(name).suffix == ".safetensors":
         if pretrained or checkpoint_path is not None:
             raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
@@ -163,19 +186,26 @@ def create_model(
     cls = class_of(base)
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
+    if pretrained and base in clip_names.MODELS:
+        raise ValueError(f"{base} has no weights to download: give a checkpoint_path, of clips or of images")
     if pretrained:
-        if registry()["models"][base].get("module") == "lvvit":
+        if registry()["models"].get(base, {}).get("module") == "lvvit":
             raise ValueError(f"timm has no weights of {base}: pass checkpoint_path")
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
         source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
-    for attribute, value in registry()["models"][base].get("positions", {}).items():
+    for attribute, value in registry()["models"].get(base, {}).get("positions", {}).items():
         setattr(model, attribute, value)
-    model.pretrained_cfg = model.default_cfg = pretrained_cfg(full) | overlay
+    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
-    if checkpoint_path is not None:
+    if checkpoint_path is not None and base in clip_names.MODELS:
+        if found := clip_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
+            cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
+            statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
+            model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
+    elif checkpoint_path is not None:
         smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
         load_checkpoint(model, checkpoint_path, new_head="num_classes" in kwargs, **smooth)
     return model
@@ -211,7 +241,8 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
-    load_checkpoint(model, path, new_head="num_classes" in kwargs)
+    load = clip_names.load_clip_checkpoint if found["name"] in clip_names.MODELS else load_checkpoint
+    load(model, path, new_head="num_classes" in kwargs)
     model.created_from["fingerprint"] = fingerprint(model)
     return model
 
@@ -239,7 +270,14 @@ def _timm_model(name: str, kwargs: dict):
             f"the pretrained weights of {name} come through timm: install it (pip install 'revit_kernels[timm]'), "
             "or pass checkpoint_path"
         ) from None
-    return timm.create_model(name, pretrained=True, **kwargs)
+    try:
+        with hub_or_cache():
+            return timm.create_model(name, pretrained=True, **kwargs)
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the pretrained weights of {name} are not in the cache and cannot be downloaded: {why}"
+        ) from None
 
 
 def load_resizable(path: str, device_name: str | None, dtype: str | None):

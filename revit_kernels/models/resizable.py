@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from revit_kernels import ops
 from revit_kernels.device_cache import numbers
 from revit_kernels.modules import layer_norm
-from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
+from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest, tokens_of
 from revit_kernels.modules.linear import is_plain, traced
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
@@ -85,6 +85,17 @@ class Resizable:
     """The methods of VarLenViT that know a menu of lengths."""
 
     menu: tuple[Grid, ...] | None
+    per_frame = None  # of models of clips: whether each frame has prefix tokens of its own
+
+    def packing(self, grids: Sequence[Grid], *, device: torch.device | str | None = None) -> Packing:
+        """The packing of images of these grids, as the model lays them out; on the model's device, if not given."""
+        device = next(self.parameters()).device if device is None else device
+        menu = self.menu if self.menu is not None and set(grids) <= set(self.menu) else None
+        return Packing.from_grids(grids, self.num_prefix_tokens, menu=menu, device=device)
+
+    def attention_pairs(self, grid: Grid) -> int:
+        """Queries times keys of one image in a block's attention."""
+        return tokens_of(self, grid) ** 2
 
     def make_resizable(
         self,

@@ -19,6 +19,7 @@ from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER, create_mode
 from revit_kernels.serving.infer import GridRule, full_length
 from revit_kernels.serving.records import Columns
 
+MOST_TOKENS = 16  # times the model's own: attention grows with the square
 WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
 
 
@@ -65,10 +66,10 @@ class Settings:
     def __post_init__(self):
         if self.grids and self.max_tokens:
             raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
-        if self.policy and (self.grids or self.max_tokens or self.features or self.method == "patch"):
+        if self.policy and (self.grids or self.max_tokens or self.method == "patch"):
             raise ValueError(
-                "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens, "
-                "--features or --method patch"
+                "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens or "
+                "--method patch"
             )
         if (self.checkpoint or self.pretrained or self.untrained) and not self.model:
             raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
@@ -130,6 +131,7 @@ def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
     )
     model.patch_method = settings.method
     model = make_engine(model, settings.quantize)
+    _check_tokens(settings, full_length(model))
     adaptive = _adaptive(settings, model, always_plain)
     rule = GridRule(
         model.patch_embed.patch_size,
@@ -141,9 +143,19 @@ def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
     return Prepared(adaptive or model, model, rule, _columns(settings, model, adaptive is not None), settings.features)
 
 
+def _check_tokens(settings: Settings, full: int) -> None:
+    asked = max((h * w for h, w in settings.grids or ()), default=settings.max_tokens or 0)
+    if asked > MOST_TOKENS * full:
+        name = "--grids" if settings.grids else "--max-tokens"
+        raise ValueError(
+            f"{name} asks for {asked:,} patches of an image, {asked / full:,.0f} times the {full:,} that the model was "
+            f"made for: {MOST_TOKENS} times are the most"
+        )
+
+
 def _columns(settings: Settings, model, adaptive: bool) -> Columns:
     if settings.features:
-        return Columns(features=model.num_features)
+        return Columns(features=model.num_features, adaptive=adaptive)
     if model.num_classes < 1:
         raise ValueError(f"{settings.model} has no classes: ask for --features")
     return Columns(
@@ -158,10 +170,10 @@ def _adaptive(settings: Settings, model, always_plain: bool) -> AdaptiveViT | No
     """The model with the policy that the settings ask for; None where each image's size decides its length.
 
     Without a policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless grids,
-    max_tokens, features or method say otherwise.
+    max_tokens or method say otherwise.
     Raises ValueError where a policy is asked for that cannot be had.
     """
-    otherwise = settings.grids or settings.max_tokens or settings.features or settings.method == "patch"
+    otherwise = settings.grids or settings.max_tokens or settings.method == "patch"
     otherwise = otherwise or always_plain
     file = settings.assigner or (SHIPPED_ASSIGNER if not settings.model else None)
     known = file is not None or settings.outcomes

@@ -1,5 +1,6 @@
 """What other tools make of a model: exported, traced, transformed, compiled, counted."""
 
+import inspect
 import sys
 
 import numpy as np
@@ -268,6 +269,15 @@ def test_timms_arguments_of_create_model(monkeypatch):
     model = create_model(name, pretrained_cfg_overlay=overlay, depth=1)
     assert model.pretrained_cfg["mean"] == overlay["mean"] and model.head.out_features == 7
     assert model.patch_embed.img_size == (48, 48)
+    model = create_model(name, False, overlay, None, no_jit=True, depth=1)
+    assert model.pretrained_cfg["mean"] == overlay["mean"] and model.head.out_features == 7
+    model = create_model(model_name=name, pretrained_cfg="augreg_in21k", depth=1)
+    assert model.pretrained_cfg["tag"] == "augreg_in21k" and model.head.out_features == 21843
+    with pytest.raises(ValueError, match=r"has a tag of its own: leave out pretrained_cfg='augreg_in21k'"):
+        create_model(f"{name}.augreg_in21k_ft_in1k", pretrained_cfg="augreg_in21k")
+    timm = pytest.importorskip("timm")
+    names = list(inspect.signature(timm.create_model).parameters)[:-1]
+    assert list(inspect.signature(create_model).parameters)[: len(names)] == names
     with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
         create_model(name, scriptable=True)
     monkeypatch.setitem(sys.modules, "timm.models._features", None)
