@@ -1,6 +1,6 @@
 """Writes the tables of docs/models.md: `python tools/make_models_page.py`.
 
-From revit_kernels/models/registry.json, and from benchmarks/results/parity.json, which tools/measure_parity.py writes.
+From revit_kernels/models/registry.json, and from benchmarks/parity.json, which tools/measure_parity.py writes.
 """
 
 import json
@@ -15,7 +15,7 @@ from revit_kernels.modules import whole_block
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
-PARITY = ROOT / "benchmarks" / "results" / "parity.json"
+PARITY = ROOT / "benchmarks" / "parity.json"
 MARKS = "<!-- models:start -->", "<!-- models:end -->"
 FAMILIES = {  # by class, and by the module of timm's where it is none of its three of plain models
     ("VarLenViT", None): "timm's VisionTransformer",

@@ -1,4 +1,4 @@
-"""Writes benchmarks/results/parity.json: how far every name's answers are from timm's in float32 on this CPU.
+"""Writes benchmarks/parity.json: how far every name's answers are from timm's in float32 on this CPU.
 
 Run as `python tools/measure_parity.py [PATTERN]`, half an hour for all. Models of up to 130 million parameters are
 measured whole, larger ones two blocks deep. The number is the largest difference over a dense batch and a mixed one,
@@ -15,7 +15,7 @@ import torch
 import revit_kernels
 from revit_kernels.models.registry import registry
 
-OUTPUT = Path(__file__).parents[1] / "benchmarks" / "results" / "parity.json"
+OUTPUT = Path(__file__).parents[1] / "benchmarks" / "parity.json"
 LARGEST = 130_000_000
 GRIDS = [(3, 5), (7, 4), (1, 1), (10, 10)]
 
