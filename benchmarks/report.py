@@ -1,20 +1,21 @@
 """Keeps measured results in benchmarks/results/<device>.json and writes the tables of README.md and docs/ from them.
 
-    pytest benchmarks --benchmark-json=run.json && python benchmarks/report.py run.json
+    pytest benchmarks --all --benchmark-json=run.json && python benchmarks/report.py run.json
 
 Rows of a benchmark that ran again replace the old ones; the others stay. Rows that lose are shown like the rest.
 Without arguments only the tables are written.
 """
 
+import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 ROOT = HERE.parent
 REPORTS = ROOT / "recipes" / "reports"  # of `revit evaluate`
+LEAST_ROUNDS = 5  # of a duel whose row is kept
 KEPT = ("rival", "speedup", "speedup_quartiles", "ours_ms", "rival_ms", "dtype", "gb_per_s", "percent_of_copy")
 KEPT += ("tflop_per_s", "percent_of_matmul", "ours_peak_bytes", "rival_peak_bytes", "commit", "versions")
 KEPT += ("settings", "ours_error", "rival_error")
@@ -65,6 +66,16 @@ def results_file(device: str) -> Path:
     """Where the results of this device are kept."""
     RESULTS.mkdir(exist_ok=True)
     return RESULTS / (re.sub(r"[^A-Za-z0-9]+", "_", device).strip("_") + ".json")
+
+
+def check(path: Path) -> None:
+    """Raise ValueError for a file whose rows are not to be kept, before any of them is."""
+    for bench in json.loads(path.read_text())["benchmarks"]:
+        if "speedup" in bench["extra_info"] and bench["stats"]["rounds"] < LEAST_ROUNDS:
+            raise ValueError(
+                f"{path}: {bench['name']} ran {bench['stats']['rounds']} rounds, which is noise: rows of at least "
+                f"{LEAST_ROUNDS} are kept"
+            )
 
 
 def collect(path: Path) -> None:
@@ -253,8 +264,16 @@ def written(name: str) -> str:
 
 
 def main() -> None:
-    for path in sys.argv[1:]:
-        collect(Path(path))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN.json", help="of pytest --benchmark-json")
+    arguments = parser.parse_args()
+    try:
+        for path in arguments.runs:
+            check(path)
+        for path in arguments.runs:
+            collect(path)
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(str(error))
     for name in TABLES:
         (ROOT / name).write_text(written(name))
 

@@ -1,6 +1,7 @@
 """`python -m revit_kernels`: which backend runs which op here, why the others do not, versions and devices."""
 
 import importlib
+import os
 import platform
 import sys
 from importlib import metadata
@@ -49,12 +50,12 @@ def verdicts(device: str, dtype: torch.dtype) -> dict[str, dict[str, str | None]
 def table(found: dict[str, dict[str, str | None]]) -> list[str]:
     """The verdicts, a line per op: `runs` for the backend that dispatch takes, `can`, `no`, or `-` for no such kernel.
     Then a line for each reason for a `no`."""
-    lines = ["  " + "".join(f"{name:12}" for name in ("", *BACKENDS)).rstrip()]
+    lines = ["  " + f"{'':20}" + "".join(f"{name:12}" for name in BACKENDS).rstrip()]
     reasons = {}  # the ops, by reason and backend
     for op, verdict in found.items():
         first = next((backend for backend, why in verdict.items() if why is None), None)
         cells = ("-" if b not in verdict else "no" if verdict[b] else "runs" if b == first else "can" for b in BACKENDS)
-        lines.append("  " + "".join(f"{cell:12}" for cell in (op, *cells)).rstrip())
+        lines.append("  " + f"{op:20}" + "".join(f"{cell:12}" for cell in cells).rstrip())
         for backend, why in verdict.items():
             if why:
                 reasons.setdefault(why, {}).setdefault(backend, []).append(op)
@@ -94,4 +95,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-OPS = ("attention", "block", "layer_norm", "linear", "patch_embed", "pool", "pos_embed")
+OPS = ("attention", "block", "layer_norm", "linear", "patch_embed", "pool", "pos_embed", "temporal_attention")
 BACKENDS = ("cuda", "flash_attn", "cudnn", "cpu", "vendor", "triton", "reference")  # tried in this order
 _requested = os.environ.get("REVIT_BACKEND")
 

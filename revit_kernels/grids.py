@@ -6,6 +6,11 @@ from collections.abc import Sequence
 Grid = tuple[int, int]
 
 
+def grid_text(grid) -> str:
+    """A grid (rows, columns), or a clip's (frames, rows, columns), as text: "14x14", "8x14x14"."""
+    return "x".join(map(str, grid))
+
+
 def _check_size(size: tuple[int, int]) -> None:
     if min(size) < 1:
         raise ValueError(f"an image must have at least 1 x 1 pixels, got {size[0]} x {size[1]}")

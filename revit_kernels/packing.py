@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -264,7 +265,7 @@ class Packing:
     @property
     def max_seqlen(self) -> int:
         """The most tokens an image of this menu can have, prefix tokens counted. Never read back from the device."""
-        return self.prefix + max([0, *(h * w for h, w in self.menu)])
+        return self.prefix + max([0, *map(math.prod, self.menu)])
 
     @property
     def fits(self) -> Tensor:

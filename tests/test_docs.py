@@ -7,6 +7,7 @@ page should not show stands in a comment directly before it, and runs first:
 """
 
 import importlib.util
+import json
 import linecache
 import re
 import shlex
@@ -102,6 +103,13 @@ def test_the_list_of_models_is_current():
     spec.loader.exec_module(tool)
     text = tool.PAGE.read_text()
     assert text == tool.page(text), "run: python tools/make_models_page.py"
+
+
+def test_noise_is_not_kept(report, tmp_path):
+    rows = [{"name": "bench_a", "extra_info": {"speedup": 2.0}, "stats": {"rounds": 1}}]
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": rows}))
+    with pytest.raises(ValueError, match="bench_a ran 1 rounds, which is noise"):
+        report.check(tmp_path / "run.json")
 
 
 def test_every_table_is_tested(report):

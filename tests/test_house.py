@@ -23,12 +23,13 @@ ORDER = (
     ("data",),
     ("ops",),
     ("measured",),
+    ("clips",),
     ("dispatch", "packing"),
     ("native", "device_cache", "grids"),
     ("files", "devices"),
 )
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-EXCEPTIONS = {("models.vit", "engines")}  # model.engine()
+EXCEPTIONS = {("models.vit", "engines"), ("models.video", "engines")}  # model.engine()
 
 
 def imported(path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -16,18 +17,24 @@ from revit_kernels.adaptive.budgets import fitted
 from revit_kernels.adaptive.costs import Costs, counted, device_name, model_device, model_dtype, model_macs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Policy
+from revit_kernels.engines import ClipEngine, Engine
 from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
+from revit_kernels.models.embedding import Images
+from revit_kernels.models.video import ClipModel, sampled
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import cells, check_menu
 from revit_kernels.packing import Packing
 
+Model = VarLenViT | ClipModel
+Served = VarLenViT | ClipModel | Engine | ClipEngine
 TRUNKS = ("scout", "tokens")
 METADATA = "revit_kernels.assigner"
 SHARE = 0.02  # of a full-length pass of the model that is served: what an assigner may cost
 SMALL = 32  # pixels: up to this side a scout cuts an image into 4 x 4 patches, beyond it into 8 x 8
+FRAMES = 8  # of a clip that a scout sees, at most
 SIDE = 64  # pixels of the longer side of what a scout sees, at most
 WIDTHS = (48, 32, 16, 8)  # of a scout's patches, and of tokens that are projected
 HIDDEN = (256, 192, 128, 96, 64, 32)
@@ -48,12 +55,14 @@ class TokenLengthAssigner(nn.Module):
     grid, patch, mean, std: of a scout: patches, pixels of one, and the images' statistics
     dim, depth, prefix:     for "tokens": width of the model's tokens, blocks that they went through (0: the embedding),
              and prefix tokens
+    frames:  of a clip that a scout sees, the middles of as many equal parts of it; None for images
+    per_frame: whether each frame of a clip has prefix tokens of its own in the model; None for images
     dropout: in training, ahead of each linear layer but the first
     """
 
     def __init__(
         self,
-        menu,
+        menu: Sequence[Grid],
         trunk: str = "scout",
         *,
         classes: int,
@@ -67,6 +76,8 @@ class TokenLengthAssigner(nn.Module):
         dim: int = 0,
         depth: int = 0,
         prefix: int = 1,
+        frames: int | None = None,
+        per_frame: bool | None = None,
         dropout: float = 0.15,
     ):
         super().__init__()
@@ -78,6 +89,8 @@ class TokenLengthAssigner(nn.Module):
         self.config = {"menu": self.menu, "trunk": trunk, "classes": classes, "hidden": hidden, "width": width}
         self.config |= {"grid": self.grid, "patch": self.patch, "channels": channels, "mean": self.mean}
         self.config |= {"std": self.std, "dim": dim, "depth": depth, "prefix": prefix, "dropout": dropout}
+        self.config |= {"frames": frames, "per_frame": per_frame}
+        self.frames, self.per_frame = frames, per_frame
         self.fingerprint = ""  # of the model that it was trained for
         self.outcomes: Outcomes | None = None  # held-out ones, with its answers: what budgets are solved from
         self.fitted: dict[str, Policy] | None = None  # of these outcomes
@@ -85,9 +98,9 @@ class TokenLengthAssigner(nn.Module):
         self.about: dict = {}  # how it was trained, for a person to read
         if trunk == "scout":
             self.proj = nn.Conv2d(channels, width, self.patch, self.patch)
-            positions, features = cells(self.grid), width
+            positions, features = cells(self.grid) * (frames or 1), width
         else:
-            positions, features = cells(self.menu[-1]) + (prefix if depth else 0), width or dim
+            positions, features = (self.shortest if depth else cells(self.menu[-1])), width or dim
             self.norm = nn.LayerNorm(dim)
             self.proj = nn.Linear(dim, width) if width else nn.Identity()
         self.drop = nn.Dropout(dropout)
@@ -95,9 +108,20 @@ class TokenLengthAssigner(nn.Module):
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, len(self.menu) + classes)
 
+    @property
+    def shortest(self) -> int:
+        """The model's tokens at the shortest length, prefix tokens counted."""
+        return cells(self.menu[-1]) + self.prefix * (self.menu[-1][0] if self.per_frame else 1)
+
     @classmethod
     def for_model(
-        cls, model: VarLenViT, trunk: str = "scout", *, depth: int = 0, hidden: int | None = None, share: float = SHARE
+        cls,
+        model: Model,
+        trunk: str = "scout",
+        *,
+        depth: int = 0,
+        hidden: int | None = None,
+        share: float = SHARE,
     ) -> TokenLengthAssigner:
         """The largest assigner of a resizable model that costs at most `share` of its full-length pass, counted in
         multiply-accumulates; the smallest there is, where none costs so little.
@@ -108,10 +132,13 @@ class TokenLengthAssigner(nn.Module):
         if model.menu is None:
             raise ValueError("the model is not resizable: an assigner needs a menu of lengths")
         given = {"classes": model.num_classes, "prefix": model.num_prefix_tokens, "depth": depth}
+        given["per_frame"] = model.per_frame
         if trunk == "scout":
             size = [side * min(1.0, SIDE / max(model.patch_embed.img_size)) for side in model.patch_embed.img_size]
             cut = 4 if max(size) <= SMALL else 8
             given |= {"grid": (cut, cut), "patch": tuple(max(1, round(side / cut)) for side in size)}
+            if model.per_frame is not None:
+                given["frames"] = min(FRAMES, model.menu[0][0] * model.tubelet)
             cfg = model.pretrained_cfg
             given |= {"channels": model.in_chans, "mean": cfg["mean"], "std": cfg["std"]}
             widths = WIDTHS
@@ -126,15 +153,15 @@ class TokenLengthAssigner(nn.Module):
         hidden, width = max(fitting, key=lambda o: (o[0], work[o]))
         return cls(model.menu, trunk, hidden=hidden, width=width, **given)
 
-    def macs(self, model: VarLenViT) -> int:
+    def macs(self, model: Model) -> int:
         """Multiply-accumulates for one image, those included that an image of the shortest length goes on from."""
         dense = sum(layer.weight.numel() for layer in (self.fc1, self.fc2, self.fc3))
         if self.trunk == "scout":
-            return dense + self.proj.weight.numel() * cells(self.grid)
+            return dense + self.proj.weight.numel() * cells(self.grid) * (self.frames or 1)
         projected = self.proj.weight.numel() * cells(self.menu[-1]) if isinstance(self.proj, nn.Linear) else 0
         return dense + projected + self.reused(model)
 
-    def reused(self, model: VarLenViT) -> int:
+    def reused(self, model: Model) -> int:
         """Multiply-accumulates that an image of the shortest length is spared after it."""
         return model_macs(model, self.menu[-1], self.depth) if self.trunk == "tokens" else 0
 
@@ -155,24 +182,37 @@ class TokenLengthAssigner(nn.Module):
         x = F.gelu(self.fc2(self.drop(x)))
         return self.fc3(self.drop(x)).float()
 
-    def patches(self, images, channels_last: bool = True) -> Tensor:
-        """(images * patches, width): what the scout's first layer makes of images of any sizes."""
-        packing = Packing.uniform(len(images), self.grid, 0, device=self.proj.weight.device)
+    def patches(self, images: Images, channels_last: bool = True) -> Tensor:
+        """(images * patches, width): what the scout's first layer makes of images, or frames of clips, of any sizes."""
+        count = len(images) * (self.frames or 1)
+        packing = Packing.uniform(count, self.grid, 0, device=self.proj.weight.device)
+        images = images if self.frames is None else self._seen(images, channels_last)
         statistics = {"mean": self.mean, "std": self.std, "channels_last": channels_last}
         return ops.patch_embed(images, self.proj.weight, self.proj.bias, packing, **statistics)
 
-    def tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Packing]:
+    def _seen(self, clips: Images, channels_last: bool) -> Tensor | list[Tensor]:
+        """The frames of clips that a scout sees, in order."""
+        time = 0 if channels_last else 1
+        if isinstance(clips, Tensor) and channels_last and clips.shape[1] == self.frames:
+            return clips.flatten(0, 1)
+        return [clip.select(time, i) for clip in clips for i in sampled(clip.shape[time], self.frames)]
+
+    def tokens(self, images: Images, model: Served, channels_last: bool = True) -> tuple[Tensor, Packing]:
         """(images * length, dim) of the model at the shortest length, after `depth` blocks, and their packing."""
-        packing = Packing.uniform(len(images), self.menu[-1], self.prefix, device=self.fc1.weight.device)
+        packing = model.packing([self.menu[-1]] * len(images), device=self.fc1.weight.device)
         stream = [model.embed(images, packing, channels_last), None, None]
         return add(*model.run_blocks(stream, packing, 0, self.depth)) if self.depth else stream[0], packing
 
     def inputs(self, tokens: Tensor) -> Tensor:
         """(images, positions, dim) of tokens: the class token of the embedding is the same for every image."""
-        x = tokens.view(-1, self.prefix + cells(self.menu[-1]), tokens.shape[-1])
-        return x if self.depth else x[:, self.prefix :]
+        x = tokens.view(-1, self.shortest, tokens.shape[-1])
+        if self.depth:
+            return x
+        if self.per_frame:
+            return x.unflatten(1, (self.menu[-1][0], -1))[:, :, self.prefix :].flatten(1, 2)
+        return x[:, self.prefix :]
 
-    def with_tokens(self, images, model, channels_last: bool = True) -> tuple[Tensor, Tensor, Packing]:
+    def with_tokens(self, images: Images, model: Served, channels_last: bool = True) -> tuple[Tensor, Tensor, Packing]:
         """(logits, tokens, packing), for the trunk "tokens".
 
         An image that stays at the shortest length goes on from there:
@@ -181,7 +221,7 @@ class TokenLengthAssigner(nn.Module):
         tokens, packing = self.tokens(images, model, channels_last)
         return self.head(self.inputs(tokens)), tokens, packing
 
-    def forward(self, images, model=None, channels_last: bool = True) -> Tensor:
+    def forward(self, images: Images, model: Served | None = None, channels_last: bool = True) -> Tensor:
         """(images, lengths + classes) logits, float32. images: as VarLenViT takes them"""
         if self.trunk == "scout":
             return self.head(self.patches(images, channels_last))
@@ -191,7 +231,7 @@ class TokenLengthAssigner(nn.Module):
 
     # ------------------------------------------------------------------ whose it is, and what it costs
 
-    def require(self, model: VarLenViT) -> TokenLengthAssigner:
+    def require(self, model: Model) -> TokenLengthAssigner:
         """Raise ValueError unless it was trained for this model."""
 
         if self.menu != model.menu:
@@ -200,7 +240,7 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError("the assigner was trained for another model, or for this one before it changed")
         return self
 
-    def costs_for(self, model) -> Costs:
+    def costs_for(self, model: Served) -> Costs:
         """What was measured on the device of a model, or an engine of one, in its dtype; else multiply-accumulates."""
         where = device_name(model_device(model)), model_dtype(model)
         found = [costs for costs in self.costs if (costs.device, costs.dtype) == where]
@@ -221,7 +261,7 @@ class TokenLengthAssigner(nn.Module):
 
     # ------------------------------------------------------------------ files
 
-    def save(self, path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a .safetensors file: weights in bfloat16, whose it is, costs, what budgets are solved from."""
         from safetensors.torch import save_file
 
@@ -246,7 +286,7 @@ class TokenLengthAssigner(nn.Module):
         write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
-    def load(cls, path) -> TokenLengthAssigner:
+    def load(cls, path: str | Path) -> TokenLengthAssigner:
         """What `save` wrote, in eval mode. Raises ValueError for a file that is missing, broken, or none of these."""
         from safetensors import safe_open
 

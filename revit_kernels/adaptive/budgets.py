@@ -88,7 +88,7 @@ class _Problem:
     outcomes: Outcomes
     costs: Costs
     budget: Budget
-    prefix: int
+    prefix: int | list[int]
 
     def __post_init__(self):
         if tuple(self.costs.menu) != tuple(self.outcomes.menu):
@@ -163,7 +163,7 @@ def solve(
     budget="full",
     *,
     known: dict[str, Policy] | None = None,
-    prefix: int = 1,
+    prefix: int | list[int] = 1,
     seed: int = 0,
 ) -> Policy:
     """The policy of this kind that meets the budget best on held-out outcomes.
@@ -173,6 +173,7 @@ def solve(
     costs:    of each length, where the policy will serve
     budget:   see Budget.parse. With a cost given, accuracy is the largest that is found; with an accuracy, the cost is
               the least
+    prefix:   prefix tokens of an image, or of an image at each length
     known:    what `fitted` gives of these outcomes, if that is known already
 
     What comes out as one length for all images is a `Fixed`. Where no such policy meets the budget, the nearest one is
@@ -228,7 +229,7 @@ def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np
     right: (images, lengths) probabilities; weighed: (lengths,) by which a price is multiplied
     """
     correct, rows = problem.outcomes.correct.astype(np.float64), right.shape[1]
-    lengths = np.array([problem.prefix + h * w for h, w in problem.outcomes.menu], np.float64)
+    lengths = (problem.outcomes.patches + np.array(problem.prefix)).astype(np.float64)
     costs, by_tokens, found = problem.costs, problem.budget.tokens is not None, []
     per = lengths if by_tokens else np.array(costs.per_length)
     full, every = correct[:, 0], np.arange(len(correct))

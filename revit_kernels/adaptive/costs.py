@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.adaptive import evidence
-from revit_kernels.grids import Grid
-from revit_kernels.packing import Packing
+from revit_kernels.grids import Grid, grid_text
+from revit_kernels.modules.lengths import check_menu, tokens_of
 
 COUNTED = "multiply-accumulates"
 
@@ -61,7 +61,7 @@ class Costs:
         """The costs that `to_json` wrote. Raises ValueError for any other text."""
         try:
             found = json.loads(text)
-            menu = tuple((int(rows), int(columns)) for rows, columns in found.pop("menu"))
+            menu = check_menu(found.pop("menu"))
             return cls(menu, tuple(found.pop("per_length")), **found)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"this is no JSON of costs: {error}") from None
@@ -72,7 +72,7 @@ class Costs:
 
     def changes(self, before: Costs) -> list[tuple[str, float, float]]:
         """(name, before, now), in parts of a full-length pass, of each length and of the assigner."""
-        names = [f"{h}x{w}" for h, w in self.menu] + ["assigner", "repacking"]
+        names = [grid_text(grid) for grid in self.menu] + ["assigner", "repacking"]
         now, then = ((*c.per_length, c.assigner, c.repack) for c in (self, before))
         return [(n, b / before.per_length[0], a / self.per_length[0]) for n, b, a in zip(names, then, now)]
 
@@ -109,9 +109,9 @@ def vit_macs(dim: int, depth: int, tokens: int, patch: int, mlp_ratio: float = 4
 
 def model_macs(model, grid: Grid, blocks: int | None = None) -> int:
     """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
-    tokens = model.num_prefix_tokens + grid[0] * grid[1]
+    tokens = tokens_of(model, grid)
     linears = [m for block in model.blocks[:blocks] for m in block.modules() if isinstance(m, nn.Linear)]
-    attention = 2 * model.embed_dim * tokens * tokens * len(model.blocks[:blocks])
+    attention = 2 * model.embed_dim * model.attention_pairs(grid) * len(model.blocks[:blocks])
     embedding = model.patch_embed.proj.weight[0].numel() * model.embed_dim * tokens
     return sum(m.weight.numel() for m in linears) * tokens + attention + embedding
 
@@ -157,7 +157,8 @@ def _batch_of(images, model, batch: int, device: torch.device) -> Tensor | list[
         return images.to(device) if isinstance(images, Tensor) else [image.to(device) for image in images]
     height, width = model.patch_embed.img_size if images is None else images
     generator = torch.Generator().manual_seed(0)
-    shape = (batch, height, width, model.in_chans)
+    frames = () if model.per_frame is None else (model.menu[0][0] * model.tubelet,)
+    shape = (batch, *frames, height, width, model.in_chans)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
 
 
@@ -182,8 +183,8 @@ def measure_costs(
 
     model:    a resizable VarLenViT
     assigner: a TokenLengthAssigner of the same menu
-    images:   uint8 images (images, height, width, channels) or a list of them, or the (height, width) of noise; noise
-              of the size that the model was made for, if not given
+    images:   uint8 images (images, height, width, channels), clips (clips, frames, height, width, channels), or a list
+              of them; or the (height, width) of noise; noise of the size that the model was made for, if not given
     batch:    images of a packed batch, where noise is used
     rounds:   how often each is timed; the median counts
     warmup:   rounds before those that count
@@ -195,8 +196,8 @@ def measure_costs(
         raise ValueError(f"batch and rounds must be at least 1, warmup at least 0, got {batch}, {rounds} and {warmup}")
     device = model_device(model)
     images = _batch_of(images, model, batch, device)
-    number, prefix = len(images), model.num_prefix_tokens
-    packings = [Packing.from_grids([grid] * number, prefix, menu=model.menu, device=device) for grid in model.menu]
+    number = len(images)
+    packings = [model.packing([grid] * number) for grid in model.menu]
 
     def at(packing):
         return lambda: model(images, packing=packing, channels_last=channels_last)
@@ -211,7 +212,7 @@ def measure_costs(
         pick(images, going)
 
     works = {"repack": repack} | {row: at(packing) for row, packing in enumerate(packings)}
-    one = Packing.from_grids([model.menu[-1]], prefix, menu=model.menu, device=device)
+    one = model.packing([model.menu[-1]])
     works["alone"] = lambda: model(images[:1], packing=one, channels_last=channels_last)
     if assigner is not None:
         works["assigner"] = lambda: assigner(images, model=model, channels_last=channels_last)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +16,21 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
-from revit_kernels.engines import Answers, Engine
+from revit_kernels.engines import Answers, ClipEngine, Engine
+from revit_kernels.models.embedding import Images
 from revit_kernels.models.registry import load_resizable
+from revit_kernels.models.video import ClipModel
 from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
-from revit_kernels.modules.lengths import Grid, cells
+from revit_kernels.modules.lengths import Grid, cells, tokens_of
 from revit_kernels.packing import Packing
 
 
 class AdaptiveViT(nn.Module):
     """Gives each image a length by a policy, and all of them to the model in packed batches.
 
-    model:    a VarLenViT that was made resizable, or an engine of one; of a model an engine is made at the first
-              prediction, which is refreshed where the model changes
+    model:    a VarLenViT or a model of clips that was made resizable, or an engine of one; of a model an engine is made
+              at the first prediction, which is refreshed where the model changes
     policy:   "fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle" (needs the truth: evaluation only);
               a Policy whose numbers are known; or a function from the images to (images,) menu rows
     assigner: a TokenLengthAssigner of the model
@@ -45,7 +49,7 @@ class AdaptiveViT(nn.Module):
 
     def __init__(
         self,
-        model: VarLenViT | Engine,
+        model: VarLenViT | ClipModel | Engine | ClipEngine,
         policy: str | Policy | Callable = "cascade",
         *,
         assigner: TokenLengthAssigner | None = None,
@@ -57,8 +61,8 @@ class AdaptiveViT(nn.Module):
     ):
         super().__init__()
         check_resizable(model)
-        self._engine = model if isinstance(model, Engine) else None
-        self.model = model.model if isinstance(model, Engine) else model
+        self._engine = None if isinstance(model, nn.Module) else model
+        self.model = model if isinstance(model, nn.Module) else model.model
         self.assigner = None if assigner is None else assigner.require(self.model)
         self.capacity, self.reuse, self._turn, self.costs = capacity, reuse, 0, costs
         if outcomes is not None:
@@ -74,7 +78,7 @@ class AdaptiveViT(nn.Module):
         self.policy = policy.require(self.model.menu)
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Engine | ClipEngine:
         """What answers."""
         if self._engine is None:
             self._engine = self.model.engine(stale="refresh")
@@ -102,12 +106,21 @@ class AdaptiveViT(nn.Module):
         # A pass over a packing made on the device begins with the images.
         if not self.reuse or (name == "assigner" and model_device(self.model).type != "cpu"):
             self.costs = replace(self.costs, reused=0.0)
-        prefix = self.model.num_prefix_tokens
+        prefix = [tokens_of(self.model, grid) - cells(grid) for grid in self.menu]
         return solve(name, outcomes.apart()[1], self.costs, budget, known=known, prefix=prefix)
 
     @classmethod
     def from_files(
-        cls, model, assigner=None, labels=None, *, policy="cascade", budget="full", device=None, dtype=None, **options
+        cls,
+        model: str | Path,
+        assigner: str | Path | None = None,
+        labels: str | Path | None = None,
+        *,
+        policy: str | Policy | Callable = "cascade",
+        budget: str | Budget = "full",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> AdaptiveViT:
         """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
         model = load_resizable(str(model), device, dtype)
@@ -121,13 +134,18 @@ class AdaptiveViT(nn.Module):
     def menu(self) -> tuple[Grid, ...]:
         return check_resizable(self.model)
 
-    def forward(self, images, channels_last: bool = False) -> Tensor:
+    def forward(self, images: Images, channels_last: bool = False) -> Tensor:
         """(images, classes) logits. images: as VarLenViT takes them."""
         return self.predict(images, channels_last=channels_last).logits
 
     @torch.inference_mode()
     def predict(
-        self, images, *, channels_last: bool = False, labels: Tensor | None = None, device_choice: bool | None = None
+        self,
+        images: Images,
+        *,
+        channels_last: bool = False,
+        labels: Tensor | None = None,
+        device_choice: bool | None = None,
     ) -> Answers:
         """The answers, and at which lengths they were found.
 
@@ -137,7 +155,7 @@ class AdaptiveViT(nn.Module):
         """
         count, device = len(images), next(self.model.parameters()).device
         if device_choice is None:
-            device_choice = device.type != "cpu"
+            device_choice = device.type != "cpu" and self.model.per_frame is None  # clips are packed by the host
         if count == 0:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
@@ -164,16 +182,34 @@ class AdaptiveViT(nn.Module):
                 logits = logits.index_copy(0, going.to(logits.device), answers)
         return Answers(logits, row, spent, int(spent.sum()))
 
+    @torch.inference_mode()
+    def features(self, images, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """What the model's head is given for each image, at the length that the policy chooses.
+
+        images: a tensor, or a list of images of any sizes
+
+        Returns (images, features), (images,) menu rows, and (images,) tokens of all passes. A cascade chooses by the
+        answers: its images then take one more pass, which is counted.
+        """
+        if len(images) and self.policy.passes == 1:
+            assigned = self._assign(images, channels_last)[0] if self.policy.uses_assigner else None
+            device = next(self.model.parameters()).device
+            row = self.policy.start(Seen(images, device, assigned, None, self._turn)).cpu().long()
+            self._turn += 1
+            spent = torch.zeros_like(row)
+        else:
+            answers = self.predict(images, channels_last=channels_last, device_choice=False)
+            row, spent = answers.choice.cpu(), answers.tokens.cpu()
+        packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
+        return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
+
     # ------------------------------------------------------------------ one pass
 
     def _lengths(self, device) -> Tensor:
-        prefix = self.model.num_prefix_tokens
-        return torch.tensor([prefix + cells(grid) for grid in self.menu], device=device)
+        return torch.tensor([tokens_of(self.model, grid) for grid in self.menu], device=device)
 
     def _packing(self, rows: list[int]) -> Packing:
-        device = next(self.model.parameters()).device
-        grids = [self.menu[row] for row in rows]
-        return Packing.from_grids(grids, self.model.num_prefix_tokens, menu=self.menu, device=device)
+        return self.model.packing([self.menu[row] for row in rows])
 
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""

@@ -12,7 +12,7 @@ import numpy as np
 from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
-from revit_kernels.modules.lengths import check_menu
+from revit_kernels.modules.lengths import cells, check_menu
 
 METADATA = b"revit_kernels"
 UNSOLVED = ("smallest", "largest", "drop")
@@ -100,6 +100,11 @@ class Outcomes:
     def __len__(self) -> int:
         return len(self.targets)
 
+    @property
+    def patches(self) -> np.ndarray:
+        """(lengths,) int32"""
+        return np.array([cells(grid) for grid in self.menu], np.int32)
+
     def require(self, model) -> Outcomes:
         """Raise ValueError unless they are of this model: of its menu and weights. Warns of those of folds' models."""
         if tuple(self.menu) != model.menu:
@@ -152,7 +157,7 @@ class Outcomes:
 
     def _table(self, pyarrow, rows: slice):
         """The pyarrow table of some images."""
-        label, lengths = self.label[rows], np.array([h * w for h, w in self.menu], np.int32)
+        label, lengths = self.label[rows], self.patches
         columns = {
             "key": pyarrow.array([name_of(key) for key in self.keys[rows]], pyarrow.string()),
             "target": self.targets[rows].astype(np.int32),

@@ -19,6 +19,7 @@ from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.device_cache import constant
+from revit_kernels.grids import grid_text
 
 POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle")
 
@@ -105,9 +106,12 @@ class Policy:
         labels = torch.from_numpy(outcomes.label)
         return [self.start(Seen(range(len(outcomes)), torch.device("cpu"), None, labels)).numpy().astype(int)]
 
-    def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int = 1) -> Simulated:
-        """What the policy comes to on outcomes that it was not solved from, or was."""
-        lengths = np.array([prefix + h * w for h, w in outcomes.menu])
+    def simulate(self, outcomes: Outcomes, costs: Costs, prefix: int | list[int] = 1) -> Simulated:
+        """What the policy comes to on outcomes that it was not solved from, or was.
+
+        prefix: prefix tokens of an image, or of an image at each length
+        """
+        lengths = outcomes.patches + np.array(prefix)
         per_length = np.array(costs.per_length)
         every = np.arange(len(outcomes))
         row = np.full(len(outcomes), -1)
@@ -349,7 +353,7 @@ def _check_rows(name: str, row: int, menu) -> None:
 
 
 def _grid(menu, row: int) -> str:
-    return f"{menu[row][0]}x{menu[row][1]}"
+    return grid_text(menu[row])
 
 
 def _kept(outcomes: Outcomes, name: str) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The `revit` command: a module per subcommand, each with `add` (its arguments) and `run` (which imports the work)."""
+"""The `revit` command: a module per subcommand, each with `add` (its arguments) and `run` (which imports the work).
+
+A module may say in INTERRUPTED how its command goes on.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ COMMANDS = (
     "evaluate",
     "data",
     "samples",
+    "models",
+    "info",
+    "completion",
 )  # modules here, in the order of --help
 
 
@@ -52,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     _open_streams()
     previous, formatwarning = _catch(), warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"revit: warning: {_clean(message)}\n"
+    args = None
     try:
         args = parser().parse_args(argv)
         if args.version:
@@ -62,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         return args.run(args)
     except KeyboardInterrupt:
-        _say("revit: interrupted, nothing was left half-written")
+        module = sys.modules.get(getattr(getattr(args, "run", None), "__module__", ""))
+        _say(f"revit: {getattr(module, 'INTERRUPTED', 'interrupted')}")
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
         _forget_output()

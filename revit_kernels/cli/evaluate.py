@@ -4,11 +4,10 @@ import shlex
 import sys
 from functools import partial
 
-from tqdm import tqdm
-
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.evaluation import plots, report
 from revit_kernels.evaluation.evaluate import evaluate
@@ -90,7 +89,7 @@ def run(args) -> int:
         timed=args.timed,
         batch_tokens=args.batch_tokens,
         say=say,
-        bar=partial(tqdm, disable=True if args.quiet else None, file=sys.stderr),
+        bar=partial(Progress, quiet=args.quiet),
     )
     path = report.write(found, images, args.output, " ".join(["revit", *map(shlex.quote, sys.argv[1:])]))
     print("\n".join(report.verdict(found)))

@@ -10,20 +10,20 @@ from contextlib import contextmanager, suppress
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from revit_kernels import dispatch
-from revit_kernels.adaptive.assigner import TokenLengthAssigner
-from revit_kernels.adaptive.model import AdaptiveViT
-from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.cli import hints
+from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.gallery import check_gallery, gallery_of
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import find_images, left_out_text, printable, show
-from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER
+from revit_kernels.devices import choose_device
 from revit_kernels.serving.compare import Sample, compare, table
-from revit_kernels.serving.infer import GridRule, Totals, closing_line, full_length, images_text, infer
-from revit_kernels.serving.prepare import load_model, make_engine, read_labels
-from revit_kernels.serving.records import Columns, check_output, open_records
+from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
+from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
+from revit_kernels.serving.prepare import Prepared, Settings, prepare
+from revit_kernels.serving.records import check_output, is_folder
 
 LISTED = 10  # how many broken images are named on standard error; the records name them all
 
@@ -38,8 +38,9 @@ examples:
   revit infer tiles/ --model flexivit_small --pretrained --grids 8x8 --method patch
 
 A PATH is an image, a folder, an archive (.tar, .zip, a .parquet with a column of images), a pattern such as
-"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "@-"
-reads standard input). An image that is missing or broken becomes a record with its error; the others are unharmed.
+"photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "-"
+reads one from standard input). An image that is missing or broken becomes a record with its error; the others are
+unharmed.
 
 exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
 """
@@ -121,8 +122,42 @@ def add(commands):
 
     output = infer.add_argument_group("output")
     output.add_argument(
-        "--output", "-o", metavar="FILE", help=".jsonl, .csv, .parquet or .npz (default: JSON lines on standard output)"
+        "--output",
+        "-o",
+        metavar="FILE",
+        help=".jsonl, .csv, .parquet or .npz, or a folder (ending in /) for parquet shards (default: a table on a "
+        "terminal, JSON lines to a pipe)",
     )
+    output.add_argument("--json", action="store_true", help="JSON lines on a terminal too")
+    output.add_argument(
+        "--gallery", metavar="FILE", help="also write an .html page: each image as it was read, its class and its cost"
+    )
+    output.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a run that was interrupted or killed: its records are kept in FILE.partial, or in the folder",
+    )
+    output.add_argument(
+        "--shard-rows",
+        type=count,
+        metavar="N",
+        default=SHARD_ROWS,
+        help=f"records of a shard, with a folder (default: {SHARD_ROWS})",
+    )
+    cluster = infer.add_argument_group("on a cluster")
+    cluster.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="run on a Ray cluster (default: the one that this machine belongs to, or this machine); each archive, and "
+        "each 1,000 paths, become a shard; --resume does what has no shard yet",
+    )
+    cluster.add_argument(
+        "--actors", type=count, metavar="N", help="default: one for each GPU, or for each --actor-cpus"
+    )
+    cluster.add_argument("--actor-cpus", type=count, default=1, metavar="N", help="CPUs of an actor (default: 1)")
+
     output.add_argument("--features", action="store_true", help="write features instead of classes")
     output.add_argument("--top", type=count, metavar="K", default=5, help="classes per image (default: 5)")
     output.add_argument("--labels", metavar="FILE", help="class names: one a line, .json or .csv")
@@ -140,8 +175,15 @@ def run(args) -> int:
     Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
     """
     check_output(args.output)
+    check_gallery(args.gallery)
     _check_options(args)
-    paths, empty, problems, left_out = find_images(args.paths, args.recursive)
+    if args.output:
+        check_begin(args.output, args.resume)
+        if args.resume and is_finished(args.output):
+            _say(f"revit: {args.output} is finished: there is nothing to go on with")
+            return 0
+    settings = Settings.of(args)
+    paths, empty, problems, left_out = find_images(args.paths, args.recursive, inside=args.ray is None)
     _check_overwritten(args, paths)
     others = left_out_text(left_out)
     if not paths:
@@ -149,58 +191,90 @@ def run(args) -> int:
         raise ValueError("; ".join(problems + none + ([others] if others else [])) or "no images")
     for path in empty:
         _say(f"revit: warning: there are no images in {show(path)}")
+    if args.ray is not None:
+        return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
         # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
         with _out_of_memory(device, args.batch_tokens):
-            totals = _answer(args, paths, device, others)
+            totals = _answer(args, settings, paths, others)
     for problem in problems:
         _say(f"revit: {problem}")
     return max(_report(totals), 1 if problems else 0)
 
 
-def _answer(args, paths: list[str], device: torch.device, others: str | None) -> Totals:
-    name = args.model or str(SHIPPED)
-    model = load_model(
-        name,
-        checkpoint=args.checkpoint,
-        pretrained=args.pretrained,
-        untrained=args.untrained,
-        device=device,
-        dtype=choose_dtype(args.dtype, device),
-    )
-    model.patch_method = args.method
-    model = make_engine(model, args.quantize)
-    adaptive = _adaptive(args, model)
-    columns = _columns(args, model, adaptive is not None)
-    rule = GridRule(
-        model.patch_embed.patch_size,
-        args.max_tokens or full_length(model),
-        args.grids if adaptive is None else (model.menu[0],),
-        crop=args.fit != "squash",
-        resize=args.method == "resize",
-    )
-    sample = Sample() if args.compare else None
-    bar = tqdm(total=len(paths), unit=" images", disable=True if args.quiet else None, file=sys.stderr)
-    with bar, _written(args.output), open_records(args.output, columns) as writer:
-        totals = infer(
-            adaptive or model,
-            paths,
-            rule,
-            writer,
-            features=args.features,
-            batch_tokens=args.batch_tokens,
-            workers=args.workers or min(16, _cores()),
-            progress=bar.update,
-            keep=sample.keep if sample else None,
-        )
+def _answer(args, settings: Settings, paths: list[str], others: str | None) -> Totals:
+    prepared = _prepared(settings, args.compare)
+    model = prepared.answerer
+    for hint in [] if args.quiet else hints.hints(args, prepared):
+        _say(f"revit: warning: {hint}")
+    sample, gallery = Sample() if args.compare else None, gallery_of(args.gallery, prepared)
+    run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
+    with _written(args.output), run as run:
+        if run.done:
+            _say(f"revit: {images_text(run.done)} were answered before")
+        full, lines = full_length(prepared.model), through_a_pipe(args.output)
+        with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
+            totals = infer(
+                model,
+                paths[run.done :],
+                prepared.rule,
+                Answers(run, args.output, prepared.columns, paths, full, bar, args.json, gallery),
+                features=args.features,
+                batch_tokens=args.batch_tokens,
+                workers=args.workers or min(16, _cores()),
+                progress=bar.update,
+                keep=_each([kept.keep for kept in (sample, gallery) if kept]),
+            )
+    if gallery is not None:
+        with _written(args.gallery, "--gallery"):
+            gallery.save(totals, args.model or "The ReViT that comes with the package")
     if not args.quiet:
-        _say(closing_line(totals, full_length(adaptive or model), others))
+        _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
-        _say(table(*compare(model, sample, args.batch_tokens), images=len(sample.pixels)))
+        _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))
+    totals.errors[:0] = run.errors
+    totals.images += run.done
     return totals
+
+
+def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str], left_out) -> int:
+    try:
+        from revit_kernels.serving.ray_data import Cluster
+    except ImportError as error:
+        raise ValueError(f"--ray needs Ray: pip install 'revit_kernels[ray]' ({error})") from None
+    cluster = Cluster(
+        paths,
+        os.path.realpath(args.output),
+        settings,
+        address=args.ray or None,
+        backend=args.backend,
+        batch_tokens=args.batch_tokens,
+        workers=args.workers,
+        actors=args.actors or 0,
+        cpus=args.actor_cpus,
+    )
+    if cluster.done:
+        _say(f"revit: {cluster.done:,} of {cluster.all:,} shards were written before")
+    totals = Totals()
+    with Progress(quiet=args.quiet) as bar:
+        for number, part in enumerate(cluster.run(), cluster.done + 1):
+            for name in ("images", "tokens", "full", "errors"):
+                setattr(totals, name, getattr(totals, name) + getattr(part, name))
+            totals.seconds = part.seconds
+            bar.note = f"shard {number:,} of {cluster.all:,}"
+            bar.update(part.images)
+    if not args.quiet and totals.images:
+        _say(closing_line(totals, left_out_text(left_out + cluster.left_out)))
+    for problem in problems + cluster.problems:
+        _say(f"revit: {problem}")
+    return max(_report(totals), 1 if problems or cluster.problems else 0)
+
+
+def _kept(count: int) -> None:
+    _say(f"revit: the records of {images_text(count)} are kept: the same command with --resume goes on")
 
 
 @contextmanager
@@ -218,14 +292,24 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 
 
 @contextmanager
-def _written(output: str | None):
+def _written(output: str | None, option: str = "--output"):
     try:
         yield
     except BrokenPipeError:  # no failure: the reader has what it wanted
         raise
     except OSError as error:  # of an image it would be a record
-        name = f"--output {output}" if output else "standard output"
+        name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
+
+
+def _each(functions: list):
+    """A function that calls each of these; None for none."""
+
+    def call(*arguments):
+        for function in functions:
+            function(*arguments)
+
+    return call if functions else None
 
 
 def _say(text: str) -> None:
@@ -249,38 +333,36 @@ def _cores() -> int:
 
 
 def _check_options(args) -> None:
-    if args.grids and args.max_tokens:
-        raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
-    if args.policy and (args.grids or args.max_tokens or args.features or args.compare or args.method == "patch"):
-        raise ValueError(
-            "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens, "
-            "--features, --compare or --method patch"
-        )
-    if (args.checkpoint or args.pretrained or args.untrained) and not args.model:
-        raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
-    if args.fit and args.model and not args.grids and not args.policy:
-        raise ValueError("--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched")
-    if args.method == "patch" and args.compare:
+    if args.compare and args.policy:
+        raise ValueError("--policy gives each image a length of the model's menu: it does not go with --compare")
+    if args.json and args.output:
+        raise ValueError("--json is for standard output: leave it out, or name an --output that ends in .jsonl")
+    if args.compare and args.method == "patch":
         raise ValueError("--compare times images that are resized: leave out --method patch")
-    if args.method == "patch" and args.fit == "squash":
-        raise ValueError("--fit squash stretches the image; with --method patch it keeps its size")
-    if args.features and args.labels:
-        raise ValueError("--labels names classes; with --features there are none")
+    if args.ray is not None:
+        _check_ray(args)
+    if args.resume and not args.output:
+        raise ValueError("--resume goes on with an --output: records on standard output are not kept")
     if args.backend and args.backend not in dispatch.BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(dispatch.BACKENDS)}, got {args.backend!r}")
 
 
-def _columns(args, model, adaptive: bool) -> Columns:
-    if args.features:
-        return Columns(features=model.num_features)
-    if model.num_classes < 1:
-        raise ValueError(f"{args.model} has no classes: ask for --features")
-    return Columns(
-        classes=model.num_classes,
-        top=min(args.top, model.num_classes),
-        labels=read_labels(args.labels, model),
-        adaptive=adaptive,
-    )
+def _check_ray(args) -> None:
+    if args.ray and args.ray not in ("auto", "local") and ":" not in args.ray:
+        raise ValueError(f"--ray {args.ray}: an address is HOST:PORT, ray://HOST:PORT or auto; --ray alone goes last")
+    if args.compare or args.gallery or args.json:
+        raise ValueError("--compare, --gallery and --json are for one machine: leave out --ray")
+    if not args.output or not is_folder(args.output):
+        raise ValueError("--ray writes parquet shards to a folder: give --output FOLDER/, on a disk that all nodes see")
+
+
+def _prepared(settings: Settings, plain: bool) -> Prepared:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        prepared = prepare(settings, plain)
+    for warning in told:
+        _say(f"revit: warning: {warning.message}")
+    return prepared
 
 
 def _report(totals: Totals) -> int:
@@ -293,35 +375,3 @@ def _report(totals: Totals) -> int:
         _say(f"revit: and {more:,} more, each with its error in its record")
     _say(f"revit: {len(totals.errors):,} of {images_text(totals.images)} could not be answered")
     return 1
-
-
-def _adaptive(args, model) -> AdaptiveViT | None:
-    """The model with the policy that the arguments ask for; None where each image's size decides its length.
-
-    Without --policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless --grids,
-    --max-tokens, --features, --compare or --method say otherwise.
-    Raises ValueError where a policy is asked for that cannot be had.
-    """
-    otherwise = args.grids or args.max_tokens or args.features or args.compare or args.method == "patch"
-    file = args.assigner or (SHIPPED_ASSIGNER if not args.model else None)
-    known = file is not None or args.outcomes
-    if not args.policy and (otherwise or not known or model.menu is None):
-        if args.assigner or args.outcomes or args.budget:
-            raise ValueError("--assigner, --outcomes and --budget go with a --policy and a ReViT")
-        return None
-    if model.menu is None:
-        raise ValueError(f"--policy {args.policy} needs a ReViT: {args.model} knows one length only")
-    parameter = next(model.parameters())
-    assigner = None
-    if file is not None:
-        assigner = TokenLengthAssigner.load(file).to(parameter.device, parameter.dtype)
-    outcomes = Outcomes.load(args.outcomes) if args.outcomes else None
-    policy = args.policy or ("cascade" if assigner is None or outcomes is not None else "assigner+cascade")
-    if policy == "oracle":
-        raise ValueError("--policy oracle asks the truth: it is for `revit evaluate`")
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", UserWarning)
-        adaptive = AdaptiveViT(model, policy, assigner=assigner, outcomes=outcomes, budget=args.budget or "full").eval()
-    for warning in told:
-        _say(f"revit: warning: {warning.message}")
-    return adaptive

@@ -1,20 +1,25 @@
 """`revit label`."""
 
 import argparse
+import json
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from revit_kernels.adaptive.outcomes import name_of
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
-from revit_kernels.models.registry import load_resizable
+from revit_kernels.grids import grid_text
+from revit_kernels.models.registry import load_resizable, model_file
 from revit_kernels.training.labels import collect, fit_images, join
+from revit_kernels.training.run_folder import SETTINGS
+
+INTERRUPTED = "interrupted: the same command goes on from what was found"
 
 EXAMPLES = """\
 examples:
@@ -95,7 +100,9 @@ def run(args) -> int:
     options = {name: getattr(args, name) for name in ("unsolved", "rule", "against", "probabilities", "batch_tokens")}
     found = []
     folders = [output.with_name(f".{output.name}.partial{number}") for number in range(len(files))]
-    with tqdm(total=sum(map(len, parts)), unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
+    if warning := learnt(args):
+        print(f"revit: warning: {warning}", file=sys.stderr)
+    with Progress(sum(map(len, parts)), quiet=args.quiet) as bar:
         for file, part, folder in zip(files, parts, folders):
             model = load_resizable(file, args.device, args.dtype)
             found.append(
@@ -119,13 +126,38 @@ def run(args) -> int:
     return 0
 
 
+def learnt(args) -> str | None:
+    """Why the labels may be of images that the model has learnt from, as the folder of its run tells; None if not."""
+    path = Path(model_file(args.model)).parent / SETTINGS
+    try:
+        run = json.loads(path.read_text())
+        same = run["split"] == args.split and _place(run["data"]) == _place(args.data)
+        held, fold, seed = run["held_out"], run["fold"], run["seed"]
+    except (OSError, ValueError, KeyError, TypeError):  # no folder of a run
+        return None
+    if not same or (fold and args.fold_models):
+        return None
+    begin = "labels from training images are overconfident: the model was trained on"
+    if fold:
+        return f"{begin} all of these images but fold {fold}: name the models of the other folds with --fold-models"
+    if not held:
+        return f"{begin} all of these images. Keep some apart with `revit train --held-out`, or train --fold models"
+    if (args.held_out, args.seed) != (held, seed):
+        return f"{begin} some of these images; give --held-out {held:g} --seed {seed}, as its training did"
+    return None
+
+
+def _place(data: str) -> str:
+    return str(Path(data).resolve()) if Path(data).exists() else data
+
+
 def summary(outcomes) -> list[str]:
     """A line per length: how many held-out images it recognises, and how many have it as their label."""
     (learnt, outcomes), lines = outcomes.apart(), []
     if learnt is not None:
         lines.append(f"revit: of {len(outcomes):,} held-out images, {len(learnt):,} others are labelled too:")
-    for row, (h, w) in enumerate(outcomes.menu):
+    for row, grid in enumerate(outcomes.menu):
         share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
-        lines.append(f"revit: {h}x{w} is right on {share:.2%}, and the label of {labels:.2%}")
+        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%}, and the label of {labels:.2%}")
     dropped = int((outcomes.label < 0).sum())
     return lines + ([f"revit: {dropped:,} images that no length gets right have no label"] if dropped else [])

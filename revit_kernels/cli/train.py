@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from revit_kernels.cli.arguments import add_device, add_images, count, grids
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
 from revit_kernels.devices import choose_device
+from revit_kernels.grids import grid_text
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
@@ -26,6 +27,7 @@ from revit_kernels.training.loader import Augmented, Order
 from revit_kernels.training.run_folder import RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
+INTERRUPTED = "interrupted: the same command with --resume goes on from the state that was saved last"
 UNSETTLED = ("output", "resume", "run", "command", "device", "workers", "quiet", "save_every", "tensorboard", "root")
 UNSETTLED += ("version",)  # the option of that name
 SMALL = 64  # pixels: images of one size up to this side are trained on as they are
@@ -41,6 +43,7 @@ examples:
       --output runs/deit_s
 
 A run that was killed goes on with the same command and --resume, to bitwise the same weights (on one CPU).
+With --resume, --epochs may be more than before: the learning rate then follows the longer schedule.
 """
 
 
@@ -185,8 +188,15 @@ def run(args) -> int:
         score=(lambda weights: score_lengths(weights, held, autocast=args.bf16)) if held is not None else None,
         workers=args.workers,
     )
-    with tqdm(unit=" steps", disable=True if args.quiet or rank else None, file=sys.stderr) as bar:
-        best = trainer.train(save_every=args.save_every, tensorboard=args.tensorboard, progress=_progress(bar))
+    with Progress(unit="steps", quiet=args.quiet or bool(rank)) as bar:
+        if held is None and not bar.quiet:
+            bar.say("revit: no images are held out, so no accuracy is shown: --held-out 0.1 keeps a tenth apart")
+        best = trainer.train(
+            save_every=args.save_every,
+            tensorboard=args.tensorboard,
+            progress=_progress(bar, model.menu),
+            epoch_done=None if bar.quiet else lambda row: bar.say(f"revit: {epoch_text(row, recipe.epochs)}"),
+        )
     if rank == 0:
         path = folder.path / MODEL_FILE
         save_checkpoint(best, path)
@@ -196,14 +206,27 @@ def run(args) -> int:
     return 0
 
 
-def _progress(bar):
+def _progress(bar: Progress, menu):
     def show(step: int, steps: int, losses: torch.Tensor) -> None:
+        if not bar.n:
+            bar.go_on_from(step - 1)
         bar.total = steps
+        if not bar.quiet and step % 10 == 0:  # reading the loss waits for the device
+            bar.note = "loss " + ", ".join(f"{h}x{w} {loss:.3f}" for (h, w), loss in zip(menu, losses.tolist()))
         bar.update(step - bar.n)
-        if not bar.disable and step % 10 == 0:  # reading the loss waits for the device
-            bar.set_postfix_str(" ".join(f"{loss:.3f}" for loss in losses.tolist()), refresh=False)
 
     return show
+
+
+def epoch_text(row: dict, epochs: float) -> str:
+    """A row of the log in one line: each length's mean loss, and its accuracy on the images held out, if there are."""
+    lengths = [name.removeprefix("loss_") for name in row if name.startswith("loss_")]
+    parts = []
+    for length in lengths:
+        right = row.get(f"accuracy_{length}")
+        said = f"{length} loss {row[f'loss_{length}']:.3f}"
+        parts.append(said if right is None else f"{said}, right on {right:.1%}")
+    return f"epoch {row['epoch']} of {epochs:g}: {'; '.join(parts)}"
 
 
 def _distributed() -> torch.device | None:
@@ -252,7 +275,7 @@ def _model(args, classes: tuple[str, ...]):
             raise ValueError("--menu must name the lengths, such as 14x14,10x10,7x7: the model has none of its own")
         model.make_resizable(args.menu, args.embedding, args.positions, args.norms)
     elif args.menu and tuple(args.menu) != model.menu:
-        own = ",".join(f"{h}x{w}" for h, w in model.menu)
+        own = ",".join(map(grid_text, model.menu))
         raise ValueError(f"{args.model} has the menu {own} already: leave out --menu")
     return model
 

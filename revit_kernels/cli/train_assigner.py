@@ -4,15 +4,16 @@ import copy
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from revit_kernels.adaptive.costs import measure_costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count
+from revit_kernels.cli.progress import Progress
 from revit_kernels.data.datasets import open_set
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
 from revit_kernels.training.labels import fit_images
+
+INTERRUPTED = "interrupted: the same command with --resume goes on"
 
 
 def add(commands):
@@ -62,12 +63,12 @@ def run(args) -> int:
     state = output.with_name(f".{output.name}.state")
     if not args.resume:
         state.unlink(missing_ok=True)
-    with tqdm(unit=" images", disable=True if args.quiet else None, file=sys.stderr) as bar:
+    with Progress(quiet=args.quiet) as bar:
         options = {"depth": args.depth, "hidden": args.hidden, "state": state, "progress": bar.update}
         assigner = train_assigner(model, outcomes, images, args.trunk, recipe, **options)
     parameter, engine = next(model.parameters()), model.engine()
     served = copy.deepcopy(assigner).to(parameter.device, parameter.dtype)
-    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[:2]), rounds=9)
+    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[-3:-1]), rounds=9)
     assigner.keep_costs(costs)
     assigner.save(output)
     if not args.quiet:

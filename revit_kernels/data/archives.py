@@ -33,6 +33,13 @@ class Member(str):
         member.read = read
         return member
 
+    def __reduce__(self):
+        return Member, (str(self), self.read)
+
+
+class Archive(str):
+    """The path of an archive that is not looked into yet."""
+
 
 def is_archive(path: str) -> bool:
     return path.lower().endswith(ARCHIVES + COMPRESSED)

@@ -14,7 +14,7 @@ import torch
 
 from revit_kernels.data import hubs, sets
 from revit_kernels.data.image_set import ArraySet, EncodedSet, ImageSet, check_classes, pick_split, plain_split
-from revit_kernels.data.images import find_images, left_out_text, show
+from revit_kernels.data.images import SUFFIXES, find_images, left_out_text, show
 from revit_kernels.data.tables import csv_set, options_of, parquet_set
 
 __all__ = ["ArraySet", "EncodedSet", "ImageSet", "open_set", "read_batches"]
@@ -67,8 +67,11 @@ def _folders(path: Path) -> dict[str, Path]:
         raise ValueError(f"the folder {path} cannot be read: {error.strerror}") from None
 
 
-def folder_set(path: Path, split: str) -> ImageSet:
-    """The images of a folder that has one for each class, or such folders named train, test or val."""
+def folder_set(path: Path, split: str, suffixes=SUFFIXES, what: str = "images") -> EncodedSet:
+    """The images of a folder that has one for each class, or such folders named train, test or val.
+
+    suffixes: of the files that are taken, which are called `what`
+    """
     folders = _folders(path)
     parts = {name: _folders(p) for name, p in folders.items() if plain_split(name) in SPLIT_FOLDERS}
     parts = {name: inner for name, inner in parts.items() if inner}
@@ -80,20 +83,20 @@ def folder_set(path: Path, split: str) -> ImageSet:
     keys, targets, sources, left_out = [], [], [], Counter()
     for inner in [parts[name] for name in chosen] or [folders]:
         for name, folder in inner.items():
-            files, _, problems, others = find_images([str(folder)])
+            files, _, problems, others = find_images([str(folder)], suffixes=suffixes)
             left_out += others
             if problems:
                 raise ValueError(problems[0])
             if not files:
-                raise ValueError(f"{path} has no images in its folder {folder.relative_to(path)}/: it is no class")
+                raise ValueError(f"{path} has no {what} in its folder {folder.relative_to(path)}/: it is no class")
             keys += [show(Path(file).relative_to(path).as_posix()) for file in files]
             targets += [classes.index(name)] * len(files)
             sources += files
     if len(classes) < 2:
-        found = f"only the class {classes[0]!r}" if classes else "no folders of images"
-        raise ValueError(f"{path} has {found}: there must be a folder for each class, with its images in it")
+        found = f"only the class {classes[0]!r}" if classes else f"no folders of {what}"
+        raise ValueError(f"{path} has {found}: there must be a folder for each class, with its {what} in it")
     if left_out:
-        warnings.warn(f"{path}: {left_out_text(left_out)}")
+        warnings.warn(f"{path}: {left_out_text(left_out, what)}")
     name = path.resolve().name
     return EncodedSet(f"{name}/{split}" if parts else name, classes, targets, keys, sources)
 

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from revit_kernels.data.archives import Member, data_url, is_archive, members
+from revit_kernels.data.archives import Archive, Member, data_url, is_archive, members
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .pnm .tga .avif .jp2 .heic .heif .hif".split()
@@ -69,50 +69,55 @@ class Found(NamedTuple):
     left_out: Counter[str]
 
 
-def find_images(arguments: Sequence[str], recursive: bool = True) -> Found:
+def find_images(
+    arguments: Sequence[str], recursive: bool = True, suffixes: frozenset[str] = SUFFIXES, inside: bool = True
+) -> Found:
     """The images that the arguments name.
 
     arguments: files; folders (their image files, sorted by name; hidden ones are left out; folders that are linked in
                are looked into, each once); archives (.tar, .zip; of a .parquet, its column of images); patterns such as
                "photos/**/*.jpg"; data URLs; and lists, as @FILE or a .txt file: one of these a line ("@-": standard
-               input), where a line that begins with # is a comment unless there is such a file
+               input, as "-" does), where a line that begins with # is a comment unless there is such a file
     recursive: also look into the folders of a folder
+    suffixes:  of files that are taken out of folders and archives
+    inside:    also look into archives; else each is there as an Archive
 
     A file named outright is taken whatever its name, and whether or not it exists: decoding it says what is wrong.
     A line of a list is never a pattern: the names of files have brackets. Archives in a folder are left out: name them.
-    Raises ValueError for a list that cannot be read, and for "-".
+    Raises ValueError for a list that cannot be read.
     """
     found = Found([], [], [], Counter())
     for argument, is_line in _expand_lists(arguments):
         if argument[:5].lower() == "data:" and not os.path.lexists(argument):
             found.paths.append(data_url(argument))
-        elif argument == "-" and not os.path.lexists(argument):
-            raise ValueError("- is no image: give @- to read a list of paths from standard input")
         elif os.path.isdir(argument):
             before = len(found.paths), len(found.problems)
-            found.paths.extend(_walk(argument, recursive, found))
+            found.paths.extend(_walk(argument, recursive, found, suffixes))
             if before == (len(found.paths), len(found.problems)):
                 found.empty.append(argument)
         elif is_line or os.path.lexists(argument) or URL.match(argument) or not glob.has_magic(argument):
-            _take(argument, found)
+            _take(argument, found, suffixes, inside)
         else:
             images = sorted(path for path in glob.glob(argument, recursive=True) if not os.path.isdir(path))
             for path in images:
-                _take(path, found)
+                _take(path, found, suffixes, inside)
             if not images:
                 found.problems.append(f"there is no file {show(argument)}, and none that matches it as a pattern")
     return found
 
 
-def _take(path: str, found: Found) -> None:
+def _take(path: str, found: Found, suffixes: frozenset[str], inside: bool) -> None:
     """A file named outright: an image, or an archive of some."""
     if not is_archive(path) or not os.path.isfile(path):
         found.paths.append(path)
         return
+    if not inside:
+        found.paths.append(Archive(path))
+        return
     before = len(found.paths)
     try:
         for member in members(path):
-            if path.lower().endswith(".parquet") or _is_image(member, found.left_out):
+            if path.lower().endswith(".parquet") or _is_image(member, found.left_out, suffixes):
                 found.paths.append(member)
     except ValueError as error:
         found.problems.append(show(str(error)))
@@ -121,13 +126,13 @@ def _take(path: str, found: Found) -> None:
             found.problems.append(f"there are no images in {show(path)}")
 
 
-def _is_image(path: str, left_out: Counter[str]) -> bool:
+def _is_image(path: str, left_out: Counter[str], suffixes: frozenset[str]) -> bool:
     """Whether a file in a folder or an archive is taken; if not, it is counted by its suffix."""
     name = os.path.basename(path)
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in SUFFIXES and not name.startswith("."):
+    if suffix in suffixes and not name.startswith("."):
         return True
-    if suffix in SUFFIXES:
+    if suffix in suffixes:
         left_out["hidden"] += 1
     elif is_archive(name):
         left_out[f"{suffix} to be named outright"] += 1
@@ -136,23 +141,23 @@ def _is_image(path: str, left_out: Counter[str]) -> bool:
     return False
 
 
-def left_out_text(left_out: Counter[str]) -> str | None:
-    """One clause that says what was not taken as an image, and how much; None if nothing."""
+def left_out_text(left_out: Counter[str], what: str = "images") -> str | None:
+    """One clause that says which files were not taken as images, and how many; None if none. what: instead of images"""
     if not left_out:
         return None
     kinds = ", ".join(f"{count:,} {show(kind)}" for kind, count in left_out.most_common(LISTED))
     others = left_out.total() - sum(count for _, count in left_out.most_common(LISTED))
     kinds += f", {others:,} others" if others else ""
     files = "1 file was" if left_out.total() == 1 else f"{left_out.total():,} files were"
-    return f"{files} not taken as images ({kinds})"
+    return f"{files} not taken as {what} ({kinds})"
 
 
 def _expand_lists(arguments: Sequence[str]) -> Iterator[tuple[str, bool]]:
     """Each argument, or the lines of the list that it is; and whether it is a line."""
     for argument in arguments:
-        is_list = argument.startswith("@") and not os.path.lexists(argument)
+        is_list = (argument.startswith("@") or argument == "-") and not os.path.lexists(argument)
         if is_list or (argument.lower().endswith(".txt") and not os.path.isdir(argument) and not URL.match(argument)):
-            yield from ((line, True) for line in _read_list(argument[1:] if is_list else argument))
+            yield from ((line, True) for line in _read_list(argument.removeprefix("@") if is_list else argument))
         else:
             yield argument, False
 
@@ -168,7 +173,7 @@ def _read_list(path: str) -> list[str]:
     return [line for line in lines if not line.startswith("#") or os.path.lexists(line)]
 
 
-def _walk(folder: str, recursive: bool, found: Found) -> Iterator[str]:
+def _walk(folder: str, recursive: bool, found: Found, suffixes: frozenset[str]) -> Iterator[str]:
     def unreadable(error: OSError) -> None:
         found.problems.append(f"the folder {show(error.filename)} cannot be read: {error.strerror}")
 
@@ -183,7 +188,7 @@ def _walk(folder: str, recursive: bool, found: Found) -> Iterator[str]:
                 entered.add(real)
                 folders.append(name)
         for name in sorted(files):
-            if _is_image(name, found.left_out):
+            if _is_image(name, found.left_out, suffixes):
                 yield os.path.join(root, name)
 
 
@@ -222,11 +227,9 @@ def decode(
         if isinstance(path, Image.Image):
             return _decode(path, target, hold)
         if isinstance(path, Member):
-            path = io.BytesIO(_bytes(path))
+            path = io.BytesIO(read_member(path))
         if isinstance(path, str | os.PathLike):
-            if URL.match(os.fspath(path)) and not os.path.lexists(path):
-                raise ImageError("it is a URL, and URLs are not fetched: download it first")
-            _check_file(os.stat(path))
+            check_file(path)
         with _opened(path) as image:
             return _decode(image, target, hold)
     except ImageError:
@@ -246,7 +249,8 @@ def decode(
         raise ImageError(f"the image cannot be decoded: {why}") from error
 
 
-def _bytes(member: Member) -> bytes:
+def read_member(member: Member) -> bytes:
+    """The file's bytes. Raises ImageError where it cannot be read, or is empty."""
     try:
         data = member.read()
     except ValueError as error:
@@ -294,7 +298,11 @@ def _start(file) -> bytes:
     return start
 
 
-def _check_file(status: os.stat_result) -> None:
+def check_file(path: str) -> None:
+    """Raise ImageError for a URL, a folder, an empty file and what is no regular file; OSError for a missing one."""
+    if URL.match(os.fspath(path)) and not os.path.lexists(path):
+        raise ImageError("it is a URL, and URLs are not fetched: download it first")
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         raise ImageError("it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
     if status.st_size == 0:

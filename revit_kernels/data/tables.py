@@ -40,7 +40,7 @@ def rows_of(
     return np.flatnonzero(np.isin(splits, pick_split(name, split, known)))
 
 
-def csv_set(path: Path, split: str) -> ImageSet:
+def csv_set(path: Path, split: str) -> EncodedSet:
     """The images that a CSV lists: columns path (from the CSV's folder) and label, and split if it has some.
 
     Raises ValueError where it cannot be read, lacks a column or a value, or names an image twice.

@@ -2,6 +2,7 @@
 
 from revit_kernels.engines.answers import Answers
 from revit_kernels.engines.captured import CapturedEngine
+from revit_kernels.engines.clips import ClipEngine
 from revit_kernels.engines.engine import QUANTIZE, Engine, StaleEngine, engine_of
 
-__all__ = ["QUANTIZE", "Answers", "CapturedEngine", "Engine", "StaleEngine", "engine_of"]
+__all__ = ["QUANTIZE", "Answers", "CapturedEngine", "ClipEngine", "Engine", "StaleEngine", "engine_of"]

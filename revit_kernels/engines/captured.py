@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -282,7 +282,9 @@ class CapturedEngine:
                 raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
             self.refresh()
 
-    def __call__(self, images: Tensor, *, grids=None, packing: Packing | None = None) -> Tensor:
+    def __call__(
+        self, images: Tensor, *, grids: Sequence[Grid] | None = None, packing: Packing | None = None
+    ) -> Tensor:
         """(images, classes), one row per image in the order given; nothing waits for the device.
 
         images:  (images, ...) of the size and dtype captured, in any number, on the device or the host
@@ -304,7 +306,7 @@ class CapturedEngine:
             raise ValueError(f"grids must be of the menu {self.menu}, got {tuple(unknown[0])}")
         return self.answer(images, [self.menu.index(tuple(grid)) for grid in grids]).logits
 
-    def features(self, images: Tensor, **options):
+    def features(self, images: Tensor, **options: Any) -> Any:
         """What `model.forward_features` gives, launch by launch: graphs hold the pooled answers alone."""
         with torch.no_grad():
             return self.model.forward_features(images, channels_last=self.channels_last, **options)

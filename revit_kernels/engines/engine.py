@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from revit_kernels.engines.packed import HOOKS, TRAINING, PackedBlocks, refusal
+from revit_kernels.grids import Grid
+from revit_kernels.models.embedding import Images
 from revit_kernels.models.quantize import fp8
+from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
+from revit_kernels.packing import Packing
 
 QUANTIZE = (None, "int8", "fp8")
 STALE = ("raise", "refresh")
@@ -92,7 +98,15 @@ class Engine:
     # ------------------------------------------------------------------ answers
 
     @torch.no_grad()
-    def __call__(self, images, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False):
+    def __call__(
+        self,
+        images: Images,
+        *,
+        grids: Sequence[Grid] | None = None,
+        packing: Packing | None = None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """(images, classes), one row per image in the order given; arguments as of VarLenViT."""
         running, blocks = self._current()
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
@@ -106,7 +120,15 @@ class Engine:
         return running.finish([_dense(x, packing) if dense else x, None, None], packing)
 
     @torch.no_grad()
-    def features(self, images, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False):
+    def features(
+        self,
+        images: Images,
+        *,
+        grids: Sequence[Grid] | None = None,
+        packing: Packing | None = None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """What `model.forward_features` gives: (images, length, dim) for a dense batch, else PackedTokens."""
         running, blocks = self._current()
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
@@ -119,7 +141,7 @@ class Engine:
     # ------------------------------------------------------------------ in parts, for what goes on from an early block
 
     @torch.no_grad()
-    def embed(self, images, packing, channels_last: bool = False) -> Tensor:
+    def embed(self, images: Images, packing: Packing, channels_last: bool = False) -> Tensor:
         """As VarLenViT.embed."""
         running, blocks = self._current()
         if blocks is None:
@@ -128,7 +150,9 @@ class Engine:
         return _embedded(running, blocks, images, packing, channels_last)
 
     @torch.no_grad()
-    def run_blocks(self, stream, packing, start: int = 0, stop: int | None = None):
+    def run_blocks(
+        self, stream: list[Tensor | None], packing: Packing, start: int = 0, stop: int | None = None
+    ) -> list[Tensor | None]:
         """As VarLenViT.run_blocks, without masks and visits."""
         running, blocks = self._current()
         if blocks is None:
@@ -137,19 +161,19 @@ class Engine:
         return [blocks.run(x.flatten(0, -2), packing, start, stop).view_as(x), None, None]
 
     @torch.no_grad()
-    def finish(self, stream, packing) -> Tensor:
+    def finish(self, stream: list[Tensor | None], packing: Packing) -> Tensor:
         """As VarLenViT.finish."""
         return self._current()[0].finish(stream, packing)
 
-    def forward_head(self, x, pre_logits: bool = False):
+    def forward_head(self, x: Tensor | PackedTokens, pre_logits: bool = False) -> Any:
         """As VarLenViT.forward_head."""
         with torch.no_grad():
             return self._current()[0].forward_head(x, pre_logits)
 
 
-def engine_of(model) -> Engine:
+def engine_of(model: Any) -> Any:
     """The model's engine, refreshed where the model changes; an engine itself as it is."""
-    return model if isinstance(model, Engine) else Engine(model, stale="refresh")
+    return model.engine(stale="refresh") if isinstance(model, nn.Module) else model
 
 
 def _remade(model, quantize, stale):

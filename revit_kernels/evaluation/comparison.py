@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from revit_kernels.evaluation.evaluate import Evaluation, Measured
+from revit_kernels.grids import grid_text
 
 ALLOWED = 0.003  # the loss of accuracy that the verdict allows, as a share
 
@@ -93,8 +94,7 @@ def _speed(e: Evaluation, one: Measured) -> str:
 
 def _named(e: Evaluation, one: Measured) -> str:
     if one.name == "fixed":
-        h, w = e.menu[one.policy.row]
-        return f"{h}x{w} for all images"
+        return f"{grid_text(e.menu[one.policy.row])} for all images"
     return f"{one.name} at a budget of {one.budget}" if one.budget else one.name
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from revit_kernels.evaluation.evaluate import Evaluation
+from revit_kernels.grids import grid_text
 
 SIDE, GAP, LINE, ACROSS = 128, 36, 16, 6  # pixels, and images in a row
 RIGHT, WRONG = "#0072B2", "#B34700"  # told apart by the colour-blind too; what is wrong is also marked
@@ -49,7 +50,7 @@ def _fit(text: str, font, width: int) -> str:
 
 def draw(e: Evaluation, images, path: Path, count: int = 12) -> None:
     """Write the picture. images: the ImageSet that was evaluated; count: of easy ones, and of hard ones"""
-    o, grids = e.outcomes, [f"{h}x{w}" for h, w in e.menu]
+    o, grids = e.outcomes, list(map(grid_text, e.menu))
     plain, head = _font(12), _font(15)
     groups = [
         (f"Easiest: right at the shortest length, {grids[-1]}, and surest there", easiest(e, count)),

@@ -21,7 +21,8 @@ from revit_kernels.adaptive.policies import POLICIES, Fixed, Oracle
 from revit_kernels.data.datasets import ImageSet
 from revit_kernels.engines import engine_of
 from revit_kernels.evaluation.measured import Bench, Measured
-from revit_kernels.modules.lengths import cells
+from revit_kernels.grids import grid_text
+from revit_kernels.modules.lengths import tokens_of
 from revit_kernels.training.labels import collect
 
 BATCH_TOKENS = 16384  # of a batch, were all its images at full length
@@ -62,10 +63,10 @@ class Evaluation:
     def calibration(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """(name, probability, right), (images,) each, of every length, and of the assigner for the shortest one."""
         o = self.outcomes
-        found = [(f"{h}x{w}", o.confidence[:, row], o.correct[:, row]) for row, (h, w) in enumerate(self.menu)]
+        found = [(grid_text(g), o.confidence[:, row], o.correct[:, row]) for row, g in enumerate(self.menu)]
         if o.assigner is not None:
-            (h, w), told = self.menu[-1], 1 / (1 + np.exp(-o.assigner[:, -1].astype(np.float64)))
-            found.append((f"assigner of {h}x{w}", told, o.correct[:, -1]))
+            told = 1 / (1 + np.exp(-o.assigner[:, -1].astype(np.float64)))
+            found.append((f"assigner of {grid_text(self.menu[-1])}", told, o.correct[:, -1]))
         return found
 
 
@@ -172,7 +173,7 @@ def evaluate(
     engine = engine_of(model)
     chosen = choose(policies, budgets, assigner, held_out, say)
     bar = bar or (lambda **_: NoBar())
-    batch = max(1, batch_tokens // (model.num_prefix_tokens + cells(model.menu[0])))
+    batch = max(1, batch_tokens // tokens_of(model, model.menu[0]))
     with bar(total=len(images), desc="every length", unit=" images") as progress:
         outcomes = collect(engine, images, assigner=assigner, progress=progress.update)
     bench = Bench(model, images, outcomes, batch, rounds, timed, bar)

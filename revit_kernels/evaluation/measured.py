@@ -16,7 +16,7 @@ from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Fixed, Oracle, Policy, Random
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import hold_out
-from revit_kernels.modules.lengths import cells
+from revit_kernels.modules.lengths import tokens_of
 
 BRIEF = 0.25  # seconds that full length takes each time that it is timed, at least
 
@@ -119,7 +119,7 @@ class Bench:
     def __init__(self, model, images: ImageSet, outcomes: Outcomes, batch: int, rounds: int, timed, bar):
         self.device = next(model.parameters()).device
         self.outcomes, self.rounds, self.bar = outcomes, rounds, bar
-        self.lengths = np.array([model.num_prefix_tokens + cells(grid) for grid in model.menu])
+        self.lengths = np.array([tokens_of(model, grid) for grid in model.menu])
         with bar(total=len(images), desc="decoding", unit=" images") as progress:
             self.batches = self._read(images, None, batch, progress.update)
             self.some, self.timed = self.batches, len(images)

@@ -10,6 +10,7 @@ import numpy as np
 from revit_kernels.evaluation import contact_sheet
 from revit_kernels.evaluation.comparison import at_equal_speed
 from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.grids import grid_text
 
 COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too
     "fixed": "#000000",
@@ -88,9 +89,9 @@ def _scatter(e: Evaluation, path: Path, cost: Callable[[Measured], float], place
             capsize=2,
             label=SAID.get(name, name),
         )
-    for one, (h, w) in zip(e.static, e.menu):
+    for one, grid in zip(e.static, e.menu):
         at = (place(cost(one)), 100 * one.accuracy)
-        axes.annotate(f"{h}x{w}", at, textcoords="offset points", xytext=(6, -13))
+        axes.annotate(grid_text(grid), at, textcoords="offset points", xytext=(6, -13))
     axes.set_xlabel(label)
     axes.set_ylabel(f"accuracy on {e.images}, % (bars: standard error)")
     axes.grid(alpha=0.3)
@@ -122,9 +123,9 @@ def _mixes(e: Evaluation, path: Path) -> None:
     ones = e.policies
     figure, axes = _pyplot().subplots(figsize=(8, 0.36 * len(ones) + 1.4))
     left = np.zeros(len(ones))
-    for row, ((h, w), colour) in enumerate(zip(e.menu, _of_lengths(len(e.menu)))):
+    for row, (grid, colour) in enumerate(zip(e.menu, _of_lengths(len(e.menu)))):
         share = np.array([100 * one.mix(len(e.menu))[row] for one in ones])
-        axes.barh(range(len(ones)), share, left=left, color=colour, edgecolor="white", label=f"{h}x{w}")
+        axes.barh(range(len(ones)), share, left=left, color=colour, edgecolor="white", label=grid_text(grid))
         ink = "white" if sum(colour[:3]) < 1.5 else "black"
         for i in np.flatnonzero(share >= 6):
             axes.text(left[i] + share[i] / 2, i, f"{share[i]:.0f}", ha="center", va="center", color=ink, fontsize=9)

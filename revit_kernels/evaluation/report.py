@@ -14,11 +14,12 @@ from revit_kernels.adaptive.policies import Own
 from revit_kernels.evaluation import plots
 from revit_kernels.evaluation.comparison import ALLOWED, Gap, against_random, against_static, verdict
 from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.grids import grid_text
 from revit_kernels.training.assigner import quality
 
 
 def _grids(e: Evaluation) -> list[str]:
-    return [f"{h}x{w}" for h, w in e.menu]
+    return list(map(grid_text, e.menu))
 
 
 def _name(e: Evaluation, one: Measured) -> str:
@@ -93,10 +94,10 @@ def _legend(e: Evaluation) -> list[str]:
 def _lengths(e: Evaluation) -> list[str]:
     head = ["length", "tokens", "right, %", "label of, %", "us an image", "of full length", "MACs", "ECE"]
     o, costs, rows = e.outcomes, e.costs, []
-    for row, ((h, w), one) in enumerate(zip(e.menu, e.static)):
+    for row, (grid, one) in enumerate(zip(e.menu, e.static)):
         ece = calibration_error(o.confidence[:, row], o.correct[:, row])
         cost = costs.per_length[row]
-        cells = [f"{h}x{w}", f"{h * w}", f"{100 * one.accuracy:.2f} ± {100 * one.error:.2f}"]
+        cells = [grid_text(grid), f"{o.patches[row]}", f"{100 * one.accuracy:.2f} ± {100 * one.error:.2f}"]
         cells += [f"{100 * (o.label == row).mean():.1f}", f"{1e6 * cost:,.0f}", f"{cost / costs.per_length[0]:.3f}"]
         rows.append([*cells, f"{e.macs[row] / e.macs[0]:.3f}", f"{ece:.3f}"])
     found = f"Picking an unsure image out and sending it on takes {1e6 * costs.repack:,.1f} us, "

@@ -53,7 +53,7 @@ KINDS = {  # by the annotation in the constructor
 }
 
 
-def _parameters(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
+def constructor_arguments(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     """The arguments of the constructors of a class and of those that it passes its own on to."""
     found = {}
     for base in cls.__mro__:
@@ -70,7 +70,7 @@ def check_arguments(cls: type[nn.Module], kwargs: dict) -> None:
 
     Only names, numbers and truth values pass: no argument of theirs can have a file opened or a weight downloaded.
     """
-    known = _parameters(cls)
+    known = constructor_arguments(cls)
     for name, value in kwargs.items():
         if name not in known:
             raise ValueError(f"{cls.__name__} has no argument {name!r}: it has {', '.join(known)}")
@@ -115,7 +115,8 @@ def check_description(found) -> dict:
         resizable = found["resizable"]
         require("resizable", resizable, isinstance(resizable, dict), "a dictionary")
         menu, options = resizable.get("menu"), {k: v for k, v in resizable.items() if k != "menu"}
-        fits = isinstance(menu, list) and 0 < len(menu) <= LENGTHS and all(map(_pair, menu))
+        fits = isinstance(menu, list) and 0 < len(menu) <= LENGTHS
+        fits = fits and (all(map(_pair, menu)) or all(_several(grid) and len(grid) == 3 and all(grid) for grid in menu))
         require("resizable.menu", menu, fits, "a list of grids")
         fits = set(options) <= {"embedding", "positions", "norms"} and words(list(options.values()))
         require("resizable", options, fits, "options of make_resizable")

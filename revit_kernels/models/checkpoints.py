@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
 from revit_kernels.models import hugging_face
-from revit_kernels.models.arguments import PLACES, check_arguments, check_description
+from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
@@ -254,7 +254,9 @@ def _describe(model: nn.Module) -> dict:
         "global_pool": model.global_pool,
         FC_NORM.get(type(model).__name__, "fc_norm"): not isinstance(model.fc_norm, nn.Identity),
         "depth": len(model.blocks),
+        "num_frames": getattr(model, "num_frames", None),
     }
+    changes = {name: value for name, value in changes.items() if name in constructor_arguments(type(model))}
     kwargs = {name: value for name, value in created["kwargs"].items() if name not in PLACES} | changes
     try:
         check_arguments(type(model), kwargs)

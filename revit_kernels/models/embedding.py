@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
@@ -16,6 +18,12 @@ from revit_kernels.modules.linear import is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What a model takes: a batch of one size, or images of any sizes.
+Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]]]  # noqa: UP007
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
 

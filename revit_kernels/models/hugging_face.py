@@ -221,7 +221,10 @@ def _build(name: str, config) -> VarLenViT:
 def from_transformers(model: nn.Module) -> VarLenViT:
     """A Vision Transformer of `transformers` as VarLenViT or VarLenEva: `model(x)` gives what its pooler or head gives.
 
-    Taken are ViTModel, DeiTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, CLIPVisionModel,
+    Models of clips become a ClipModel, which takes (clips, channels, frames, height, width): TimesformerModel and
+    TimesformerForVideoClassification, as VarLenTimeSformer.
+
+    Of images are taken ViTModel, DeiTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, CLIPVisionModel,
     SiglipVisionModel, and those of them with a linear head on the first token. `forward_features` gives its
     `last_hidden_state`, and `encode` both by name. Positions are interpolated as that model interpolates them. uint8
     images are normalised with the constants of its image processor.
@@ -230,9 +233,13 @@ def from_transformers(model: nn.Module) -> VarLenViT:
     another shape or with its position added, and what attention pooling joins.
     Raises NotImplementedError for another class, or for an option of it that has no counterpart, by name.
     """
+    from revit_kernels.models import hugging_face_video as video  # which is built on this file
+
     name, config = type(model).__name__, model.config
+    if name in video.TAKEN:
+        return video.from_transformers(model)
     if name not in TAKEN:
-        raise NotImplementedError(f"from_transformers takes {', '.join(TAKEN)}, got {name}")
+        raise NotImplementedError(f"from_transformers takes {', '.join((*TAKEN, *video.TAKEN))}, got {name}")
     new = _build(name, config)
     state = timm_state(dict(model.named_parameters()))
     pooler = {key: state.pop(f"pooler.{key}", None) for key in ("weight", "bias")}

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from revit_kernels.grids import Grid
+from revit_kernels.models.embedding import Images
 from revit_kernels.modules.attention import Maps
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import takes_packing
+from revit_kernels.packing import Packing
 
 
 def take_indices(count: int, indices) -> tuple[list[int], int]:
@@ -33,22 +38,22 @@ class Intermediates:
 
     def forward_intermediates(
         self,
-        x,
-        indices=None,
+        x: Images,
+        indices: int | Sequence[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask=None,
+        attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        grids=None,
-        packing=None,
+        grids: Sequence[Grid] | None = None,
+        packing: Packing | None = None,
         max_tokens: int | None = None,
         channels_last: bool = False,
-    ):
+    ) -> Any:
         """The tokens after chosen blocks, as timm gives them: a list, (features, list), or a dict.
 
         For a dense batch each entry is (images, dim, rows, columns), or (images, patches, dim) with output_fmt "NLC";
@@ -107,14 +112,14 @@ class Intermediates:
 
     def get_intermediate_layers(
         self,
-        x,
-        n=1,
+        x: Images,
+        n: int | Sequence[int] = 1,
         reshape: bool = False,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        attn_mask=None,
-        **inputs,
-    ):
+        attn_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
         """DINO's interface to `forward_intermediates`."""
         return self.forward_intermediates(
             x,
@@ -127,7 +132,9 @@ class Intermediates:
             **inputs,
         )
 
-    def prune_intermediate_layers(self, indices=1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
         """Drop the blocks after the last one asked for, and the norm and head if told so."""
         taken, last = take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
@@ -139,7 +146,15 @@ class Intermediates:
         return taken
 
     @torch.no_grad()
-    def attention_maps(self, x, *, grids=None, packing=None, max_tokens=None, channels_last: bool = False) -> list:
+    def attention_maps(
+        self,
+        x: Images,
+        *,
+        grids: Sequence[Grid] | None = None,
+        packing: Packing | None = None,
+        max_tokens: int | None = None,
+        channels_last: bool = False,
+    ) -> list[tuple[Tensor, ...]]:
         """The attention maps of every block: for each, a tuple with (heads, length, length) for each image.
 
         Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,

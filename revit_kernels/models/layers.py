@@ -8,6 +8,9 @@ from torch import nn
 
 from revit_kernels import modules
 
+# How a constructor is told of a layer: by name, by name with options, or by what makes it; None for the default.
+Layer = str | dict[str, Any] | Callable[..., nn.Module] | None
+
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, approximate="tanh"),

@@ -5,17 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 import warnings
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
+from revit_kernels.models import clip_names
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.hub import hub_or_cache
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
 CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
@@ -65,6 +69,8 @@ def resolve(name: str) -> tuple[str, str]:
     Raises ValueError for an unknown name or tag.
     """
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
+    if name in clip_names.MODELS:
+        return name, ""
     current = registry()["deprecated"].get(name, name)
     if current != name:
         warnings.warn(f"{name} is now called {current}", DeprecationWarning, stacklevel=3)
@@ -80,6 +86,8 @@ def resolve(name: str) -> tuple[str, str]:
 def pretrained_cfg(name: str) -> dict:
     """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
     base, tag = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.cfg_of(base)
     row = dict(registry()["models"][base]["tags"][tag])
     statistics = registry()["statistics"][row.pop("statistics", 0)]
     cfg = registry()["cfg"] | row | {"mean": statistics[:3], "std": statistics[3:]}
@@ -90,6 +98,8 @@ def pretrained_cfg(name: str) -> dict:
 def constructor_kwargs(name: str) -> dict:
     """The arguments of the class's constructor that `name` stands for, where they differ from the defaults."""
     base, _ = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.kwargs_of(base)
     kwargs = dict(registry()["models"][base]["kwargs"])
     num_classes = pretrained_cfg(name)["num_classes"]
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
@@ -103,26 +113,30 @@ def model_file(name) -> str:
 
 def class_of(name: str) -> type[VarLenViT]:
     """The class of the model that `name` stands for."""
-    return CLASSES[registry()["models"][resolve(name)[0]].get("class", "VarLenViT")]
+    base, _ = resolve(name)
+    if base in clip_names.MODELS:
+        return clip_names.class_of(base)
+    return CLASSES[registry()["models"][base].get("class", "VarLenViT")]
 
 
 def create_model(
     name: str,
     pretrained: bool = False,
-    checkpoint_path=None,
+    checkpoint_path: str | Path | None = None,
     *,
     pretrained_cfg_overlay: dict | None = None,
-    cache_dir=None,
+    cache_dir: str | Path | None = None,
     features_only: bool = False,
-    out_indices=3,
+    out_indices: int | Sequence[int] = 3,
     scriptable: bool | None = None,
     exportable: bool | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> Any:
     """The model that timm knows by this name, or the one that a file holds.
 
-    name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; or the path of
-                     a .safetensors file that save_checkpoint wrote, or of the folder of a run that has it
+    name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; a name of
+                     clip_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
+                     of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
@@ -157,6 +171,8 @@ def create_model(
     cls = class_of(base)
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
+    if pretrained and base in clip_names.MODELS:
+        raise ValueError(f"{base} has no weights to download: give a checkpoint_path, of clips or of images")
     if pretrained:
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
         source = {key: value for key, value in source.items() if value is not None}
@@ -165,7 +181,12 @@ def create_model(
         model = cls(**arguments)
     model.pretrained_cfg = model.default_cfg = pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
-    if checkpoint_path is not None:
+    if checkpoint_path is not None and base in clip_names.MODELS:
+        if found := clip_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
+            cfg = pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
+            statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
+            model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
+    elif checkpoint_path is not None:
         smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
         load_checkpoint(model, checkpoint_path, new_head="num_classes" in kwargs, **smooth)
     return model
@@ -201,7 +222,8 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
-    load_checkpoint(model, path, new_head="num_classes" in kwargs)
+    load = clip_names.load_clip_checkpoint if found["name"] in clip_names.MODELS else load_checkpoint
+    load(model, path, new_head="num_classes" in kwargs)
     model.created_from["fingerprint"] = fingerprint(model)
     return model
 
@@ -229,7 +251,14 @@ def _timm_model(name: str, kwargs: dict):
             f"the pretrained weights of {name} come through timm: install it (pip install 'revit_kernels[timm]'), "
             "or pass checkpoint_path"
         ) from None
-    return timm.create_model(name, pretrained=True, **kwargs)
+    try:
+        with hub_or_cache():
+            return timm.create_model(name, pretrained=True, **kwargs)
+    except OSError as error:
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the pretrained weights of {name} are not in the cache and cannot be downloaded: {why}"
+        ) from None
 
 
 def load_resizable(path: str, device_name: str | None, dtype: str | None):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,22 +13,27 @@ from torch.fx import Proxy
 from revit_kernels import ops
 from revit_kernels.device_cache import numbers
 from revit_kernels.modules import layer_norm
-from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest
+from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest, tokens_of
 from revit_kernels.modules.linear import is_plain, traced
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EMBEDDINGS = ("resize", "patch", "per_length")
 POSITIONS = ("interpolate", "per_length")
 NORMS = ("per_length", "shared")
 # The norms that are told the packing: those of the stream, of queries and keys, and around attention pooling.
 NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "pre_norm", "post_norm")
+NORM_NAMES += ("temporal_norm1",)
 NORM_OWNERS = (
     "Attention",
     "AttentionPoolPrr",
     "AttentionRope",
     "Block",
     "DiffParallelScalingBlock",
+    "DividedBlock",
     "EvaAttention",
     "EvaBlock",
     "EvaBlockPostNorm",
@@ -33,6 +41,8 @@ NORM_OWNERS = (
     "ResPostBlock",
     "Sequential",
     "VarLenEva",
+    "VarLenTimeSformer",
+    "VarLenVideoViT",
     "VarLenViT",
     "VarLenViTDistilled",
 )
@@ -69,10 +79,25 @@ class Resizable:
     """The methods of VarLenViT that know a menu of lengths."""
 
     menu: tuple[Grid, ...] | None
+    per_frame = None  # of models of clips: whether each frame has prefix tokens of its own
+
+    def packing(self, grids, *, device=None) -> Packing:
+        """The packing of images of these grids, as the model lays them out; on the model's device, if not given."""
+        device = next(self.parameters()).device if device is None else device
+        menu = self.menu if self.menu is not None and set(grids) <= set(self.menu) else None
+        return Packing.from_grids(grids, self.num_prefix_tokens, menu=menu, device=device)
+
+    def attention_pairs(self, grid: Grid) -> int:
+        """Queries times keys of one image in a block's attention."""
+        return tokens_of(self, grid) ** 2
 
     def make_resizable(
-        self, menu, embedding: str = "resize", positions: str = "interpolate", norms: str = "per_length"
-    ) -> Resizable:
+        self,
+        menu: Sequence[Grid],
+        embedding: str = "resize",
+        positions: str = "interpolate",
+        norms: str = "per_length",
+    ) -> Self:
         """Turn the model, trained or not, into a ReViT (arXiv:2112.01686) of these lengths, in place.
 
         menu:      grids (rows, columns), longest first; the longest becomes the model's input size

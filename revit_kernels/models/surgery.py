@@ -87,7 +87,9 @@ class Surgery:
         self.num_classes = num_classes
         self.head = self._new_head(num_classes)
 
-    def set_input_size(self, img_size=None, patch_size=None) -> None:
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
         """Resample position table and patch kernel to another image size, patch size, or both, for good."""
         old_grid = self.patch_embed.grid_size
         img_size = None if img_size is None else pair(img_size)

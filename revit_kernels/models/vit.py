@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from revit_kernels import modules, ops
+from revit_kernels.grids import Grid
 from revit_kernels.models import adopt, listed
-from revit_kernels.models.embedding import Embedding
+from revit_kernels.models.embedding import Embedding, Images
 from revit_kernels.models.intermediates import Intermediates
-from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, layer
+from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, Layer, layer
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules.attention import by_length, dense_packing, fitting, per_length
@@ -23,6 +25,11 @@ from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.patch_dropout import PatchDropout
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from revit_kernels.engines import CapturedEngine, Engine
 
 SCRIPT = "TorchScript is deprecated and not supported: use torch.compile or torch.export"
 
@@ -65,9 +72,13 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     """
 
     times_trained = 0  # how often the model was put into training mode
-    pretrained_cfg: dict
-    default_cfg: dict
-    created_from: dict  # of create_model
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+    created_from: dict[str, Any]  # of create_model
+    patch_embed: nn.Module
+    blocks: nn.Sequential
+    norm: nn.Module
+    head: nn.Module
 
     def __init__(
         self,
@@ -104,15 +115,15 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         drop_path_rate: float = 0.0,
         weight_init: str = "",
         fix_init: bool = False,
-        embed_layer=None,
-        embed_norm_layer=None,
-        norm_layer=None,
-        act_layer=None,
-        block_fn=None,
-        mlp_layer=None,
-        attn_layer="attn",
-        device=None,
-        dtype=None,
+        embed_layer: str | Callable[..., nn.Module] | None = None,
+        embed_norm_layer: Layer = None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
+        block_fn: str | Callable[..., nn.Module] | None = None,
+        mlp_layer: str | Callable[..., nn.Module] | None = None,
+        attn_layer: str | Callable[..., nn.Module] = "attn",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         kwargs = {"device": device, "dtype": dtype}
@@ -226,7 +237,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.menu = self.resizable = None  # of make_resizable
         self.register_load_state_dict_pre_hook(_start_lengths)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """As of nn.Module. An engine of the model is stale after training mode."""
         self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
@@ -242,7 +253,15 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         """
         return adopt.from_timm(model)
 
-    def engine(self, *, quantize: str | None = None, stale: str = "raise", images: int | None = None, **options):
+    @overload
+    def engine(self, *, quantize: str | None = None, stale: str = "raise", images: None = None) -> Engine: ...
+
+    @overload
+    def engine(self, *, stale: str = "raise", images: int, **options: Any) -> CapturedEngine: ...
+
+    def engine(
+        self, *, quantize: str | None = None, stale: str = "raise", images: int | None = None, **options: Any
+    ) -> Engine | CapturedEngine:
         """The model made ready to answer.
 
         Without `images`, see `revit_kernels.engines.Engine`: a snapshot of the weights, for images of any sizes. With
@@ -292,7 +311,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         x, branch, gamma = stream
         return normalise(self.norm, x, fitting(packing, x), branch, gamma)[0]
 
-    def embed(self, images, packing: Packing, channels_last: bool = False) -> Tensor:
+    def embed(self, images: Images, packing: Packing, channels_last: bool = False) -> Tensor:
         """(capacity, dim): the tokens before the first block, of images as `forward` takes them beside a packing.
 
         With `run_blocks` and `finish`, the forward in parts: for what goes on from an early block. Not in training.
@@ -301,8 +320,15 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         return self._tokens(images, packing, False, channels_last)[0]
 
     def run_blocks(
-        self, stream: list, packing: Packing, start: int = 0, stop: int | None = None, *, visit=None, mask=None
-    ) -> list:
+        self,
+        stream: list[Tensor | None],
+        packing: Packing,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        visit: Callable[[int, Tensor, Packing], None] | None = None,
+        mask: dict[str, Any] | None = None,
+    ) -> list[Tensor | None]:
         """The stream [x, branch, gamma], for x + gamma * branch, after the blocks from `start` to before `stop`.
 
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
@@ -319,7 +345,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
                 visit(i, stream[0], packing)
         return stream
 
-    def finish(self, stream, packing: Packing) -> Tensor:
+    def finish(self, stream: list[Tensor | None], packing: Packing) -> Tensor:
         """(images, classes): the final norm, pooling and head, of the stream after the last block."""
         packing = fitting(packing, stream[0])
         if not traced(stream[0]) and self.answers_first_token() and is_plain(self.norm, *PLAIN_NORMS):
@@ -364,22 +390,22 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def forward_features(
         self,
-        x,
+        x: Images,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         *,
-        grids=None,
+        grids: Sequence[Grid] | None = None,
         packing: Packing | None = None,
         max_tokens: int | None = None,
         channels_last: bool = False,
-    ):
+    ) -> Any:
         """Tokens after the last block and norm: (images, length, dim) for a dense batch, else PackedTokens."""
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
         mask = _mask(attn_mask, is_causal)
         x, packing = self._features(images, packing, dense, channels_last, mask)
         return x if dense else PackedTokens(x, packing)
 
-    def normalised(self, stream, packing: Packing, dense: bool):
+    def normalised(self, stream: list[Tensor | None], packing: Packing, dense: bool) -> Tensor | PackedTokens:
         """What `forward_features` gives, of the stream after the last block."""
         x = self._normalised(stream, packing)
         return x if dense else PackedTokens(x, packing)
@@ -395,7 +421,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         packing = Packing.uniform(x.shape[0], (1, x.shape[1] - prefix), prefix, device=x.device) if prefix else packing
         return x.reshape(-1, x.shape[-1]), packing
 
-    def pool(self, x, pool_type: str | None = None):
+    def pool(self, x: Tensor | PackedTokens, pool_type: str | None = None) -> Any:
         """(images, dim) from (images, length, dim) or PackedTokens; the tokens themselves for pool type ''."""
         skip = 0 if self.pool_include_prefix else self.num_prefix_tokens
         if self.attn_pool is not None:
@@ -422,7 +448,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
             include_prefix=self.pool_include_prefix,
         )
 
-    def forward_head(self, x, pre_logits: bool = False):
+    def forward_head(self, x: Tensor | PackedTokens, pre_logits: bool = False) -> Any:
         """(images, classes), or (images, dim) with pre_logits, from (images, length, dim) or PackedTokens."""
         packing = x.packing if isinstance(x, PackedTokens) else None
         lengths = self._packed(x)[1] if packing is None and self.menu is not None else packing
@@ -449,14 +475,14 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def forward(
         self,
-        x,
+        x: Images,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
-        grids=None,
+        grids: Sequence[Grid] | None = None,
         packing: Packing | None = None,
         max_tokens: int | None = None,
         channels_last: bool = False,
-    ):
+    ) -> Any:
         """(images, classes), one row per image in the order given."""
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if not self._own("forward_features", "forward_head", "pool"):

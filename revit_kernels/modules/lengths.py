@@ -10,21 +10,26 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from revit_kernels.device_cache import DeviceCache
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
 
 _tables = DeviceCache(256)
 
 
 def cells(grid: Grid) -> int:
-    """The patches of a grid: its length."""
-    return grid[0] * grid[1]
+    """The patches of a grid (rows, columns), or of a clip's (frames, rows, columns): its length."""
+    return math.prod(grid)
+
+
+def tokens_of(model, grid: Grid) -> int:
+    """The tokens of one image or clip in a model, prefix tokens counted: those of every frame, where they have some."""
+    return cells(grid) + model.num_prefix_tokens * (grid[0] if model.per_frame else 1)
 
 
 def check_menu(menu) -> tuple[Grid, ...]:
     """The menu as grids. Raises ValueError where it is empty or its lengths do not strictly decrease."""
     menu = tuple(tuple(int(n) for n in grid) for grid in menu)
-    if not menu or any(len(grid) != 2 or min(grid) < 1 for grid in menu):
-        raise ValueError(f"menu must list grids (rows, columns), got {menu}")
+    if not menu or {len(grid) for grid in menu} not in ({2}, {3}) or min(map(min, menu)) < 1:
+        raise ValueError(f"menu must list grids (rows, columns), or (frames, rows, columns) of clips, got {menu}")
     lengths = [cells(grid) for grid in menu]
     if any(longer <= shorter for longer, shorter in pairwise(lengths)):
         raise ValueError(f"the menu's grids must have fewer and fewer patches, got {lengths}")

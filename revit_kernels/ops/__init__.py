@@ -9,6 +9,7 @@ from revit_kernels.ops.linear.fp8 import linear_fp8
 from revit_kernels.ops.patch_embed import patch_embed, resize_patch_weight
 from revit_kernels.ops.pool import pool
 from revit_kernels.ops.pos_embed import pos_embed
+from revit_kernels.ops.temporal_attention import temporal_attention
 
 __all__ = [
     "BlockWeights",
@@ -22,4 +23,5 @@ __all__ = [
     "pool",
     "pos_embed",
     "resize_patch_weight",
+    "temporal_attention",
 ]

@@ -6,7 +6,8 @@ from torch import Tensor
 import revit_kernels.ops.attention
 import revit_kernels.ops.block
 import revit_kernels.ops.linear
-import revit_kernels.ops.patch_embed  # noqa: F401  (they define the ops)
+import revit_kernels.ops.patch_embed
+import revit_kernels.ops.temporal_attention  # noqa: F401  (they define the ops)
 from revit_kernels.dispatch import FORMULAS
 
 _ops = torch.ops.revit_kernels
@@ -38,6 +39,26 @@ def attention_backward(
 ) -> int:
     """Five products: the scores again, and the gradients of them, of queries, keys and values."""
     return 10 * _pairs(cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k) * q.shape[1] * q.shape[2]
+
+
+def _pairs_in_time(cu_seqlens: Tensor, frames: Tensor, max_frames: int, prefix: int, tokens: int) -> int:
+    """Queries times keys, of all clips; the most there can be where the boundaries have no values."""
+    if _has_no_values(cu_seqlens):
+        return tokens * max_frames
+    patches = cu_seqlens.diff().long() - prefix * frames
+    return int((patches * frames).sum())
+
+
+@_counts(_ops.temporal_attention_forward)
+def temporal_attention_forward(q, k, v, cu_seqlens, frames, max_frames, prefix, *_, out_val=None, **__) -> int:
+    return 4 * _pairs_in_time(cu_seqlens, frames, max_frames, prefix, q.shape[0]) * q.shape[1] * q.shape[2]
+
+
+@_counts(_ops.temporal_attention_backward)
+def temporal_attention_backward(
+    grad, q, k, v, out, lse, cu_seqlens, frames, max_frames, prefix, *_, out_val=None, **__
+) -> int:
+    return 10 * _pairs_in_time(cu_seqlens, frames, max_frames, prefix, q.shape[0]) * q.shape[1] * q.shape[2]
 
 
 def _patches(placement: Tensor, image: Tensor) -> int:

@@ -114,6 +114,9 @@ class Results(NamedTuple):
 def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> Results:
     """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors."""
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
+    if isinstance(model, AdaptiveViT) and features:
+        values, row, tokens = model.features(images, channels_last=True)
+        return Results(values.float(), row, tokens)
     if isinstance(model, AdaptiveViT):
         found = model.predict(images, channels_last=True)
         return Results(found.logits.float().softmax(-1), found.choice, found.tokens)
@@ -140,6 +143,7 @@ def infer(
     workers: int = 4,
     progress=None,
     keep=None,
+    measure: bool = True,
 ) -> Totals:
     """Run the model over image files and write one record for each, in the order given.
 
@@ -153,6 +157,7 @@ def infer(
     workers:      threads that decode
     progress:     called with the number of images whose records were just written
     keep:         called with each image, decoded
+    measure:      let the decoders stand still for a few batches, to know the rates of Totals
 
     Returns the totals. Decoded images in memory: loading.AHEAD_BYTES that wait and BATCH_BYTES in a batch, or one that
     is larger.
@@ -218,7 +223,7 @@ def infer(
             bytes_of=lambda loaded: loaded.bytes,
         )
         for number, batch in enumerate(batches):
-            if number and not measured(number):
+            if not measure or (number and not measured(number)):
                 results = run(batch)
                 if before is not None:
                     write(*before)
@@ -234,7 +239,7 @@ def infer(
     finally:
         images.close()
     totals.decoded = pace.images_per_second
-    if len(totals.errors) < totals.images:
+    if measure and len(totals.errors) < totals.images:
         # The first batch warms up; where there is no other, all images were decoded before it.
         count, seconds = map(sum, zip(*(alone[1:] or alone)))
         totals.answered = count / max(seconds, 1e-9)
@@ -266,16 +271,23 @@ def images_text(count: int) -> str:
     return "1 image" if count == 1 else f"{count:,} images"
 
 
-def closing_line(totals: Totals, length: int, others: str | None = None) -> str:
-    """What the run came to, in one line. others: a clause on files that were not taken"""
+def closing_line(totals: Totals, others: str | None = None) -> str:
+    """What the run came to, in one line, and its bottleneck in another. others: a clause on files not taken"""
     seconds = max(totals.seconds, 1e-9)
-    line = f"{images_text(totals.images)} in {totals.seconds:.1f} s: {totals.images / seconds:,.1f} images/s"
-    line += f", {totals.tokens / seconds:,.0f} tokens/s"
+    rate = totals.images / seconds
+    line = f"{images_text(totals.images)} in {clock(totals.seconds)}: {rate:,.{0 if rate >= 100 else 1}f} images/s"
     if totals.full:
-        share = totals.tokens / totals.full - 1
-        change = "saved" if share <= 0 else "added"
-        line += f", {abs(share):.0%} of tokens {change} against {length} an image"
-    return ". ".join(part for part in (line, others, bottleneck(totals)) if part)
+        line += f", with {totals.tokens / totals.full:.0%} of the tokens of full length"
+    first = ". ".join(part for part in (line, others) if part)
+    return "\n".join(part for part in (f"{first}.", bottleneck(totals)) if part)
+
+
+def clock(seconds: float) -> str:
+    """The seconds as "0.4 s", "48 s", "3 min 20 s" or "2 h 05 min"."""
+    if seconds < 100:
+        return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def bottleneck(totals: Totals) -> str | None:

@@ -1,16 +1,198 @@
-"""What `revit infer` needs before the first image: the model with weights, its device and dtype, and class names."""
+"""What inference needs before the first image: the model with weights, its policy, its grids and its class names."""
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
+from revit_kernels.adaptive.assigner import TokenLengthAssigner
+from revit_kernels.adaptive.model import AdaptiveViT
+from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.data.class_names import read_class_names
+from revit_kernels.devices import choose_device, choose_dtype
+from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import description
-from revit_kernels.models.registry import create_model, model_file, resolve
+from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER, create_model, model_file, resolve
+from revit_kernels.serving.infer import GridRule, full_length
+from revit_kernels.serving.records import Columns
 
+MOST_TOKENS = 16  # times the model's own: attention grows with the square
 WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides an image's record; the options of `revit infer` have the same names.
+
+    model:      timm's name, a .safetensors file, or the folder of a run; None for the ReViT that comes with the package
+    checkpoint, pretrained, untrained: where the weights of a name come from
+    grids:      the grids to choose from; None where each image keeps its own aspect, within max_tokens patches
+    fit:        "crop" or "squash", with grids
+    policy:     of adaptive.policies; None for the one that the files allow, or none
+    assigner, outcomes: files
+    budget:     see adaptive.budgets.Budget
+    features:   features instead of classes
+    top:        classes of a record
+    labels:     a file of class names
+    """
+
+    model: str | None = None
+    checkpoint: str | None = None
+    pretrained: bool = False
+    untrained: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+    method: str = "resize"
+    grids: tuple[Grid, ...] | None = None
+    max_tokens: int | None = None
+    fit: str | None = None
+    policy: str | None = None
+    assigner: str | None = None
+    outcomes: str | None = None
+    budget: str | None = None
+    features: bool = False
+    top: int = 5
+    labels: str | None = None
+
+    @classmethod
+    def of(cls, namespace) -> Settings:
+        """From an object with these attributes, such as parsed arguments."""
+        return cls(**{field.name: getattr(namespace, field.name) for field in fields(cls)})
+
+    def __post_init__(self):
+        if self.grids and self.max_tokens:
+            raise ValueError("--max-tokens goes with --grids auto; a list of grids says the tokens itself")
+        if self.policy and (self.grids or self.max_tokens or self.method == "patch"):
+            raise ValueError(
+                "--policy gives each image a length of the model's menu: it does not go with --grids, --max-tokens or "
+                "--method patch"
+            )
+        if (self.checkpoint or self.pretrained or self.untrained) and not self.model:
+            raise ValueError("--checkpoint, --pretrained and --untrained are of a --model: name one")
+        if self.fit and self.model and not self.grids and not self.policy:
+            raise ValueError(
+                "--fit goes with a list of --grids; with --grids auto the whole image is used, unstretched"
+            )
+        if self.method == "patch" and self.fit == "squash":
+            raise ValueError("--fit squash stretches the image; with --method patch it keeps its size")
+        if self.features and self.labels:
+            raise ValueError("--labels names classes; with --features there are none")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to answer images.
+
+    answerer: an engine, or an AdaptiveViT around one
+    model:    the engine
+    rule:     the grid of each image
+    columns:  what a record holds
+    features: features instead of classes
+    """
+
+    answerer: object
+    model: object
+    rule: GridRule
+    columns: Columns
+    features: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all weights that decide an answer."""
+        digest = hashlib.sha256()
+        modules = [self.model.model if hasattr(self.model, "model") else self.model]
+        if isinstance(self.answerer, AdaptiveViT):
+            modules.append(self.answerer.assigner)
+            digest.update(repr(self.answerer.policy).encode())
+        for module in modules:
+            for name, tensor in module.state_dict().items() if module is not None else ():
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
+    """Load what the settings name. always_plain: no policy unless the settings name one
+
+    Raises ValueError for what cannot be had, and warns where a budget cannot be met.
+    """
+    name, device = settings.model or str(SHIPPED), choose_device(settings.device)
+    model = load_model(
+        name,
+        checkpoint=settings.checkpoint,
+        pretrained=settings.pretrained,
+        untrained=settings.untrained,
+        device=device,
+        dtype=choose_dtype(settings.dtype, device),
+    )
+    model.patch_method = settings.method
+    model = make_engine(model, settings.quantize)
+    _check_tokens(settings, full_length(model))
+    adaptive = _adaptive(settings, model, always_plain)
+    rule = GridRule(
+        model.patch_embed.patch_size,
+        settings.max_tokens or full_length(model),
+        settings.grids if adaptive is None else (model.menu[0],),
+        crop=settings.fit != "squash",
+        resize=settings.method == "resize",
+    )
+    return Prepared(adaptive or model, model, rule, _columns(settings, model, adaptive is not None), settings.features)
+
+
+def _check_tokens(settings: Settings, full: int) -> None:
+    asked = max((h * w for h, w in settings.grids or ()), default=settings.max_tokens or 0)
+    if asked > MOST_TOKENS * full:
+        name = "--grids" if settings.grids else "--max-tokens"
+        raise ValueError(
+            f"{name} asks for {asked:,} patches of an image, {asked / full:,.0f} times the {full:,} that the model was "
+            f"made for: {MOST_TOKENS} times are the most"
+        )
+
+
+def _columns(settings: Settings, model, adaptive: bool) -> Columns:
+    if settings.features:
+        return Columns(features=model.num_features, adaptive=adaptive)
+    if model.num_classes < 1:
+        raise ValueError(f"{settings.model} has no classes: ask for --features")
+    return Columns(
+        classes=model.num_classes,
+        top=min(settings.top, model.num_classes),
+        labels=read_labels(settings.labels, model),
+        adaptive=adaptive,
+    )
+
+
+def _adaptive(settings: Settings, model, always_plain: bool) -> AdaptiveViT | None:
+    """The model with the policy that the settings ask for; None where each image's size decides its length.
+
+    Without a policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless grids,
+    max_tokens or method say otherwise.
+    Raises ValueError where a policy is asked for that cannot be had.
+    """
+    otherwise = settings.grids or settings.max_tokens or settings.method == "patch"
+    otherwise = otherwise or always_plain
+    file = settings.assigner or (SHIPPED_ASSIGNER if not settings.model else None)
+    known = file is not None or settings.outcomes
+    if not settings.policy and (otherwise or not known or model.menu is None):
+        if settings.assigner or settings.outcomes or settings.budget:
+            raise ValueError("--assigner, --outcomes and --budget go with a --policy and a ReViT")
+        return None
+    if model.menu is None:
+        raise ValueError(f"--policy {settings.policy} needs a ReViT: {settings.model} knows one length only")
+    parameter = next(model.parameters())
+    assigner = None
+    if file is not None:
+        assigner = TokenLengthAssigner.load(file).to(parameter.device, parameter.dtype)
+    outcomes = Outcomes.load(settings.outcomes) if settings.outcomes else None
+    policy = settings.policy or ("cascade" if assigner is None or outcomes is not None else "assigner+cascade")
+    if policy == "oracle":
+        raise ValueError("--policy oracle asks the truth: it is for `revit evaluate`")
+    budget = settings.budget or "full"
+    return AdaptiveViT(model, policy, assigner=assigner, outcomes=outcomes, budget=budget).eval()
 
 
 def load_model(

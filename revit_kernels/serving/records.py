@@ -18,6 +18,7 @@ import numpy as np
 
 from revit_kernels.files import whole
 
+SHARE = "share_of_full_pass"  # what Answer.cost is called in every format
 # Controls that JSON lets pass, but terminals and readers of lines may take for commands or for ends of lines.
 UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -91,7 +92,7 @@ class JsonLines:
         else:
             record |= {"width": answer.size[1], "height": answer.size[0]}
             record |= {"grid": list(answer.grid), "tokens": answer.tokens}
-            record |= {"cost": round(answer.cost, 4)} if self.columns.adaptive else {}
+            record |= {SHARE: round(answer.cost, 4)} if self.columns.adaptive else {}
             if answer.features is not None:
                 record["features"] = [short(value) for value in answer.features]
             else:
@@ -131,7 +132,7 @@ class Csv:
         self.file = open(path, "w", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file, lineterminator="\n")
         names = ["path", "width", "height", "rows", "columns", "tokens"]
-        names += ["cost"] if columns.adaptive else []
+        names += [SHARE] if columns.adaptive else []
         names += [f"feature_{i}" for i in range(columns.features)]
         fields = ("class", "label", "probability") if columns.labels else ("class", "probability")
         names += [f"{field}_{i + 1}" for i in range(columns.top) for field in fields]
@@ -180,7 +181,7 @@ class Parquet:
         self.pyarrow, self.columns, self.rows = pyarrow, columns, []
         fields = [("path", pyarrow.string())]
         fields += [(name, pyarrow.int32()) for name in ("width", "height", "rows", "columns", "tokens")]
-        fields += [("cost", pyarrow.float32())] if columns.adaptive else []
+        fields += [(SHARE, pyarrow.float32())] if columns.adaptive else []
         if columns.features:
             fields.append(("features", pyarrow.list_(pyarrow.float32())))
         else:
@@ -197,7 +198,7 @@ class Parquet:
             row |= {"height": answer.size[0], "width": answer.size[1]}
             row |= {"rows": answer.grid[0], "columns": answer.grid[1], "tokens": answer.tokens}
             if self.columns.adaptive:
-                row["cost"] = answer.cost
+                row[SHARE] = answer.cost
             if answer.features is not None:
                 row["features"] = answer.features
             else:
@@ -224,7 +225,8 @@ class Parquet:
 
 class Npz:
     """Arrays paths, sizes (height, width), grids (rows, columns), tokens, errors ("" for none), and features, or
-    probabilities of all classes (NaN for an image with an error). Needs no pickle to load."""
+    probabilities of all classes (NaN for an image with an error), and share_of_full_pass where a policy chose. Needs
+    no pickle to load."""
 
     def __init__(self, path: Path, columns: Columns):
         self.path, self.width = path, columns.features or columns.classes
@@ -251,7 +253,7 @@ class Npz:
             "errors": text([a.error or "" for a in answers]),
         }
         if self.adaptive:
-            arrays["costs"] = np.array([np.nan if a.cost is None else a.cost for a in answers], np.float32)
+            arrays[SHARE] = np.array([np.nan if a.cost is None else a.cost for a in answers], np.float32)
         with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED) as archive:
             for name, array in arrays.items():
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -271,23 +273,26 @@ class Npz:
 WRITERS = {".jsonl": JsonLines, ".csv": Csv, ".parquet": Parquet, ".npz": Npz}
 
 
+def is_folder(path: str) -> bool:
+    """Whether records go to a folder of parquet shards: one that is there, or a name that ends in /."""
+    return os.path.isdir(path) or (path.endswith("/") and not os.path.exists(path.rstrip("/")))
+
+
 def check_output(path: str | None) -> None:
     """Raise ValueError where records could not be written to `path`, before any work is done for them."""
     if path is None:
         return
-    path = Path(path)
-    if path.suffix.lower() not in WRITERS:
-        raise ValueError(f"--output must end in {', '.join(WRITERS)}, got {str(path)!r}")
-    if path.is_dir():
-        raise ValueError(f"--output {path} is a folder")
-    if path.exists() and not path.is_file():
+    named, folder, path = path, is_folder(path), Path(path)
+    if not folder and path.suffix.lower() not in WRITERS:
+        raise ValueError(f"--output must end in {', '.join(WRITERS)}, or in / for a folder of shards, got {named!r}")
+    if not folder and path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a regular file")
     path = Path(os.path.realpath(path))  # of a link, what it leads to is written
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --output {path} does not exist")
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
         raise ValueError(f"the folder of --output {path} cannot be written to")
-    if path.suffix.lower() == ".parquet":
+    if folder or path.suffix.lower() == ".parquet":
         Parquet.require()
 
 

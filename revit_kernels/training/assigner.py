@@ -19,9 +19,12 @@ from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
 from revit_kernels.engines import engine_of
 from revit_kernels.files import write_whole
+from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import fingerprint
+from revit_kernels.models.video import sampled
 from revit_kernels.training.loader import seed_of
 
+SMOOTH = {"mode": "bicubic", "antialias": True}
 TOO_GOOD = 0.5  # of the held-out images' errors: a model that makes fewer on its training images tells too little there
 
 
@@ -89,15 +92,18 @@ def _inputs(assigner: TokenLengthAssigner, model, images: ImageSet, progress) ->
         elif isinstance(pixels, Tensor) and list(pixels.shape[1:3]) == size:
             parts.append(pixels.clone())
         else:
-            parts.append(torch.stack([_resized(image, size) for image in pixels]))
+            parts.append(torch.stack([_resized(image, size, assigner.frames) for image in pixels]))
         if progress is not None:
             progress(len(indices))
     return torch.cat(parts)
 
 
-def _resized(image: Tensor, size: list[int]) -> Tensor:
-    planes = F.interpolate(image.permute(2, 0, 1)[None].float(), size, mode="bicubic", antialias=True)
-    return planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+def _resized(image: Tensor, size: list[int], frames: int | None) -> Tensor:
+    """An image (height, width, 3), or so many frames of a clip (frames, height, width, 3), of this size."""
+    if frames is not None:
+        image = image[sampled(len(image), frames)]
+    planes = F.interpolate(image.view(-1, *image.shape[-3:]).permute(0, 3, 1, 2).float(), size, **SMOOTH)
+    return planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).view(*image.shape[:-3], *size, 3)
 
 
 class _Fit:
@@ -273,9 +279,9 @@ def quality(outcomes: Outcomes) -> dict[str, dict[str, float]]:
     "evidence" is the confidence mixed with the assigner's posterior.
     """
     found = {}
-    for row, (h, w) in enumerate(outcomes.menu):
+    for row, grid in enumerate(outcomes.menu):
         right, z = outcomes.correct[:, row], outcomes.assigner[:, row].astype(np.float64)
-        found[f"{h}x{w}"] = {
+        found[grid_text(grid)] = {
             "assigner": auc(z, right),
             "confidence": auc(outcomes.confidence[:, row], right),
             "evidence": auc(outcomes.mixed[:, row, 0], right),

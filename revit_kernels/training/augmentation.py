@@ -23,7 +23,9 @@ def _transforms():
 def augmentation(
     size: tuple[int, int], crop: str = "none", flip: bool = False, rand: tuple[int, int] | None = None, erase=0.0
 ) -> Callable[[Tensor], Tensor] | None:
-    """What happens to one training image (3, height, width) of uint8; None for nothing.
+    """What happens to one training image (3, height, width), or clip (frames, 3, height, width), of uint8.
+
+    None for nothing. All frames of a clip are changed alike.
 
     size: (height, width) that every image of a batch has in the end
     crop: "pad": the image shifted by up to an eighth of its size, its edges reflected; "resized": a random part of it
@@ -62,9 +64,9 @@ def mixing(classes: int, mixup: float, cutmix: float) -> Callable | None:
     way = v2.RandomChoice(ways) if len(ways) > 1 else ways[0]
 
     def mix(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """images: (images, height, width, channels) uint8"""
-        mixed, soft = way(images.permute(0, 3, 1, 2).float(), targets)
-        mixed = mixed.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        """images: (images, height, width, channels) uint8, or clips with frames behind the first dimension"""
+        mixed, soft = way(images.movedim(-1, -3).float(), targets)
+        mixed = mixed.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1).contiguous()
         return mixed, soft
 
     return mix

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revit_kernels.clips import ClipPacking
 from revit_kernels.modules.lengths import Grid
 from revit_kernels.packing import Packing
 
@@ -62,21 +63,29 @@ class Objective:
 
 
 @lru_cache(maxsize=4)
-def all_lengths(menu: tuple[Grid, ...], images: int, prefix: int, device: torch.device) -> Packing:
+def all_lengths(
+    menu: tuple[Grid, ...], images: int, prefix: int, device: torch.device, per_frame: bool | None = None
+) -> Packing:
     """The packing of every image at every length: all images at the longest first. Kept: each step's is the same."""
     grids = [grid for grid in menu for _ in range(images)]
     with torch.inference_mode(False):  # else what is kept could not be saved for a backward
-        return Packing.from_grids(grids, prefix, menu=menu, device=device)
+        if per_frame is None:
+            return Packing.from_grids(grids, prefix, menu=menu, device=device)
+        return ClipPacking.from_grids(grids, prefix, per_frame=per_frame, menu=menu, device=device)
 
 
-def packed_logits(forward: Callable, images: Tensor | list[Tensor], menu, prefix: int, **options) -> Tensor:
+def packed_logits(
+    forward: Callable, images: Tensor | list[Tensor], menu, prefix: int, per_frame: bool | None = None, **options
+) -> Tensor:
     """(lengths, images, classes): the answers at every length of the menu, from one packed forward.
 
     forward: a VarLenViT, or what wraps it (DistributedDataParallel, torch.compile)
-    images:  as VarLenViT takes them
+    images:  as VarLenViT takes them; clips, where per_frame says whether each frame has prefix tokens (ClipPacking)
     """
     count, lengths = len(images), len(menu)
     device = images.device if isinstance(images, Tensor) else images[0].device
-    repeated = images.repeat(lengths, 1, 1, 1) if isinstance(images, Tensor) else list(images) * lengths
-    packing = all_lengths(menu, count, prefix, device)
+    repeated = (
+        images.repeat(lengths, *[1] * (images.ndim - 1)) if isinstance(images, Tensor) else list(images) * lengths
+    )
+    packing = all_lengths(menu, count, prefix, device, per_frame)
     return forward(repeated, packing=packing, **options).unflatten(0, (lengths, count))

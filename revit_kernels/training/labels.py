@@ -19,6 +19,7 @@ from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.engines import engine_of
 from revit_kernels.files import write_whole
 from revit_kernels.models.checkpoints import fingerprint
+from revit_kernels.modules.lengths import tokens_of
 from revit_kernels.training.distillation import packed_logits
 
 SHARD = 1024  # images after which what was found is written, to go on from
@@ -33,12 +34,12 @@ def _ask(
     model, images: ImageSet, members, batch_tokens: int, keep: bool, progress, assigner=None
 ) -> dict[str, np.ndarray]:
     """The columns of some images, (images, lengths, ...) each."""
-    device, prefix = next(model.parameters()).device, model.num_prefix_tokens
-    tokens = sum(prefix + h * w for h, w in model.menu)
+    device, layout = next(model.parameters()).device, (model.menu, model.num_prefix_tokens, model.per_frame)
+    tokens = sum(tokens_of(model, grid) for grid in model.menu)
     found: dict[str, list[np.ndarray]] = {}
     for indices, pixels in read_batches(images, members, max(1, batch_tokens // tokens)):
         pixels = _to_device(pixels, device)
-        logits = packed_logits(model, pixels, model.menu, prefix, channels_last=True).transpose(0, 1)
+        logits = packed_logits(model, pixels, *layout, channels_last=True).transpose(0, 1)
         columns = {"predicted": logits.argmax(-1).int()}  # logits: (images, lengths, classes)
         columns |= dict(zip(("confidence", "margin", "entropy"), evidence.summary(logits).unbind(-1)))
         if keep:
@@ -182,5 +183,5 @@ def fit_images(images, model, by_class: bool = True):
     names = model.pretrained_cfg.get("label_names") if by_class else None
     if names and len(names) == model.num_classes:
         images = images.with_classes(names)
-    longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
+    longest = tuple(g * p for g, p in zip(model.menu[0][-2:], model.patch_embed.patch_size))
     return images.reduced(lambda size: longest)

@@ -46,7 +46,7 @@ class Augmented(Dataset):
     """The images of a set, augmented: what an image becomes depends on its seed alone, in whatever process.
 
     images:  a data.datasets.ImageSet
-    size:    (height, width) of what is returned
+    size:    (height, width) of what is returned; of every frame, of a set of clips
     augment: of `augmentation`, or None
     """
 
@@ -62,19 +62,20 @@ class Augmented(Dataset):
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                pixels = self.augment(pixels.permute(2, 0, 1)).permute(1, 2, 0)
-        if tuple(pixels.shape[:2]) != self.size:
+                pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the frames of a clip all alike
+        if tuple(pixels.shape[-3:-1]) != self.size:
             pixels = _fit(pixels, self.size)
         return pixels.contiguous(), int(self.images.targets[index])
 
 
 def _fit(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """The whole image, stretched to the size: as the model sees an image at evaluation."""
-    planes = pixels.permute(2, 0, 1)[None].float()
+    """The whole image, or every frame, stretched to the size: as the model sees an image at evaluation."""
+    planes = pixels.view(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2).float()
     planes = F.interpolate(planes, size, mode="bicubic", antialias=True)
-    return planes[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    planes = planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return planes.view(*pixels.shape[:-3], *size, pixels.shape[-1])
 
 
 def load(dataset: Augmented, order: Order, workers: int, pin: bool = False) -> DataLoader:
-    """Batches (images (batch, height, width, 3) uint8, targets (batch,))."""
+    """Batches (images (batch, height, width, 3) or clips (batch, frames, height, width, 3) uint8, targets (batch,))."""
     return DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=pin, persistent_workers=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ class RunFolder:
 
     path:     made if it is not there
     settings: what decides the result of the run; JSON
-    resume:   go on from the state in the folder, if there is one
+    resume:   go on from the state in the folder, if there is one; `epochs` may then be more than before
 
     Raises ValueError where the folder holds another run, or one that is not to be resumed.
     """
@@ -34,6 +35,13 @@ class RunFolder:
             raise ValueError(f"{path} holds a run already: go on with --resume, or give another folder")
         if found is None and resume and self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{path} holds no run that could be resumed")
+        longer = found is not None and found.get("epochs", 0) < self.settings.get("epochs", 0)
+        if longer and found | {"epochs": self.settings["epochs"]} == self.settings:
+            warnings.warn(
+                f"the run goes on to {self.settings['epochs']:g} epochs, begun as one of {found['epochs']:g}: from "
+                "here on the learning rate is that of the longer schedule"
+            )
+            found = None  # written anew
         if found is not None and found != self.settings:
             differ = sorted(k for k in found.keys() | self.settings.keys() if found.get(k) != self.settings.get(k))
             raise ValueError(

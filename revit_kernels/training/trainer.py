@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import save_checkpoint
+from revit_kernels.models.vit import VarLenViT
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented, Order, load, seed_of
@@ -104,14 +107,17 @@ class Trainer:
         self.logged = 0  # those steps
 
     @property
-    def best_weights(self):
+    def best_weights(self) -> VarLenViT:
         """The model to use: the average of the weights where there is one."""
         return self.model if self.average is None else self.average.module
 
     # ------------------------------------------------------------------ one step
 
     def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns (lengths,), each length's own loss. images: (batch, height, width, 3) uint8"""
+        """One update; returns (lengths,), each length's own loss.
+
+        images: (batch, height, width, 3) uint8, or clips (batch, frames, height, width, 3)
+        """
         recipe = self.recipe
         # Drop path, dropout and mixing draw from torch's generator: a step's draws depend on its number alone.
         torch.manual_seed(seed_of(recipe.seed, self.step, self.rank))
@@ -128,9 +134,8 @@ class Trainer:
             last = i == len(parts) - 1
             wait = nullcontext() if last or self.world == 1 else self.forward.no_sync()
             with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
-                logits = packed_logits(
-                    self.forward, part, self.model.menu, self.model.num_prefix_tokens, channels_last=True
-                )
+                layout = self.model.menu, self.model.num_prefix_tokens, self.model.per_frame
+                logits = packed_logits(self.forward, part, *layout, channels_last=True)
                 loss, own = recipe.objective(logits, target)
                 (loss / len(parts)).backward()
             losses.append(own)
@@ -146,19 +151,28 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     def train(
-        self, *, save_every: float = 300.0, tensorboard: bool = False, progress=None, stop_after: int | None = None
+        self,
+        *,
+        save_every: float = 300.0,
+        tensorboard: bool = False,
+        progress: Callable | None = None,
+        epoch_done: Callable[[dict], None] | None = None,
+        stop_after: int | None = None,
     ):
         """Train to the end, from the folder's state if it has one.
 
         save_every: seconds after which the state is written again; it always is at the end of an epoch
-        progress:   called with the number of the step, of all steps, and the mean loss
+        progress:   called with the number of the step, of all steps, and each length's loss
+        epoch_done: called with the log's row of each epoch that ends
         stop_after: leave off after this step, as if the run had been killed then
+
+        Raises RuntimeError where the loss is not finite any more; the folder keeps the state from before.
         """
         first = self.rank == 0 and self.folder is not None
         if self.folder is not None and (state := self.folder.state()) is not None:
             self.load_state(state)
         if first:
-            lengths = [f"{h}x{w}" for h, w in self.model.menu]
+            lengths = list(map(grid_text, self.model.menu))
             names = [f"loss_{length}" for length in lengths] + [f"accuracy_{length}" for length in lengths]
             self.folder.begin_log(self.step, tensorboard, ["step", "epoch", "lr", "images_per_s", *names])
         saved = time.monotonic()
@@ -180,11 +194,15 @@ class Trainer:
                 if self.step == end:  # what ends the epoch is written in one: its scores, then the state
                     break
                 if first and time.monotonic() - saved > save_every:
+                    self._check_finite()
                     self.folder.save_state(self.state())
                     saved = time.monotonic()
                 if self.step >= stop:
                     return self.best_weights
-            self._end_epoch(self._row(epoch, began), first)
+            row = self._row(epoch, began)
+            self._end_epoch(row, first)
+            if epoch_done is not None:
+                epoch_done(row)
             saved = time.monotonic()
         if first:
             self.folder.close()
@@ -192,11 +210,22 @@ class Trainer:
 
     def _row(self, epoch: int, began: float) -> dict:
         """A row of the log: losses are means since the row before."""
+        self._check_finite()
         rate = self.logged * self.recipe.batch * self.world / (time.monotonic() - began)
         losses = (self.losses / self.logged).tolist()
         self.losses, self.logged = None, 0
         row = {"step": self.step, "epoch": epoch + 1, "lr": self.optimiser.param_groups[-1]["lr"], "images_per_s": rate}
-        return row | {f"loss_{h}x{w}": loss for (h, w), loss in zip(self.model.menu, losses)}
+        return row | {f"loss_{grid_text(grid)}": loss for grid, loss in zip(self.model.menu, losses)}
+
+    def _check_finite(self) -> None:
+        """Raise RuntimeError where a loss since the log's last row was not finite."""
+        if self.losses is not None and not bool(self.losses.isfinite().all()):
+            lengths = [f"{h}x{w}" for (h, w), loss in zip(self.model.menu, self.losses.tolist()) if not isfinite(loss)]
+            kept = "" if self.folder is None else f"; {self.folder.path} keeps what was there before"
+            raise RuntimeError(
+                f"the training diverged by step {self.step:,}: the loss at {', '.join(lengths)} is not finite. Try a "
+                f"smaller lr, a longer warmup or clip{kept}"
+            )
 
     def _end_epoch(self, row: dict, first: bool) -> None:
         if not first:
@@ -246,4 +275,4 @@ def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = Fal
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
         right = collect(model, images, batch_tokens=batch_tokens).correct.mean(0)
-    return {f"accuracy_{h}x{w}": float(share) for (h, w), share in zip(model.menu, right)}
+    return {f"accuracy_{grid_text(grid)}": float(share) for grid, share in zip(model.menu, right)}

@@ -17,18 +17,18 @@ from test_images import noise
 from test_infer import StandIn
 
 from revit_kernels import cli
-from revit_kernels.cli import infer as command
+from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.infer import NOT_FINITE
 from revit_kernels.serving.records import _cell
 
-SCRIPT = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+SCRIPT = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
 SCRIPT += "sys.exit(cli.main(sys.argv[1:]))"
 
 
 @pytest.fixture
 def model(monkeypatch):
     model = StandIn()
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
     return model
 
 
@@ -73,7 +73,7 @@ def test_standard_error_is_closed(photos, closed):
 def test_an_interrupt_while_the_work_is_imported(monkeypatch, capsys):
     monkeypatch.setattr(cli, "import_module", lambda name: (_ for _ in ()).throw(KeyboardInterrupt()))
     assert cli.main(["infer", "x"]) == 130
-    assert capsys.readouterr().err == "revit: interrupted, nothing was left half-written\n"
+    assert capsys.readouterr().err == "revit: interrupted\n"
 
 
 def test_an_output_that_is_an_input_is_refused(model, photos, tmp_path, capsys):

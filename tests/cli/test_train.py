@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,8 +44,9 @@ def folder(tmp_path_factory):
     return root
 
 
-def train(folder, output, *arguments):
-    return cli.main(["train", *TRAIN, "--data", str(folder), "--output", str(output), *map(str, arguments)])
+def train(folder, output, *arguments, quiet=True):
+    known = TRAIN if quiet else [argument for argument in TRAIN if argument != "--quiet"]
+    return cli.main(["train", *known, "--data", str(folder), "--output", str(output), *map(str, arguments)])
 
 
 def test_trains_and_infers(folder, tmp_path, capsys):
@@ -137,3 +139,46 @@ def test_folds_leave_out_each_image_once(folder, tmp_path, monkeypatch):
     parts = [_divide(images, 0, f"{i}/3", 0) for i in (1, 2, 3)]
     assert sorted(key for _, held in parts for key in held.keys) == sorted(images.keys)
     assert all(not set(rest.keys) & set(held.keys) for rest, held in parts)
+
+
+def test_epochs_are_told_and_may_become_more(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--epochs", 1, "--held-out", 0.25, quiet=False) == 0
+    first = capsys.readouterr().err
+    assert re.search(r"^revit: epoch 1 of 1: 4x4 loss \d\.\d+, right on [\d.]+%; 2x2 loss", first, re.MULTILINE)
+    again = ["--epochs", 2, "--held-out", 0.25, "--resume"]
+    with pytest.warns(UserWarning, match="goes on to 2 epochs, begun as one of 1"):
+        assert train(folder, tmp_path / "run", *again, quiet=False) == 0
+    second = capsys.readouterr().err
+    assert "epoch 2 of 2" in second and "epoch 1" not in second
+    assert train(folder, tmp_path / "run", "--epochs", 1, "--held-out", 0.25, "--resume") == 2
+    assert "other settings (epochs)" in capsys.readouterr().err
+
+
+def test_a_training_that_diverges_fails(folder, tmp_path, capsys):
+    assert train(folder, tmp_path / "run", "--epochs", 2, "--lr", 1e30, "--clip", 0, quiet=False) == 1
+    error = capsys.readouterr().err
+    assert "the training diverged by step" in error and "done" not in error
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_an_interrupt_names_resume(folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("revit_kernels.training.trainer.Trainer.train_step", interrupt)
+    assert train(folder, tmp_path / "run") == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_labels_of_images_that_were_learnt_from_are_told(folder, tmp_path, capsys):
+    pytest.importorskip("pyarrow.parquet")
+    assert train(folder, tmp_path / "run", "--epochs", 1, "--held-out", 0.25) == 0
+    label = ["label", str(tmp_path / "run"), "--data", str(folder), "-q", "-o", str(tmp_path / "l.parquet")]
+    capsys.readouterr()
+    assert cli.main(label) == 0
+    assert "trained on some of these images; give --held-out 0.25 --seed 0" in capsys.readouterr().err
+    assert cli.main([*label, "--held-out", "0.25"]) == 0
+    assert capsys.readouterr().err == ""
+    assert train(folder, tmp_path / "all", "--epochs", 1) == 0
+    assert cli.main(["label", str(tmp_path / "all"), *label[2:]]) == 0
+    assert "trained on all of these images" in capsys.readouterr().err

@@ -318,8 +318,9 @@ def test_lists(tree, monkeypatch):
     (tree / "list.txt").write_text("in/IMG[1].jpg\nin/*.png\n")
     (tree / "in" / "IMG1.jpg").touch()
     assert find_images(["list.txt"]) == (["in/IMG[1].jpg", "in/*.png"], [], [], {})  # names, not patterns
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.JPG\n")))
-    assert find_images(["@-"]) == (["in/b.JPG"], [], [], {})
+    for name in ("@-", "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.JPG\n")))
+        assert find_images([name]) == (["in/b.JPG"], [], [], {})
     with pytest.raises(ValueError, match=r"the list gone\.txt cannot be read: No such file"):
         find_images(["@gone.txt"])
 
@@ -388,13 +389,11 @@ def test_comments_in_a_list(tree):
     assert find_images(["list.txt"]).paths == ["in/a.png", "#1.png"]
 
 
-def test_a_url_is_not_fetched_and_standard_input_is_a_list(tree):
+def test_a_url_is_not_fetched(tree):
     for url in ("https://example.org/a.jpg?size=1", "s3://bucket/a.txt"):
         assert find_images([url]).paths == [url]
         with pytest.raises(ImageError, match="it is a URL, and URLs are not fetched"):
             decode(url)
-    with pytest.raises(ValueError, match="give @- to read a list of paths from standard input"):
-        find_images(["-"])
 
 
 def test_terminals_are_not_commanded():

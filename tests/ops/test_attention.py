@@ -1,5 +1,3 @@
-from itertools import pairwise
-
 import pytest
 import torch
 from contract import DEVICE, assert_close, check, every_backend, every_dtype, require, run
@@ -79,26 +77,6 @@ def test_contract(name, dtype, backend):
 @pytest.mark.parametrize("name", ["lengths 0 and 1", "dim 72"])
 def test_half_precision_in_the_interpreter(name, backend):
     check(attention, make_inputs(**CASES[name], dtype=torch.float16), backend)
-
-
-@every_backend
-@every_dtype
-def test_an_image_is_the_same_alone_and_in_company(dtype, backend):
-    if backend == "reference":
-        pytest.skip("reference: its matrix products are the vendor's")
-    lengths = [5, 70] if backend == "triton" and DEVICE == "cpu" else [50, 129, 17, 64, 7]
-    inputs = make_inputs(lengths, dtype=dtype, dim=40)
-    require("attention", backend, *(inputs[k] for k in ("q", "k", "v")))
-    together = run(attention, inputs, backend)
-    ends = inputs["cu_seqlens"].tolist()
-    seed = torch.cos(torch.arange(inputs["q"].numel(), device=DEVICE) * 1.0).view(inputs["q"].shape).to(dtype)
-    for first, last in pairwise(ends):
-        q, k, v = (inputs[name][first:last].detach().clone().requires_grad_() for name in "qkv")
-        alone = attention(q, k, v, boundaries([last - first]), 256, backend=backend)
-        grads = torch.autograd.grad(alone, (q, k, v), seed[first:last])
-        assert torch.equal(alone, together["output 0"][first:last])
-        for name, grad in zip("qkv", grads):
-            assert torch.equal(grad, together[f"grad of {name}"][first:last]), name
 
 
 @every_dtype
@@ -276,28 +254,6 @@ def test_turning_is_timms(half, per_head):
 
 @every_backend
 @every_dtype
-@every_pairing
-def test_an_image_is_turned_the_same_alone_and_in_company(half, dtype, backend):
-    if backend == "reference":
-        pytest.skip("reference: its matrix products are the vendor's")
-    lengths = [5, 70] if backend == "triton" and DEVICE == "cpu" else [50, 129, 17, 64, 7]
-    inputs = make_turned(lengths, 20, half, dtype=dtype, dim=40)
-    table = {name: inputs[name] for name in ("cos", "sin", "half")}
-    told = {name: inputs[name] for name in ("cos", "sin", "row")}
-    require("attention", backend, *(inputs[k] for k in ("q", "k", "v")), *[None] * 5, *told.values(), half)
-    together = run(turned, inputs, backend)
-    seed = torch.cos(torch.arange(inputs["q"].numel(), device=DEVICE) * 1.0).view(inputs["q"].shape).to(dtype)
-    for first, last in pairwise(inputs["cu_seqlens"].tolist()):
-        q, k, v = (inputs[name][first:last].detach().clone().requires_grad_() for name in "qkv")
-        own = table | {"row": inputs["row"][first:last]}
-        alone = turned(q, k, v, boundaries([last - first]), 256, **own, backend=backend)
-        assert torch.equal(alone, together["output 0"][first:last])
-        for name, grad in zip("qkv", torch.autograd.grad(alone, (q, k, v), seed[first:last])):
-            assert torch.equal(grad, together[f"grad of {name}"][first:last]), name
-
-
-@every_backend
-@every_dtype
 def test_nan_in_the_tail_reaches_nothing_turned(dtype, backend):
     inputs = make_turned([9, 0, 20], 12, False, dtype=dtype, dim=24, tail=5)
     told = (inputs["cos"], inputs["sin"], inputs["row"], False)
@@ -320,50 +276,6 @@ def test_others_backends_do_not_turn(backend):
     told = (inputs["cos"], inputs["sin"], inputs["row"], False)
     why = refusal("attention", backend, *(inputs[k] for k in ("q", "k", "v")), *[None] * 5, *told)
     assert "rotary" in why or isinstance(load("attention", backend), str)
-
-
-def test_registration():
-    inputs = make_inputs([3, 5], dim=16)
-    q, k, v, cu_seqlens, longest = inputs.values()
-    angles = torch.ones(2, 8, device=DEVICE)
-    table = (angles.cos(), angles.sin(), torch.ones(8, dtype=torch.int32, device=DEVICE))
-    for rotary in ((None, None, None, False), (*table, True)):
-        arguments = (q, k, v, cu_seqlens, longest, cu_seqlens, longest, 0.25, *rotary, None)
-        torch.library.opcheck(torch.ops.revit_kernels.attention_forward.default, arguments)
-        out, lse = torch.ops.revit_kernels.attention_forward(*arguments)
-        arguments = (out, q, k, v, out, lse, *arguments[3:])
-        torch.library.opcheck(torch.ops.revit_kernels.attention_backward.default, arguments)
-
-
-def test_compiles_whole_with_gradients():
-    def loss(q, k, v, cu_seqlens, longest):
-        return attention(q, k, v, cu_seqlens, longest).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for lengths in ([3, 5], [7, 6, 2]):
-        inputs = make_inputs(lengths, dim=16)
-        arguments = (inputs["cu_seqlens"], inputs["max_seqlen"])
-        tensors = [inputs[name].detach().requires_grad_() for name in "qkv"]
-        expected = torch.autograd.grad(loss(*tensors, *arguments), tensors)
-        actual = torch.autograd.grad(compiled(*tensors, *arguments), tensors)
-        torch.testing.assert_close(actual, expected)
-
-
-def test_turning_compiles_whole_with_gradients():
-    def loss(q, k, v, cu_seqlens, longest, angles, row):
-        return turned(q, k, v, cu_seqlens, longest, angles.cos(), angles.sin(), row, False).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    for lengths in ([3, 5], [7, 6, 2]):
-        inputs = make_turned(lengths, 6, False, dim=16)
-        arguments = (inputs["cu_seqlens"], inputs["max_seqlen"])
-        tensors = [inputs[name].detach().requires_grad_() for name in "qkv"]
-        angles = torch.randn(23, 6, device=DEVICE, requires_grad=True)
-        results = [
-            torch.autograd.grad(f(*tensors, *arguments, angles, inputs["row"]), [*tensors, angles])
-            for f in (compiled, loss)
-        ]
-        torch.testing.assert_close(*results)
 
 
 ANGLES = torch.zeros(3, 8), torch.zeros(3, 8), torch.zeros(8, dtype=torch.int32)
@@ -416,9 +328,3 @@ def test_positions_outside_the_table_are_an_error_on_the_cpu():
     q, row = torch.zeros(8, 1, 8), torch.full((8,), 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="row of rotary must stay within the 3 positions, got 3"):
         turned(q, q, q, boundaries([8]).cpu(), 8, torch.ones(3, 4), torch.zeros(3, 4), row, False)
-
-
-def test_a_named_backend_never_falls_back():
-    q = torch.zeros(8, 1, 8, dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match=r"cpu: .*"):
-        attention(q, q, q, torch.tensor([0, 8], dtype=torch.int32), 8, backend="cpu")

@@ -154,12 +154,6 @@ def test_boundaries_beyond_the_tokens():
             block(x, torch.tensor(ends, dtype=torch.int32), weights, heads, backend="cpu")
 
 
-def test_registration():
-    x, ends, weights, heads, row = make([3, 5], 32, 2, 64, affines=2, tail=0)
-    args = (x, ends, row, *weights, heads, 1e-6, 1e-6, 0.25, "gelu", None, None)
-    torch.library.opcheck(torch.ops.revit_kernels.block_forward.default, args)
-
-
 @cpu_only
 def test_tensors_that_do_not_fit_are_errors_not_crashes():
     """The kernel checks what it is given: a copy of any argument serves as well, another size is refused."""

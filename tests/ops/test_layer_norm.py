@@ -105,42 +105,6 @@ def test_memory_may_begin_anywhere(dtype, backend):
     check(layer_norm, inputs, backend)
 
 
-@every_backend
-@every_dtype
-def test_the_tail_is_zeros_whatever_is_in_it(backend, dtype):
-    inputs = make_inputs([3, 5], 24, dtype, tail=4)
-    require("layer_norm", backend, *(t for t in inputs.values()))
-    leaves = {k: v.requires_grad_() for k, v in inputs.items() if k != "row"}
-    y, total = layer_norm(**inputs, backend=backend)
-    assert not y[8:].any() and not total[8:].any()
-    poison = torch.ones_like(y)
-    poison[8:] = torch.nan
-    grads = torch.autograd.grad((y, total), list(leaves.values()), (poison, poison))
-    for name, grad in zip(leaves, grads):
-        assert torch.isfinite(grad).all(), name
-    assert not grads[0][8:].any() and not grads[3][8:].any()
-
-
-@every_backend
-@every_dtype
-def test_a_token_does_not_depend_on_its_company(backend, dtype):
-    many = make_inputs([5, 3, 9], 72, dtype, tail=2)
-    require("layer_norm", backend, *many.values())
-    packed = ("x", "row", "branch")
-
-    def results(inputs):
-        inputs = {k: v.detach().clone().requires_grad_(v.is_floating_point()) for k, v in inputs.items()}
-        y, total = layer_norm(**inputs, backend=backend)
-        grads = torch.autograd.grad((y.sin().sum(), total.cos().sum()), (inputs["x"], inputs["branch"]))
-        return y, total, *grads
-
-    for start, end in ((0, 5), (5, 8), (8, 17)):
-        alone = results(many | {k: many[k][start:end] for k in packed})
-        last = results(many | {k: torch.cat([many[k][8:17], many[k][:3], many[k][start:end]]) for k in packed})
-        for one, here, there in zip(alone, results(many), last):
-            assert torch.equal(one, here[start:end]) and torch.equal(one, there[-(end - start) :])
-
-
 @every_dtype
 def test_parameter_gradients_do_not_depend_on_the_number_of_threads(dtype):
     inputs, threads = make_inputs([300, 211], 40, dtype), torch.get_num_threads()
@@ -211,33 +175,9 @@ def test_an_infinite_or_missing_number_spoils_its_own_token_only(backend):
     assert torch.isfinite(y[[0, 3, 4, 5]]).all()
 
 
-def test_registration():
-    inputs = make_inputs([3, 5], 16, torch.float32, tail=1)
-    args = (*inputs.values(), 1e-6, False)
-    torch.library.opcheck(torch.ops.revit_kernels.layer_norm_forward.default, (*args, None))
-    y, total, mean, rstd = torch.ops.revit_kernels.layer_norm_forward.default(*args, None)
-    _, *parameters = inputs.values()
-    backward = (y, y, total, *parameters, mean, rstd, False, None)
-    torch.library.opcheck(torch.ops.revit_kernels.layer_norm_backward.default, backward)
-    plain = (torch.ones(4, 16), None, torch.ones(1, 16), None, None, None, 1e-6, True, None)
-    torch.library.opcheck(torch.ops.revit_kernels.layer_norm_forward.default, plain)
-
-
 def test_sample_is_what_forward_takes():
     y, *_ = torch.ops.revit_kernels.layer_norm_forward.default(*sample(DEVICE), None)
     assert y.shape == sample()[0].shape
-
-
-def test_compiles_whole():
-    compiled = torch.compile(layer_norm, fullgraph=True, dynamic=True)
-    for tokens in ([3, 5], [7, 6, 2]):
-        inputs = make_inputs(tokens, 16, torch.float32, tail=2)
-        for names in ((), ("branch", "gamma")):
-            some = without(inputs, *names)
-            eager = run(layer_norm, some, None)
-            whole = run(compiled, some, None)
-            for name in eager:
-                torch.testing.assert_close(whole[name], eager[name], msg=name)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +203,3 @@ def test_wrong_use_says_so(change, message):
     inputs = {k: v.cpu() for k, v in make_inputs([3, 5], 16, torch.float32).items()}
     with pytest.raises(ValueError, match=message):
         layer_norm(**inputs | change)
-
-
-def test_a_named_backend_never_falls_back():
-    inputs = make_inputs([3], 16, torch.float64)
-    with pytest.raises(NotImplementedError, match=r"^layer_norm: triton: [^;]+$"):
-        layer_norm(**inputs, backend="triton")

@@ -118,39 +118,6 @@ def test_batch_and_strides(channels_last, grids, backend):
 
 
 @every_backend
-@every_dtype
-def test_packing_independence(dtype, backend):
-    """An image is the same bit for bit alone, first, last, in any company; the tail is zeros."""
-    skip_rows_of_interpreter(backend)
-    case = dict(sizes=[(12, 8), (21, 30), (5, 6)], grids=[(3, 2), (2, 2), (3, 2)])
-    inputs = make_inputs(**case, dtype=dtype, prefix=1)
-    packing, pos = inputs["packing"], inputs["pos"]
-    together = packing.split(call(inputs, backend))
-    for order in ([0], [1], [2], [2, 1, 0], [1, 0]):
-        some = Packing.from_grids([packing.grids[i] for i in order], 1, menu=packing.menu, capacity=30, device=DEVICE)
-        tokens = call(inputs, backend, images=[inputs["images"][i] for i in order], packing=some, pos=pos)
-        for i, rows in zip(order, some.split(tokens)):
-            assert torch.equal(rows, together[i])
-        assert (tokens[sum(1 + h * w for h, w in some.grids) :] == 0).all()
-
-
-@every_backend
-def test_tail_is_never_read(backend):
-    inputs = make_inputs([(8, 8), (9, 7)], [(2, 2), (2, 1)], prefix=1, tail=4)
-    names = ("weight", "bias", "pos", "prefix")
-    for name in names:
-        inputs[name].requires_grad_()
-    floats = [inputs[name] for name in names]
-    y = call(inputs, backend)
-    grad = torch.randn_like(y)
-    grads = []
-    for garbage in (0.0, torch.nan):
-        grad[-4:] = garbage
-        grads.append(torch.autograd.grad(y, floats, grad, retain_graph=True))
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-@every_backend
 def test_choice_made_on_the_device(backend):
     """No grid is known to the host, and the images that found no room are left out, NaN and all."""
     menu = [(3, 2), (2, 2), (1, 2)]
@@ -264,30 +231,6 @@ def test_weight_changed_in_place():
         after = patch_embed(**inputs)
         fresh = patch_embed(**inputs | dict(weight=inputs["weight"].clone()))
     assert torch.equal(after, fresh) and not torch.equal(before, after)
-
-
-def test_registration():
-    inputs = make_inputs([(8, 8), (9, 7)], [(2, 2), (2, 1)])
-    packing = inputs["packing"]
-    places = (packing.cu_seqlens, packing.placement, packing.image)
-    how = (inputs["pos"], inputs["prefix"], list(MEAN[:3]), None, "bicubic", False, True, 1)
-    for keep in (True, False):
-        args = (inputs["images"], inputs["weight"], inputs["bias"], *places, *how, keep, None)
-        torch.library.opcheck(torch.ops.revit_kernels.patch_embed_forward.default, args)
-    grad, patches = torch.randn(8, 16, device=DEVICE), torch.randn(8, 48, device=DEVICE)
-    torch.library.opcheck(torch.ops.revit_kernels.patch_embed_backward.default, (grad, patches, *places, 1, 6, None))
-
-
-def test_compiles_whole():
-    compiled = torch.compile(patch_embed, fullgraph=True, dynamic=True)
-    for sizes, grids in ([(8, 8), (9, 7)], [(2, 2), (2, 1)]), ([(11, 8), (9, 17)], [(3, 2), (1, 2)]):
-        inputs = make_inputs(sizes, grids)
-        tensors = [inputs[name].requires_grad_() for name in ("weight", "bias", "pos", "prefix")]
-        y, z = compiled(**inputs), patch_embed(**inputs)
-        assert torch.equal(y, z)
-        actual = torch.autograd.grad(y.square().sum(), tensors)
-        for a, b in zip(actual, torch.autograd.grad(z.square().sum(), tensors)):
-            torch.testing.assert_close(a, b)
 
 
 def image(*shape, dtype=U8):

@@ -62,27 +62,6 @@ def test_is_timms(kind, backend):
 
 
 @every_backend
-@every_dtype
-@every_kind
-def test_an_image_does_not_depend_on_its_company(kind, dtype, backend):
-    x = make_inputs([33, 5, 20], 72, dtype, tail=2)["x"]
-    require("pool", backend, x)
-    images = [x[:33], x[33:38], x[38:58]]
-
-    def results(order):
-        own = torch.cat([*(images[i] for i in order), x[58:]]).requires_grad_()
-        y = pool(own, cumulated([len(images[i]) for i in order]), kind, backend=backend)
-        (grad,) = torch.autograd.grad(y.sin().sum(), own)
-        assert not grad[sum(len(images[i]) for i in order) :].any()
-        return dict(zip(order, zip(y, grad.split([*(len(images[i]) for i in order), 2]))))
-
-    together, turned = results([0, 1, 2]), results([2, 0, 1])
-    for i in range(3):
-        for one, here, there in zip(results([i])[i], together[i], turned[i]):
-            assert torch.equal(one, here) and torch.equal(one, there)
-
-
-@every_backend
 @every_kind
 def test_rows_may_lie_apart(kind, backend):
     inputs = make_inputs([9, 4], 40, torch.float32)
@@ -111,37 +90,8 @@ def test_nan_spoils_its_own_image_only(kind, backend):
     assert y[1, 3].isnan() and (kind == "token" or y[1, 4].isnan())
 
 
-@every_backend
-@every_kind
-def test_the_tail_of_nan_reaches_nothing(kind, backend):
-    inputs = make_inputs([3, 4], 24, torch.float32, tail=5)
-    require("pool", backend, *inputs.values())
-    grad = run(pool, inputs | {"kind": kind}, backend)["grad of x"]
-    assert torch.isfinite(grad).all() and not grad[7:].any()
-
-
-@every_kind
-def test_registration(kind):
-    inputs = make_inputs([3, 5], 16, torch.float32)
-    args = (inputs["x"], inputs["cu_seqlens"], kind, 1, False, None)
-    torch.library.opcheck(torch.ops.revit_kernels.pool_forward.default, args)
-    grad = torch.ops.revit_kernels.pool_forward.default(*args)
-    backward = (grad, inputs["x"], inputs["cu_seqlens"], 8, kind, 1, False, None)
-    torch.library.opcheck(torch.ops.revit_kernels.pool_backward.default, backward)
-
-
 def test_sample_is_what_forward_takes():
     assert torch.ops.revit_kernels.pool_forward.default(*sample(DEVICE), None).shape == (1, 8)
-
-
-def test_compiles_whole():
-    compiled = torch.compile(pool, fullgraph=True, dynamic=True)
-    for tokens in ([3, 5], [7, 6, 2]):
-        for kind in ("avg", "max"):
-            inputs = make_inputs(tokens, 16, torch.float32, tail=2) | {"kind": kind}
-            eager, whole = run(pool, inputs, None), run(compiled, inputs, None)
-            for name in eager:
-                torch.testing.assert_close(whole[name], eager[name], msg=name)
 
 
 @pytest.mark.parametrize(
@@ -164,9 +114,3 @@ def test_wrong_use_says_so(change, message):
     inputs = {k: v.cpu() for k, v in make_inputs([3, 5], 16, torch.float32).items()} | {"kind": "avg"}
     with pytest.raises(ValueError, match=message):
         pool(**inputs | change)
-
-
-def test_a_named_backend_never_falls_back():
-    inputs = make_inputs([3], 16, torch.float64)
-    with pytest.raises(NotImplementedError, match=r"^pool: triton: [^;]+$"):
-        pool(**inputs, kind="avg", backend="triton")

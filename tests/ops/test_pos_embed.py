@@ -130,35 +130,6 @@ def test_strided_table_and_gradient(backend):
     assert torch.equal(y, z) and torch.equal(strided, dense)
 
 
-@every_backend
-def test_grids_do_not_depend_on_company(backend):
-    inputs = make_inputs((7, 7), [(7, 7), (5, 4), (9, 3)], 20)
-    try:
-        together = pos_embed(**inputs, backend=backend).split([49, 20, 27])
-    except NotImplementedError as refused:
-        pytest.skip(str(refused))
-    for grid, rows in zip(inputs["grids"], together):
-        assert torch.equal(pos_embed(inputs["table"], [grid], backend=backend), rows)
-
-
-def test_registration():
-    table = make_inputs((3, 4), [], 8)["table"]
-    how = ([2, 2, 3, 4], "bicubic", True, False, 0.0, None)
-    torch.library.opcheck(torch.ops.revit_kernels.pos_embed_forward.default, (table, *how))
-    torch.library.opcheck(torch.ops.revit_kernels.pos_embed_backward.default, (torch.randn(16, 8), 3, 4, *how))
-
-
-def test_compiles_whole():
-    compiled = torch.compile(pos_embed, fullgraph=True, dynamic=True)
-    for grids, dim in ([(2, 3), (3, 4)], 8), ([(4, 4), (3, 4)], 16), ([(1, 2)], 16):
-        table = make_inputs((3, 4), grids, dim)["table"].requires_grad_()
-        y, z = compiled(table, grids), pos_embed(table, grids)
-        assert torch.equal(y, z)
-        (actual,) = torch.autograd.grad(y.square().sum(), table)
-        (expected,) = torch.autograd.grad(z.square().sum(), table)
-        torch.testing.assert_close(actual, expected)
-
-
 @pytest.mark.parametrize(
     "change, sentence",
     [

@@ -18,9 +18,9 @@ from PIL import Image
 from test_images import broken_files, noise
 
 from revit_kernels import cli, dispatch
-from revit_kernels.cli import infer as command
 from revit_kernels.data.images import Decoded, decode
 from revit_kernels.serving import loading
+from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.infer import GridRule, Totals, bottleneck, measured
 from revit_kernels.serving.records import WRITERS, Answer, Columns, check_output
 
@@ -54,7 +54,7 @@ class StandIn(torch.nn.Module):
 @pytest.fixture
 def model(monkeypatch):
     model = StandIn()
-    monkeypatch.setattr(command, "load_model", lambda *args, **kwargs: model)
+    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
     return model
 
 
@@ -96,7 +96,7 @@ def test_records_on_standard_output(model, photos, capsys):
         expected = torch.softmax(colour / 255, 0)
         assert [c["class"] for c in record["classes"]] == expected.argsort(descending=True).tolist()[:2]
         close(record["classes"][0]["probability"], expected.max())
-    assert err.startswith("3 images in ") and "tokens/s, 29% of tokens saved against 196 an image" in err
+    assert err.startswith("3 images in ") and "with 71% of the tokens of full length" in err
 
 
 def test_a_folder_of_everything(model, tmp_path, capsys):
@@ -177,7 +177,7 @@ def rates(err):
     """The closing line's two rates: what could be decoded, what the model could take."""
     one = r"Decoding was the bottleneck: ([\d,.]+) images/s could be decoded, the model could take ([\d,.]+)\.$"
     other = r"The model was the bottleneck: it could take ([\d,.]+) images/s, ([\d,.]+) could be decoded\.$"
-    line = err.splitlines()[0]
+    line = err.splitlines()[1]
     found = re.search(one, line) or re.search(other, line)
     numbers = [float(number.replace(",", "")) for number in found.groups()]
     return numbers if "Decoding was" in line else numbers[::-1]
@@ -258,9 +258,9 @@ def test_every_format_says_the_same(model, photos, tmp_path, capsys, features):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "npz"])
 @pytest.mark.parametrize("error, status", [(RuntimeError("the GPU is on fire"), 1), (KeyboardInterrupt(), 130)])
-def test_a_run_that_dies_leaves_nothing(model, photos, tmp_path, capsys, suffix, error, status):
+def test_a_run_that_dies_leaves_its_records_to_go_on_from(model, photos, tmp_path, capsys, suffix, error, status):
     (tmp_path / f"out.{suffix}").write_text("of before")
-    answered = model.forward
+    answered, output = model.forward, ["--batch-tokens", 1, "-o", tmp_path / f"out.{suffix}"]
 
     def dies(images, **kwargs):
         if len(model.calls) == 2:
@@ -268,10 +268,20 @@ def test_a_run_that_dies_leaves_nothing(model, photos, tmp_path, capsys, suffix,
         return answered(images, **kwargs)
 
     model.forward = dies
-    assert revit(photos, "--batch-tokens", 1, "-o", tmp_path / f"out.{suffix}") == status
+    assert revit(photos, *output) == status
     assert (tmp_path / f"out.{suffix}").read_text() == "of before"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"out.{suffix}", f"out.{suffix}.partial", "photos"]
+    err = capsys.readouterr().err
+    assert err.startswith("revit: the records of 2 images are kept: the same command with --resume goes on\n")
+    assert err.count("\n") == 2
+    assert revit(photos, *output) == 2
+    assert "holds the records of an unfinished run: go on with --resume" in capsys.readouterr().err
+    model.forward = answered
+    before = len(model.calls)
+    assert revit(photos, *output, "--resume") == 0 and len(model.calls) == before + 1
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out.{suffix}", "photos"]
-    assert capsys.readouterr().err.count("\n") == 1
+    resumed = (tmp_path / f"out.{suffix}").read_bytes()
+    assert revit(photos, *output) == 0 and (tmp_path / f"out.{suffix}").read_bytes() == resumed
 
 
 def test_an_interrupt_from_outside(photos, tmp_path):
@@ -282,14 +292,14 @@ def test_an_interrupt_from_outside(photos, tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from test_infer import StandIn
         from revit_kernels import cli
-        from revit_kernels.cli import infer as command
+        from revit_kernels.serving import prepare as preparing
         from revit_kernels.serving import loading
         model = StandIn()
         def slow(images, **kwargs):
             print("answering", flush=True)
             time.sleep(60)
         model.forward = slow
-        command.load_model = lambda *args, **kwargs: model
+        preparing.load_model = lambda *args, **kwargs: model
         sys.exit(cli.main(sys.argv[1:]))
     """
     arguments = ["infer", str(photos), "--model", "m", "-o", str(tmp_path / "out.csv")]
@@ -334,7 +344,10 @@ def test_crop_takes_the_centre_of_the_grids_aspect():
         (["{empty}"], "there are no images in .*empty"),
         (["{photos}/*.tiff"], r"there is no file .*\*\.tiff, and none that matches"),
         (["@{photos}/none.txt"], "the list .* cannot be read"),
-        (["{photos}", "-o", "out.txt"], r"--output must end in .jsonl, .csv, .parquet, .npz, got 'out.txt'"),
+        (
+            ["{photos}", "-o", "out.txt"],
+            r"--output must end in .jsonl, .csv, .parquet, .npz, or in / for a folder",
+        ),
         (["{photos}", "-o", "{photos}/no/out.csv"], "the folder of --output .* does not exist"),
         (["{photos}", "--grids", "14"], r"--grids: must be auto, or ROWSxCOLUMNS,\.\.\. such as 14x14,10x10, got '14'"),
         (["{photos}", "--grids", "0x2"], "must be auto"),
@@ -409,6 +422,19 @@ def test_out_of_memory_is_one_sentence(model, photos, capsys, error):
     assert "ran out of memory: give fewer --batch-tokens than 300" in lines(capsys)[1]
 
 
+def no_model_is_called(model):
+    """A loader of the model, whose answers are all on the disk already."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("an image is answered again")
+
+    def load(*args, **kwargs):
+        model.forward = refuse
+        return model
+
+    return load
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet", "npz"])
 def test_a_full_disk_is_no_wrong_command(model, photos, tmp_path, capsys, monkeypatch, suffix):
     def full(*args):
@@ -417,13 +443,16 @@ def test_a_full_disk_is_no_wrong_command(model, photos, tmp_path, capsys, monkey
     monkeypatch.setattr(WRITERS[f".{suffix}"], "write", full)
     assert revit(photos, "-q", "-o", tmp_path / f"out.{suffix}") == 1
     err = lines(capsys)[1]
-    assert f"out.{suffix} could not be written: No space left on device" in err and err.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+    assert f"out.{suffix} could not be written: No space left on device" in err and err.count("\n") == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"out.{suffix}.partial", "photos"]
+    monkeypatch.undo()
+    monkeypatch.setattr(preparing, "load_model", no_model_is_called(model))
+    assert revit(photos, "-q", "-o", tmp_path / f"out.{suffix}", "--resume") == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_standard_output_on_a_full_disk(photos):
-    script = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
     script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with open("/dev/full", "wb") as full:
@@ -460,7 +489,7 @@ def test_version_and_help(capsys):
 
 
 def test_the_reader_of_a_pipe_may_leave(photos):
-    script = "import sys; from test_infer import *; command.load_model = lambda *a, **k: StandIn(); "
+    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
     script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     many = [str(photos)] * 300
@@ -514,7 +543,7 @@ def test_a_real_model_answers_alike_in_any_company(weights, photos, tmp_path, ca
 def test_compare(weights, photos, tmp_path, capsys, grids):
     arguments = ["infer", str(photos), "--model", str(weights), "--device", "cpu", "--compare", *grids]
     assert cli.main([*arguments, "-o", str(tmp_path / "out.csv")]) == 0
-    table = capsys.readouterr().err.splitlines()[1:]
+    table = capsys.readouterr().err.splitlines()[2:]
     assert table[0].startswith("3 decoded images to logits; padded and dense batches run by ")
     rows = {line[:27].strip(): line[27:].split() for line in table[2:]}
     assert rows.keys() == {"packed", "padded", "one dense batch per length"}

@@ -46,7 +46,7 @@ def test_records_say_what_each_image_cost(files, tmp_path, policy):
     lengths = {grid: 1 + grid[0] * grid[1] for grid in MENU}
     for record in records[:40]:
         assert tuple(record["grid"]) in lengths and record["classes"][0]["label"] in CLASSES
-        assert record["cost"] >= round(lengths[tuple(record["grid"])] / 17, 4)
+        assert record["share_of_full_pass"] >= round(lengths[tuple(record["grid"])] / 17, 4)
 
 
 def test_quantized(files, tmp_path, capsys):
@@ -69,16 +69,22 @@ def test_answers_are_those_of_the_model(files, tmp_path):
     model = ["--model", files / "model.safetensors", "--outcomes", files / "labels.parquet"]
     infer(files, *model, "--policy", "cascade", "--budget", "8tokens", "--output", tmp_path / "out.npz")
     found = np.load(tmp_path / "out.npz")
-    assert found["costs"].shape == (41,) and np.isnan(found["costs"][40]) and (found["costs"][:40] > 0).all()
+    assert (
+        found["share_of_full_pass"].shape == (41,)
+        and np.isnan(found["share_of_full_pass"][40])
+        and (found["share_of_full_pass"][:40] > 0).all()
+    )
     infer(files, *model, "--policy", "cascade", "--budget", "8tokens", "--output", tmp_path / "out.csv")
     rows = list(csv.DictReader(open(tmp_path / "out.csv")))
-    assert [float(row["cost"]) for row in rows[:40]] == pytest.approx(found["costs"][:40], abs=1e-4)
-    assert rows[40]["cost"] == "" and rows[40]["error"]
+    assert [float(row["share_of_full_pass"]) for row in rows[:40]] == pytest.approx(
+        found["share_of_full_pass"][:40], abs=1e-4
+    )
+    assert rows[40]["share_of_full_pass"] == "" and rows[40]["error"]
 
 
 def test_without_a_policy_the_size_decides(files, tmp_path):
     infer(files, "--model", files / "model.safetensors", "--output", tmp_path / "out.jsonl")
-    assert "cost" not in json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
+    assert "share_of_full_pass" not in json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])
 
 
 def test_wrong_use(files, tmp_path, capsys):
@@ -111,4 +117,4 @@ def test_shipped_model(tmp_path, capsys):
     assert cli.main(["infer", str(tmp_path / "black.png")]) == 0
     said = capsys.readouterr()
     record = json.loads(said.out)
-    assert 0 < record["cost"] and {"label", "probability"} <= set(record["classes"][0])
+    assert 0 < record["share_of_full_pass"] and {"label", "probability"} <= set(record["classes"][0])

@@ -1,0 +1,52 @@
+"""What `revit infer` says of arguments that are allowed but seldom meant."""
+
+from __future__ import annotations
+
+from revit_kernels.grids import Grid
+from revit_kernels.serving.infer import full_length
+from revit_kernels.serving.prepare import Prepared
+
+
+def _text(grids) -> str:
+    return ", ".join(f"{h}x{w}" for h, w in grids)
+
+
+def hints(args, prepared: Prepared) -> list[str]:
+    """A sentence for each. args: of `revit infer`"""
+    menu = getattr(prepared.model, "menu", None)
+    found = lengths(args.grids, args.max_tokens, menu, full_length(prepared.model))
+    if menu is not None and prepared.answerer is prepared.model:
+        given = {"--grids": args.grids, "--max-tokens": args.max_tokens, "--compare": args.compare}
+        otherwise = [name for name, value in given.items() if value]
+        otherwise += ["--method patch"] if args.method == "patch" else []
+        found += no_policy(bool(args.assigner or args.outcomes or not args.model), otherwise)
+    return found
+
+
+def lengths(
+    grids: tuple[Grid, ...] | None, max_tokens: int | None, menu: tuple[Grid, ...] | None, full: int
+) -> list[str]:
+    """Where images get lengths that the model was not trained at. full: the patches that it was made for"""
+    known = _text(menu) if menu else f"{full} patches"
+    if menu and grids and (others := [grid for grid in grids if grid not in menu]):
+        return [f"the model was not trained at {_text(others)}, but at {known}: expect worse answers there"]
+    least = min((h * w for h, w in grids or ()), default=max_tokens or full)
+    if least < (menu[-1][0] * menu[-1][1] if menu else full // 8):
+        return [f"{least} patches an image are few for a model trained at {known}: expect worse answers"]
+    return []
+
+
+def no_policy(known: bool, otherwise: list[str]) -> list[str]:
+    """Why a ReViT answers without a policy, and what would give it one.
+
+    known:     whether an assigner or outcomes are at hand
+    otherwise: the options that leave no room for a policy
+    """
+    if known and otherwise:
+        return [f"with {' and '.join(otherwise)} no policy is used: each image's size decides its length"]
+    if not known and not otherwise:
+        return [
+            "this is a ReViT, but no policy chooses lengths, so images run at up to full length: give --assigner FILE "
+            "(of revit train-assigner), --outcomes FILE (of revit label), or --grids"
+        ]
+    return []

@@ -1,0 +1,368 @@
+"""Records on disk as they come: a run that ends early, however it ends, goes on from them, whatever its format."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+
+from revit_kernels.data.images import show
+from revit_kernels.files import write_whole
+from revit_kernels.serving.records import Answer, Columns, JsonLines, Parquet, is_folder, open_records
+
+MAGIC = b"revit journal 1\n"
+FRAME = struct.Struct("<II")  # bytes of what follows, and their CRC-32
+SYNC_EVERY = 5.0  # seconds after which what was written is on the disk itself
+SHARD_ROWS = 50_000
+PARTIAL = ".partial"
+SETTINGS = "_revit.json"  # readers of parquet folders leave out names that begin with _
+
+
+class Journal:
+    """Answers that are appended to a file; one that was not written whole is, by its checksum, not there.
+
+    path:  made if it is not there
+    begin: JSON that the file begins with: the run that its records are of
+    keep:  the number of the best classes that are kept of an answer; 0 for all of them
+
+    Raises ValueError where the file is of another run, or another process writes to it.
+    """
+
+    def __init__(self, path: Path, begin: dict, keep: int = 0):
+        self.path, self.keep = path, keep
+        self.file = open(path, "a+b", buffering=0)
+        try:
+            _lock(self.file, path)
+            self._begin(json.loads(json.dumps(begin)))
+        except BaseException:
+            self.file.close()
+            raise
+        self.count, self.synced = 0, time.monotonic()
+
+    def _begin(self, begin: dict) -> None:
+        self.file.seek(0)
+        start = self.file.read(len(MAGIC))
+        if start and not MAGIC.startswith(start):
+            raise ValueError(f"{self.path} is no unfinished run of `revit infer`")
+        found = next(_frames(self.file), None) if start == MAGIC else None
+        if found is None:
+            self.file.truncate(0)
+            _write_all(self.file, MAGIC + _frame(json.dumps(begin).encode()))
+        else:
+            _require_equal(self.path, json.loads(found[1]), begin)
+
+    def answers(self) -> Iterator[Answer]:
+        """Those of the file, in order; what is behind the last whole one is cut off at the end."""
+        self.file.seek(len(MAGIC))
+        frames = _frames(self.file)
+        end, _ = next(frames)
+        self.count = 0
+        for end, body in frames:  # noqa: B007
+            self.count += 1
+            yield _answer_of(body)
+        self.file.truncate(end)
+
+    def write(self, answer: Answer) -> None:
+        _write_all(self.file, _frame(_body_of(answer, self.keep)))
+        self.count += 1
+        if time.monotonic() - self.synced > SYNC_EVERY:
+            self.sync()
+
+    def sync(self) -> None:
+        os.fsync(self.file.fileno())
+        self.synced = time.monotonic()
+
+    def close(self, remove: bool) -> None:
+        if remove:
+            self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+def _lock(file, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process writes to {path}") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def _require_equal(path: Path, found: dict, settings: dict) -> None:
+    names = {k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k)} - {"finished"}
+    if names:
+        which = ", ".join(sorted(names))
+        raise ValueError(f"{path} is of a run with other settings ({which}): it can only go on as it was")
+
+
+def _frame(body: bytes) -> bytes:
+    return FRAME.pack(len(body), zlib.crc32(body)) + body
+
+
+def _frames(file) -> Iterator[tuple[int, bytes]]:
+    """(where it ends, body) of each frame from the file's position on, up to the first that is not whole."""
+    at = file.tell()
+    reader = open(os.dup(file.fileno()), "rb", buffering=1 << 20)
+    with reader:
+        reader.seek(at)
+        while len(head := reader.read(FRAME.size)) == FRAME.size:
+            size, checksum = FRAME.unpack(head)
+            body = reader.read(size)
+            if len(body) < size or zlib.crc32(body) != checksum:
+                return
+            at += FRAME.size + size
+            yield at, body
+
+
+def _write_all(file, data: bytes) -> None:
+    view = memoryview(data)
+    while len(view):  # a disk that fills up takes a part
+        view = view[file.write(view) :]
+
+
+def _body_of(answer: Answer, keep: int) -> bytes:
+    """JSON of the plain fields and what the arrays are, its length before it; then the arrays, one behind the other."""
+    plain, arrays = {}, []
+    for field in fields(answer):
+        value = getattr(answer, field.name)
+        if not isinstance(value, np.ndarray):
+            plain[field.name] = value
+        elif field.name == "probabilities" and keep:
+            best = np.argsort(-value, kind="stable")[:keep].astype("<i4")
+            arrays += [("best", best), ("probabilities", value[best].astype("<f4"))]
+            plain["classes"] = len(value)
+        else:
+            arrays.append((field.name, value.astype("<f4")))
+    plain["arrays"] = [(name, array.dtype.str, len(array)) for name, array in arrays]
+    text = json.dumps(plain).encode()
+    return struct.pack("<I", len(text)) + text + b"".join(array.tobytes() for _, array in arrays)
+
+
+def _answer_of(body: bytes) -> Answer:
+    size = struct.unpack_from("<I", body)[0]
+    plain = json.loads(body[4 : 4 + size])
+    at = 4 + size
+    found = {}
+    for name, kind, count in plain.pop("arrays"):
+        found[name] = np.frombuffer(body, kind, count, at)
+        at += found[name].nbytes
+    if "best" in found:  # the others' are less than any probability, so that the same are the best
+        whole = np.full(plain.pop("classes"), -1, np.float32)
+        whole[found.pop("best")] = found["probabilities"]
+        found["probabilities"] = whole
+    return Answer(**{name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}, **found)
+
+
+# ---------------------------------------------------------------------- an output
+
+
+class Stream:
+    """Records that go to standard output as they come: nothing of them is kept to go on from."""
+
+    def __init__(self, columns: Columns):
+        self.writer = JsonLines(None, columns)
+        self.write, self.done, self.kept, self.errors = self.writer.write, 0, 0, []
+
+
+class Run:
+    """The records of one run, kept as they come, then written as a file, or as parquet shards in a folder.
+
+    done:   records that there were at the beginning
+    kept:   records that are on the disk
+    errors: (path, error) of those of `done` that are errors
+    """
+
+    def __init__(self, output: str, columns: Columns, begin: dict, paths: Sequence[str], shard_rows: int):
+        self.output, self.folder = Path(os.path.realpath(output)), is_folder(output)
+        self.columns, self.begin, self.rows = columns, begin, shard_rows
+        self.keep = 0 if self.output.suffix.lower() == ".npz" else columns.top
+        self.done, self.errors, self.shard = 0, [], 0
+        self.lock, self.made = None, False
+        if self.folder:
+            self._open_folder(paths)
+        self.journal = self._open_journal()
+        for answer in self.journal.answers():
+            self._seen(answer.path, answer.error, paths)
+        self.kept = self.done
+
+    def _open_folder(self, paths: Sequence[str]) -> None:
+        self.made = not self.output.exists()
+        self.output.mkdir(exist_ok=True)
+        self.lock = open_settings(self.output, self.begin | {"shard_rows": self.rows})
+        while (shard := self._shard()).exists():
+            self._partial().unlink(missing_ok=True)  # killed between the shard's name and the journal's end
+            table = Parquet.require().parquet.read_table(shard, columns=["path", "error"])
+            for path, error in zip(table["path"].to_pylist(), table["error"].to_pylist()):
+                self._seen(path, error, paths)
+            self.shard += 1
+
+    def _seen(self, path: str, error: str | None, paths: Sequence[str]) -> None:
+        if self.done >= len(paths) or show(paths[self.done]) != path:
+            raise ValueError(
+                f"record {self.done + 1:,} of the unfinished {self.output} is of {path}, which is not image "
+                f"{self.done + 1:,} any more: it can only go on with the same images"
+            )
+        self.done += 1
+        if error is not None:
+            self.errors.append((path, error))
+
+    def _shard(self) -> Path:
+        return self.output / f"part-{self.shard:05d}.parquet" if self.folder else self.output
+
+    def _partial(self) -> Path:
+        return self.output / f"_part-{self.shard:05d}.partial" if self.folder else partial_of(self.output)
+
+    def _open_journal(self) -> Journal:
+        return Journal(self._partial(), self.begin, self.keep)
+
+    def write(self, answer: Answer) -> None:
+        self.journal.write(answer)
+        self.kept += 1
+        if self.folder and self.journal.count >= self.rows:
+            self._write_shard()
+            self.shard += 1
+            self.journal = self._open_journal()
+
+    def _write_shard(self) -> None:
+        with open_records(str(self._shard()), self.columns) as writer:
+            for answer in self.journal.answers():
+                writer.write(answer)
+        self.journal.close(remove=True)
+
+    def finish(self) -> None:
+        if not self.folder or self.journal.count or not self.shard:
+            self._write_shard()
+        else:
+            self.journal.close(remove=True)
+        if self.folder:
+            finish_settings(self.output)
+            self.lock.close()
+
+    def leave(self) -> None:
+        """Keep what there is."""
+        if not self.journal.file.closed:
+            if self.journal.count:
+                self.journal.sync()
+            self.journal.close(remove=not self.journal.count)
+        if self.folder:
+            if not self.kept:
+                (self.output / SETTINGS).unlink(missing_ok=True)
+                if self.made:
+                    self.output.rmdir()
+            self.lock.close()
+
+
+def partial_of(output: Path) -> Path:
+    """Where the records of an unfinished run are kept."""
+    return output.with_name(output.name + PARTIAL)
+
+
+def open_settings(folder: Path, settings: dict):
+    """The settings file of a folder of shards, locked; written where there is none.
+
+    Raises ValueError where it is of a run with other settings, or another process writes to the folder.
+    """
+    path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
+    if not path.exists():
+        write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+    file = open(path)
+    try:
+        _lock(file, folder)
+        found = json.load(file)
+        names = sorted(k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k) and k != "finished")
+        if names:
+            raise ValueError(
+                f"{folder} is of a run with other settings ({', '.join(names)}): it can only go on as it was"
+            )
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def finish_settings(folder: Path) -> None:
+    """Say in the folder that its run is finished."""
+    path = folder / SETTINGS
+    settings = json.loads(path.read_text()) | {"finished": True}
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
+
+
+def is_finished(output: str) -> bool:
+    """Whether the output is there and whole. Raises ValueError for a folder that holds something else."""
+    path = Path(os.path.realpath(output))
+    if not is_folder(output):
+        return path.exists() and not partial_of(path).exists()
+    if not path.exists() or not any(path.iterdir()):
+        return False
+    try:
+        return json.loads((path / SETTINGS).read_text()).get("finished", False)
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"--output {output} is a folder that holds other things than a run of `revit infer`") from None
+
+
+def check_begin(output: str, resume: bool) -> None:
+    """Raise ValueError where a run may not begin: there is an unfinished one, or a folder of shards, of before."""
+    path = Path(os.path.realpath(output))
+    if resume:
+        return
+    if is_folder(output):
+        if path.exists() and any(path.iterdir()):
+            state = "a finished run" if is_finished(output) else "an unfinished run: go on with --resume"
+            raise ValueError(f"--output {output} holds {state}, or give another folder")
+    elif partial_of(path).exists():
+        raise ValueError(
+            f"{partial_of(path)} holds the records of an unfinished run: go on with --resume, or remove it"
+        )
+
+
+@contextmanager
+def open_run(
+    output: str | None,
+    columns: Columns,
+    settings: dict,
+    paths: Sequence[str],
+    shard_rows: int = SHARD_ROWS,
+    tell: Callable[[int], None] | None = None,
+):
+    """A Run, or a Stream for None. On leaving it without an exception the output is there, whole; else its records are
+    kept to go on from, in OUTPUT.partial or in the folder, and there is no trace of a run without records.
+
+    output:     of a format in records.WRITERS, or a folder for parquet shards
+    settings:   JSON: what decides the records of a run
+    paths:      of all images; `infer` is then to be given those from `done` on
+    shard_rows: records of a shard
+    tell:       called with the number of records that are kept, where the run ends early
+
+    Raises ValueError where records of before are of other settings or other images.
+    """
+    if output is None:
+        yield Stream(columns)
+        return
+    run = Run(output, columns, settings, paths, shard_rows)
+    try:
+        yield run
+        run.finish()
+    except BaseException:
+        run.leave()
+        if run.kept and tell is not None:
+            tell(run.kept)
+        raise
+
+
+def run_settings(prepared) -> dict:
+    """What decides the records of a run with this serving.prepare.Prepared."""
+    columns = prepared.columns
+    return {
+        "weights": prepared.fingerprint,
+        "quantize": prepared.model.quantize if hasattr(prepared.model, "quantize") else None,
+        "grids": repr(prepared.rule),
+        "columns": [columns.features, columns.classes, columns.top, columns.labels, columns.adaptive],
+    }
