@@ -188,10 +188,8 @@ def blocks_cpu(m):
     backend, kind, lengths, classes = dispatch.load("block", "cpu"), _kind(m), m.random.randrange(1, 4), 5
     norms = [m.normal(lengths, dim, dtype=torch.float32) for _ in range(4)]
     weights = [*norms, *backend.pack(w, "int8" if kind == 2 else None)] * m.random.randrange(1, 3)
-    head = []
-    if m.random.random() < 0.5:
-        packed = _packed(m.normal(classes, dim), None, None, int(m.dtype == torch.bfloat16))
-        head = [*norms[:2], packed]
+    packed = _packed(m.normal(classes, dim), None, None, int(m.dtype == torch.bfloat16))
+    head = m.maybe([*norms[:2], packed]) or []
     shape = [heads, width // heads, hidden, 0.3, m.random.randrange(3), kind]
     x, row = m.normal(m.tokens, dim), m.maybe(m.rows(lengths))
     return [x, m.cu_seqlens(), row, weights, 1e-6, 1e-6, *shape, head, 1e-6, classes]
