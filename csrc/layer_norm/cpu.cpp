@@ -70,6 +70,7 @@ int64_t check_arguments(const Tensor& x, const std::optional<Tensor>& weight, co
   check_rows("x", x, {kAny, kAny});
   const int64_t tokens = x.size(0), dim = x.size(1);
   check("x", x, {tokens, dim}, x.scalar_type());
+  REVIT_CHECK(dim > 0, "x must have at least one column");
   if (branch)
     check_rows("branch", *branch, {tokens, dim}), check("branch", branch, {tokens, dim}, branch->scalar_type());
   check("weight", weight, {kAny, dim}, ScalarType::Float);

@@ -29,7 +29,7 @@ Layout layout(int64_t kind) {
 Linear linear(char* packed, int64_t kind, int64_t in, int64_t out) {
   const Layout how = layout(kind);
   REVIT_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
-  REVIT_CHECK(in > 0 && in % 4 == 0 && in <= kMostWidth && out >= 0 && out <= kMostWidth,
+  REVIT_CHECK(in > 0 && in % 4 == 0 && in <= kMostWidth && out > 0 && out <= kMostWidth,
               "a weight must be (out, in), in a multiple of 4, each at most ", kMostWidth, ", got (", out, ", ", in,
               ")");
   return Linear(packed, in, out, how.lanes, how.unit);

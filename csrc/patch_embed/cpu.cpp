@@ -21,6 +21,7 @@ const Tensor& check_weight(const Tensor& weight) {
   check_sizes("weight", weight, {kAny, kAny, kAny, kAny});
   check_type("weight", weight);
   int64_t width = 1;
+  REVIT_CHECK(weight.size(0) > 0, "weight must have at least one output");
   for (int64_t axis = 1; axis < 4; ++axis)
     REVIT_CHECK(weight.size(axis) > 0 && (width *= weight.size(axis)) <= kMostWidth,
                 "weight must be (dim, channels, patch_h, patch_w), of 1 to ", kMostWidth, " numbers a patch");
@@ -117,7 +118,7 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
     }
   });
   const int64_t used = static_cast<const int32_t*>(cu_seqlens.data_ptr())[entries.size()];
-  std::memset(out + used * row_bytes, 0, (capacity - used) * row_bytes);
+  if (used < capacity) std::memset(out + used * row_bytes, 0, (capacity - used) * row_bytes);
   return y;
 }
 
