@@ -1,15 +1,17 @@
-"""Keeps measured results in benchmarks/results/<device>.json and writes the tables of README.md and docs/ from them.
+"""Keeps measured results in benchmarks/results/<device>.json and writes the tables and pictures of README.md and docs/.
 
     pytest benchmarks --all --benchmark-json=run.json && python benchmarks/report.py run.json
 
 Rows of a benchmark that ran again replace the old ones; the others stay. Rows that lose are shown like the rest.
-Without arguments only the tables are written.
+Without arguments only the tables and pictures are written.
 """
 
 import argparse
 import json
 import re
 from pathlib import Path
+
+import charts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -178,27 +180,43 @@ def devices() -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
 
 
-def headline() -> str:
-    """One benchmark of one device, and the shipped ReViT's report: what README.md shows."""
+def headline_rows() -> tuple[dict, list[dict]]:
+    """(results of the device, its rows that README.md shows, the strongest rival first)."""
     (results,) = (found for found in devices() if found["device"] == HEADLINE["device"])
     rows = [
         row
         for parameters, row in _rows(results, HEADLINE["bench"])
         if (_case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
     ]
-    text = ["| against | ours, ms | theirs, ms | speedup |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: row["speedup"]):
-        cells = [RIVALS.get(row["rival"], row["rival"]), f"{row['ours_ms']:.0f}", f"{row['rival_ms']:.0f}"]
-        text.append("| " + " | ".join([*cells, f"**{row['speedup']:.2f}x**"]) + " |")
+    return results, sorted(rows, key=lambda row: row["speedup"])
+
+
+def pictures() -> dict[str, str]:
+    """The text of each picture of README.md, by its path from the root."""
+    results, rows = headline_rows()
+    named = [(RIVALS.get(row["rival"], row["rival"]), row["speedup"]) for row in rows]
+    return charts.pictures(named, results["device"])
+
+
+def headline() -> str:
+    """What README.md says of one benchmark of one device, and of the shipped ReViT's report."""
+    _, rows = headline_rows()
     dates, commits = (", ".join(sorted({row[key] for row in rows})) for key in ("date", "commit"))
-    text += ["", f"{results['device']}; {dates}, commit {commits}.", ""]
     found = json.loads((REPORTS / "fashion_mnist" / "report.json").read_text())
     about, report = found["about"], "recipes/reports/fashion_mnist"
     where = f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}"
-    shipped = f"The ReViT that comes with the package, on {found['count']:,} test images of Fashion-MNIST"
-    text += [f"{shipped} ({where}; [report]({report}/report.md)):", "", found["verdict"][0], ""]
-    text.append(f'<img src="{report}/accuracy_speed.png" width="480" alt="Accuracy and speed of lengths and policies">')
+    text = [picture("mixed_batches", "Speed of a mixed batch against rivals"), ""]
+    text += [f"Medians of paired runs, {dates}, commit {commits}. Above 1 we are faster.", ""]
+    text += [picture("accuracy_speed", "Accuracy against measured speed of lengths and policies"), ""]
+    shipped = f"The ReViT that comes with the package on {found['count']:,} test images of Fashion-MNIST"
+    text += [f"{shipped} ({where}; [report]({report}/report.md)): {found['verdict'][0].partition('. ')[0]}."]
     return "\n".join([*text, ""])
+
+
+def picture(name: str, said: str) -> str:
+    """The HTML of a picture for light and dark pages."""
+    dark = f'<source media="(prefers-color-scheme: dark)" srcset="{charts.FOLDER}/{name}_dark.svg">'
+    return f'<picture>{dark}<img src="{charts.FOLDER}/{name}_light.svg" width="760" alt="{said}"></picture>'
 
 
 def performance() -> str:
@@ -276,6 +294,9 @@ def main() -> None:
         parser.error(str(error))
     for name in TABLES:
         (ROOT / name).write_text(written(name))
+    for name, text in pictures().items():
+        (ROOT / name).parent.mkdir(exist_ok=True)
+        (ROOT / name).write_text(text)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -137,12 +138,20 @@ class ClipPacking(Packing):
         )
 
     @classmethod
-    def uniform(cls, clips: int, grid: ClipGrid, prefix: int = 1, *, per_frame: bool = True, device=None):
+    def uniform(
+        cls,
+        clips: int,
+        grid: ClipGrid,
+        prefix: int = 1,
+        *,
+        per_frame: bool = True,
+        device: torch.device | str | None = None,
+    ) -> ClipPacking:
         """One (frames, rows, columns) for every clip."""
         return cls.from_grids([grid] * clips, prefix, per_frame=per_frame, device=device)
 
     @classmethod
-    def from_choice(cls, *_, **__):
+    def from_choice(cls, *_: Any, **__: Any) -> NoReturn:
         """Raises NotImplementedError: how many frames there are has to be known to the host."""
         raise NotImplementedError("a ClipPacking is made from grids that the host knows: use ClipPacking.from_grids")
 

@@ -135,7 +135,17 @@ def pos_embed():
         yield "resample", {"bits": bits, "dim": dim}, options
 
 
-CASES = {made.__name__: made for made in (attention, layer_norm, linear, patch_embed, pool, pos_embed)}
+def temporal_attention():
+    cases = [({"bits": bits, "head_dim": dim}, {}) for bits in (16, 32) for dim in (16, 32, 64, 80, 128, 256)]
+    half = {"bits": 16, "head_dim": 64}
+    cases += [(half, {"dtype": "fp16"}), (half, {"is_aligned": False}), (half, {"ones": ("heads", "prefix")})]
+    cases.append(({"bits": 32, "head_dim": 7}, {"is_aligned": False}))
+    yield from ((step, shape, options) for shape, options in cases for step in ("forward", "backward"))
+
+
+CASES = {
+    made.__name__: made for made in (attention, layer_norm, linear, patch_embed, pool, pos_embed, temporal_attention)
+}
 SPECS = {}  # all that is compiled, once each: filled before the processes are forked
 
 

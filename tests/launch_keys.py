@@ -24,7 +24,7 @@ TOKENS, IMAGES, AHEAD = (1, 16, 17, 160, 17_000), (1, 16, 17), (0, 1)  # ahead: 
 HEADS, HEAD_DIM, DIM, PREFIX = 2, 64, 128, 1
 MODULES = {
     name: importlib.import_module(f"revit_kernels.ops.{name}.triton")
-    for name in ("attention", "layer_norm", "linear", "patch_embed", "pool", "pos_embed")
+    for name in ("attention", "layer_norm", "linear", "patch_embed", "pool", "pos_embed", "temporal_attention")
 } | {"tail": tail_triton}
 keys = {}  # by case and kernel, each key as a dict by argument
 
@@ -140,6 +140,13 @@ def pos_embed_backward(op, tokens, images, ahead):
     pos_embed(op, tokens, images, ahead, True)
 
 
+def temporal_attention(op, tokens, images, ahead):
+    q, k, v = numbers(tokens, 3, HEADS, HEAD_DIM).unbind(1)
+    told = (indices(images + 1, ahead=ahead), indices(images, ahead=ahead), 8, PREFIX, 0.125)
+    out, lse = op.forward(q, k, v, *told)
+    op.backward(out, q, k, v, out, lse, *told)
+
+
 def tail(op, tokens, images, ahead):
     op.launch(numbers(tokens, DIM), indices(images + 1, ahead=ahead))
 
@@ -149,6 +156,7 @@ CASES = {
     "layer_norm": [layer_norm, layer_norm_to_e4m3, layer_norm_of_one_length],
     "linear": [linear, linear_without_tma, linear_in_e4m3],
     "patch_embed": [patch_embed, patch_embed_resized],
+    "temporal_attention": [temporal_attention],
     "pool": [pool],
     "pos_embed": [pos_embed, pos_embed_backward],
     "tail": [tail],

@@ -11,6 +11,7 @@ import json
 import linecache
 import re
 import shlex
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from revit_kernels import cli
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHERS = [ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
-KNOWN = {"python", "bash"}  # a block of anything else would be skipped silently
+KNOWN = {"python", "bash", "text"}  # a block of anything else would be skipped silently
 BLOCK = re.compile(r"^```(?P<kind>.*)\n(?P<code>(?:.*\n)*?)^```$", re.MULTILINE)
 SETUP = re.compile(r"<!-- setup:(?P<code>(?:(?!-->).)*)-->\n\Z", re.DOTALL)
 
@@ -70,7 +71,7 @@ def test_commands_parse(page):
 
 @pytest.mark.parametrize("page", PAGES + OTHERS, ids=name)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)|src(?:set)?=\"([^\"]+)\"", page.read_text()):
         target = "".join(target).partition("#")[0]
         assert target.startswith("https://") or (page.parent / target).exists(), target
 
@@ -88,13 +89,21 @@ def test_readme_is_short():
 def report():
     spec = importlib.util.spec_from_file_location("benchmarks_report", ROOT / "benchmarks" / "report.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        spec.loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/revit.md"])
 def test_tables_are_current(report, page):
     assert (ROOT / page).read_text() == report.written(page), "run: python benchmarks/report.py"
+
+
+def test_pictures_are_current(report):
+    for name, text in report.pictures().items():
+        assert (ROOT / name).read_text() == text, "run: python benchmarks/report.py"
+        xml.etree.ElementTree.fromstring(text)
 
 
 def test_the_list_of_models_is_current():

@@ -17,7 +17,7 @@ from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counte
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
 from revit_kernels.engines import Answers, ClipEngine, Engine
-from revit_kernels.models.embedding import Images
+from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.vit import VarLenViT
@@ -119,7 +119,7 @@ class AdaptiveViT(nn.Module):
         policy: str | Policy | Callable = "cascade",
         budget: str | Budget = "full",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         **options: Any,
     ) -> AdaptiveViT:
         """From the files of `revit train`, `revit train-assigner` and `revit label`; in eval mode."""
@@ -149,7 +149,7 @@ class AdaptiveViT(nn.Module):
     ) -> Answers:
         """The answers, and at which lengths they were found.
 
-        images:        a tensor, or a list of images of any sizes
+        images:        a tensor, or a list of images of any sizes, as VarLenViT takes them
         labels:        (images,) true menu rows, for the policy "oracle" alone
         device_choice: pack on the device, without waiting for it; by default where the model is on a GPU
         """
@@ -160,6 +160,7 @@ class AdaptiveViT(nn.Module):
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)
             return Answers(logits, empty, empty, 0)
+        images = as_tensors(images, self.model.in_chans, channels_last, device)
         policy, assigned, tokens = self.policy, None, None
         if policy.uses_assigner:
             assigned, tokens = self._assign(images, channels_last)
@@ -183,7 +184,7 @@ class AdaptiveViT(nn.Module):
         return Answers(logits, row, spent, int(spent.sum()))
 
     @torch.inference_mode()
-    def features(self, images, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def features(self, images: Images, *, channels_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """What the model's head is given for each image, at the length that the policy chooses.
 
         images: a tensor, or a list of images of any sizes
@@ -191,9 +192,10 @@ class AdaptiveViT(nn.Module):
         Returns (images, features), (images,) menu rows, and (images,) tokens of all passes. A cascade chooses by the
         answers: its images then take one more pass, which is counted.
         """
+        device = next(self.model.parameters()).device
+        images = as_tensors(images, self.model.in_chans, channels_last, device)
         if len(images) and self.policy.passes == 1:
             assigned = self._assign(images, channels_last)[0] if self.policy.uses_assigner else None
-            device = next(self.model.parameters()).device
             row = self.policy.start(Seen(images, device, assigned, None, self._turn)).cpu().long()
             self._turn += 1
             spent = torch.zeros_like(row)

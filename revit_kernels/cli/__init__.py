@@ -15,11 +15,13 @@ from importlib import import_module
 
 COMMANDS = (
     "infer",
+    "serve",
     "train",
     "label",
     "train_assigner",
     "costs",
     "evaluate",
+    "bench",
     "data",
     "samples",
     "models",

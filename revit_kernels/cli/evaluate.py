@@ -24,7 +24,7 @@ def add(commands):
         "evaluate",
         help="report what a ReViT and its policies are worth, in accuracy and measured speed",
         description="Measures every length alone, and every policy at every budget, on the same images and machine, "
-        "and writes a report: report.md, report.json and pictures.",
+        "and writes a report: report.html (one page), report.md, report.json and pictures.",
     )
     evaluate.add_argument("model", metavar="FILE", help="a .safetensors file of `revit train`")
     evaluate.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
@@ -92,6 +92,6 @@ def run(args) -> int:
         bar=partial(Progress, quiet=args.quiet),
     )
     path = report.write(found, images, args.output, " ".join(["revit", *map(shlex.quote, sys.argv[1:])]))
-    print("\n".join(report.verdict(found)))
-    print(f"the report is {path}")
+    print("\n".join(report.verdict(found)).replace("**", ""))
+    print(f"the report is {path.with_suffix('.html')}, and {path.name} beside it")
     return 0

@@ -1,6 +1,6 @@
 """`revit models`."""
 
-from revit_kernels.models.registry import list_models, pretrained_cfg, registry
+from revit_kernels.models.registry import get_pretrained_cfg, list_models, registry
 
 
 def add(commands):
@@ -25,7 +25,7 @@ def run(args) -> int:
     width = max(map(len, names))
     print(f"{'name':<{width}}  {'image':>6}  {'patch':>6}  {'classes':>8}  {'parameters':>12}")
     for name in names:
-        cfg, entry = pretrained_cfg(name), registry()["models"][name.partition(".")[0]]
+        cfg, entry = get_pretrained_cfg(name), registry()["models"][name.partition(".")[0]]
         side, patch = cfg["input_size"][-1], entry["kwargs"].get("patch_size", 16)
         patch = patch if isinstance(patch, int) else patch[0]
         print(f"{name:<{width}}  {side:>6}  {patch:>6}  {cfg['num_classes']:>8,}  {entry['parameters']:>12,}")

@@ -10,6 +10,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -223,7 +224,7 @@ def decode(
     that is longer than LONG and than 16 times its target is reduced by averages to no less than 8 times the target.
     Only the formats in FORMATS are read, whatever the file's name. Raises ImageError for whatever is wrong with it.
     """
-    try:
+    with _told():
         if isinstance(path, Image.Image):
             return _decode(path, target, hold)
         if isinstance(path, Member):
@@ -232,6 +233,13 @@ def decode(
             check_file(path)
         with _opened(path) as image:
             return _decode(image, target, hold)
+
+
+@contextmanager
+def _told():
+    """Whatever is wrong with a file inside becomes an ImageError that says what."""
+    try:
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -247,6 +255,25 @@ def decode(
     except Exception as error:  # Pillow's plugins raise what their parsers happen to raise
         why = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"the image cannot be decoded: {why}") from error
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """(height, width) of an encoded image, upright, from its header. Raises ImageError where it is none, or too large.
+
+    A PNG may say behind its pixels that it lies on its side: it is taken as it lies.
+    """
+    if not data:
+        raise ImageError("the file is empty")
+    with _told(), _opened(io.BytesIO(data)) as image:
+        _check_pixels(image)
+        sideways = image.format in ("JPEG", "MPO") and _orientation(image) in SIDEWAYS
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _check_pixels(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ImageError(f"the image has {image.width} x {image.height} pixels, more than the limit of {limit:,}")
 
 
 def read_member(member: Member) -> bytes:
@@ -310,11 +337,9 @@ def check_file(path: str) -> None:
 
 
 def _decode(image: Image.Image, target, hold) -> Decoded:
-    limit = Image.MAX_IMAGE_PIXELS
     if image.format is not None and image.format not in (*FORMATS, "MPO"):
         raise ImageError(f"it is of the format {image.format}, which is not supported")
-    if limit is not None and image.width * image.height > limit:
-        raise ImageError(f"the image has {image.width} x {image.height} pixels, more than the limit of {limit:,}")
+    _check_pixels(image)
     has_16_bits = ";16" in str([tile[3] for tile in getattr(image, "tile", ())])
 
     def measure() -> tuple[int, tuple[int, int], tuple[int, int]]:

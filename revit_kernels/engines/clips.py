@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
-from revit_kernels.engines.engine import STALE, StaleEngine, state_of, watched_of
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from revit_kernels.clips import ClipGrid, ClipPacking
+from revit_kernels.engines.engine import STALE, StaleEngine, _without_blocks, state_of, watched_of
+from revit_kernels.engines.packed import TRAINING
+from revit_kernels.engines.packed_clips import PackedClipBlocks, refusal
+from revit_kernels.models.video import Clips
+from revit_kernels.models.vit import PackedTokens
+from revit_kernels.modules.layer_norm import add
 
 
 class ClipEngine:
     """A model of clips made ready to answer: `engine(clips, ...)` gives what `model(clips, ...)` gives.
 
+    A snapshot of the model's weights, as `Engine` is. On a CPU it packs them once (temporal_fc and the projection
+    before it as one), and takes a few clips at a time through all blocks, so that their tokens stay in cache. Where the
+    model cannot be packed, `engine.refusal` says why, and the engine runs the model as it is.
+
     model: a VarLenTimeSformer or another ClipModel
     stale: what to do in a call where the model changed: "raise" StaleEngine, or "refresh"; see `Engine`
 
-    Raises ValueError for another `stale`, NotImplementedError for a quantization: there is none for clips.
+    Many threads may call one engine. Raises ValueError for another `stale`, NotImplementedError for a quantization:
+    there is none for clips.
     """
 
     def __init__(self, model: nn.Module, *, quantize: str | None = None, stale: str = "raise"):
@@ -31,46 +46,98 @@ class ClipEngine:
             raise AttributeError(name)
         return getattr(self.model, name)
 
+    def __reduce__(self):
+        return _remade, (self.model, self.stale)
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the model's weights anew."""
         watched = watched_of(self.model)
-        self._snapshot = watched, state_of(watched, self.model)
+        self.refusal = refusal(self.model)
+        running, blocks = self.model, None
+        if self.refusal is None:
+            running, blocks = _without_blocks(self.model), PackedClipBlocks(self.model)
+        self._snapshot = watched, state_of(watched, self.model), running, blocks
 
-    def _current(self) -> nn.Module:
-        watched, state = self._snapshot
-        if state_of(watched, self.model) != state:
+    def _current(self) -> tuple[nn.Module, PackedClipBlocks | None]:
+        """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
+        watched, state, running, _ = self._snapshot
+        if running is not self.model and state_of(watched, self.model) != state:
             if self.stale == "raise":
                 raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
             self.refresh()
-        return self.model
+        elif self.refusal == TRAINING and self.stale == "refresh" and not self.model.training:
+            self.refresh()
+        if _has_any_global_hook():  # which is to see every module
+            return self.model, None
+        return self._snapshot[2:]
+
+    def _after_blocks(self, clips, grids, packing, channels_last):
+        """The module to run, the tokens after the last block, their packing, and whether the answer is dense."""
+        running, blocks = self._current()
+        frames, packing, dense = running._inputs(clips, grids, packing, channels_last)
+        if blocks is None:
+            x = running._tokens(frames, packing, channels_last)
+            return running, add(*running.run_blocks([x, None, None], packing)), packing, dense
+        x = running._tokens(frames, packing, channels_last, blocks.positions(running, packing.menu), blocks.patch)
+        return running, blocks.run(x, packing, running._of_blocks, 0, None), packing, dense
 
     @torch.no_grad()
-    def __call__(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def __call__(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """(clips, classes), one row per clip in the order given; arguments as of the model."""
-        return self._current()(clips, grids=grids, packing=packing, channels_last=channels_last)
+        running, x, packing, _ = self._after_blocks(clips, grids, packing, channels_last)
+        return running.finish([x, None, None], packing)
 
     @torch.no_grad()
-    def features(self, clips, *, grids=None, packing=None, channels_last: bool = False):
+    def features(
+        self,
+        clips: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Any:
         """What `model.forward_features` gives."""
-        return self._current().forward_features(clips, grids=grids, packing=packing, channels_last=channels_last)
+        running, x, packing, dense = self._after_blocks(clips, grids, packing, channels_last)
+        found = running._features(x, packing)
+        return running._dense(found) if dense else found
 
     @torch.no_grad()
-    def embed(self, clips, packing, channels_last: bool = False):
+    def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
         """As of the model."""
-        return self._current().embed(clips, packing, channels_last)
+        running, blocks = self._current()
+        if blocks is None:
+            return running.embed(clips, packing, channels_last)
+        frames, packing, _ = running._inputs(clips, None, packing, channels_last)
+        return running._tokens(frames, packing, channels_last, blocks.positions(running, packing.menu), blocks.patch)
 
     @torch.no_grad()
-    def run_blocks(self, stream, packing, start: int = 0, stop: int | None = None):
+    def run_blocks(
+        self, stream: list[Tensor | None], packing: ClipPacking, start: int = 0, stop: int | None = None
+    ) -> list[Tensor | None]:
         """As of the model, without visits."""
-        return self._current().run_blocks(stream, packing, start, stop)
+        running, blocks = self._current()
+        if blocks is None:
+            return running.run_blocks(stream, packing, start, stop)
+        return [blocks.run(add(*stream), packing, running._of_blocks, start, stop), None, None]
 
     @torch.no_grad()
-    def finish(self, stream, packing):
+    def finish(self, stream: list[Tensor | None], packing: ClipPacking) -> Tensor:
         """As of the model."""
-        return self._current().finish(stream, packing)
+        return self._current()[0].finish(stream, packing)
 
     @torch.no_grad()
-    def forward_head(self, x, pre_logits: bool = False):
+    def forward_head(self, x: PackedTokens, pre_logits: bool = False) -> Tensor:
         """As of the model."""
-        return self._current().forward_head(x, pre_logits)
+        return self._current()[0].forward_head(x, pre_logits)
+
+
+def _remade(model, stale):
+    return ClipEngine(model, stale=stale)

@@ -46,8 +46,10 @@ def available() -> bool:
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot = _pyplot()
+    with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # text stays text
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def _of_lengths(rows: int) -> list:
@@ -168,14 +170,23 @@ def draw(e: Evaluation, images, folder: Path) -> list[tuple[str, str]]:
     images: the ImageSet that was evaluated
     """
     drawn = {}
-    if available():
-        for name, what, write in PLOTS:
-            if write is not _mixes or e.policies:
-                write(e, folder / name)
-                drawn[name] = what
+    for name, what, write in _plots(e):
+        write(e, folder / name)
+        drawn[name] = what
     contact_sheet.draw(e, images, folder / "images.png")
     drawn["images.png"] = "The easiest and the hardest images, with the answer and the confidence at each length"
     return list(drawn.items())
+
+
+def _plots(e: Evaluation) -> list:
+    """Those of PLOTS that can be drawn."""
+    return [plot for plot in PLOTS if plot[2] is not _mixes or e.policies] if available() else []
+
+
+def draw_svg(e: Evaluation, folder: Path) -> None:
+    """Write the plots as SVG."""
+    for name, _, write in _plots(e):
+        write(e, (folder / name).with_suffix(".svg"))
 
 
 PLOTS = (

@@ -52,6 +52,13 @@ def _as_tensor(image, channels: int, channels_last: bool, device: torch.device) 
     )
 
 
+def as_tensors(images, channels: int, channels_last: bool, device: torch.device):
+    """The images of a list as tensors, see `_as_tensor`; a tensor of images as it is."""
+    if isinstance(images, list | tuple):
+        return [_as_tensor(image, channels, channels_last, device) for image in images]
+    return _as_tensor(images, channels, channels_last, device)
+
+
 def _only_dense(x, grids, packing, max_tokens, channels_last):
     """x, in a torch.fx graph, where nothing else may be given."""
     if grids is not None or packing is not None or max_tokens is not None or channels_last:

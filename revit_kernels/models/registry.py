@@ -83,7 +83,7 @@ def resolve(name: str) -> tuple[str, str]:
     return base, tag or next(iter(tags))
 
 
-def pretrained_cfg(name: str) -> dict:
+def get_pretrained_cfg(name: str) -> dict:
     """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
     base, tag = resolve(name)
     if base in clip_names.MODELS:
@@ -101,7 +101,7 @@ def constructor_kwargs(name: str) -> dict:
     if base in clip_names.MODELS:
         return clip_names.kwargs_of(base)
     kwargs = dict(registry()["models"][base]["kwargs"])
-    num_classes = pretrained_cfg(name)["num_classes"]
+    num_classes = get_pretrained_cfg(name)["num_classes"]
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
 
 
@@ -120,31 +120,34 @@ def class_of(name: str) -> type[VarLenViT]:
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: bool = False,
+    pretrained_cfg: str | dict[str, Any] | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
     checkpoint_path: str | Path | None = None,
-    *,
-    pretrained_cfg_overlay: dict | None = None,
     cache_dir: str | Path | None = None,
-    features_only: bool = False,
-    out_indices: int | Sequence[int] = 3,
     scriptable: bool | None = None,
     exportable: bool | None = None,
+    no_jit: bool | None = None,
+    *,
+    features_only: bool = False,
+    out_indices: int | Sequence[int] = 3,
     **kwargs: Any,
 ) -> Any:
-    """The model that timm knows by this name, or the one that a file holds.
+    """The model that timm knows by this name, or the one that a file holds. Arguments as of timm.create_model.
 
-    name:            a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; a name of
+    model_name:      a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; a name of
                      clip_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
                      of a run that has it
     pretrained:      load timm's weights for this name; needs timm
+    pretrained_cfg:  a tag of the name's weights; or fields, as of an overlay
     checkpoint_path: load these weights, see load_checkpoint
     pretrained_cfg_overlay: fields that replace those of `pretrained_cfg`; the model is made for its num_classes and
                      input_size
     cache_dir:       where timm keeps pretrained weights
     features_only:   return timm's FeatureGetterNet of the model instead, which gives the features after blocks
                      `out_indices`, as `forward_intermediates` does without timm
-    exportable:      changes nothing: every model can be exported
+    exportable, no_jit: change nothing: every model can be exported, and none uses TorchScript
     kwargs:          arguments of the constructor (VarLenViT's, or VarLenEva's) that replace the name's own; None is
                      passed over
 
@@ -154,11 +157,19 @@ def create_model(
     if scriptable:
         raise NotImplementedError(SCRIPT)
     if features_only:
-        options = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
-        return _feature_getter(create_model(name, pretrained, checkpoint_path, **options, **kwargs), out_indices)
+        options = {"checkpoint_path": checkpoint_path, "cache_dir": cache_dir} | kwargs
+        model = create_model(model_name, pretrained, pretrained_cfg, pretrained_cfg_overlay, **options)
+        return _feature_getter(model, out_indices)
+    if isinstance(pretrained_cfg, str):
+        base, _, tag = model_name.partition(".")
+        if tag not in ("", pretrained_cfg):
+            raise ValueError(f"{model_name} has a tag of its own: leave out pretrained_cfg={pretrained_cfg!r}")
+        model_name = f"{base}.{pretrained_cfg}"
+    elif pretrained_cfg:
+        pretrained_cfg_overlay = pretrained_cfg | (pretrained_cfg_overlay or {})
     overlay = pretrained_cfg_overlay or {}
     kwargs = _of_overlay(overlay) | {key: value for key, value in kwargs.items() if value is not None}
-    name = model_file(name)
+    name = model_file(model_name)
     if Path(name).suffix == ".safetensors":
         if pretrained or checkpoint_path is not None:
             raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
@@ -179,11 +190,11 @@ def create_model(
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
-    model.pretrained_cfg = model.default_cfg = pretrained_cfg(full) | overlay
+    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
     if checkpoint_path is not None and base in clip_names.MODELS:
         if found := clip_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
-            cfg = pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
+            cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
             statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
             model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
     elif checkpoint_path is not None:

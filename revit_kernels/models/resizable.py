@@ -81,7 +81,7 @@ class Resizable:
     menu: tuple[Grid, ...] | None
     per_frame = None  # of models of clips: whether each frame has prefix tokens of its own
 
-    def packing(self, grids, *, device=None) -> Packing:
+    def packing(self, grids: Sequence[Grid], *, device: torch.device | str | None = None) -> Packing:
         """The packing of images of these grids, as the model lays them out; on the model's device, if not given."""
         device = next(self.parameters()).device if device is None else device
         menu = self.menu if self.menu is not None and set(grids) <= set(self.menu) else None
@@ -196,10 +196,16 @@ class Resizable:
         own = self.patch_embed.grid_size if isinstance(table, Proxy) else tuple(table.shape[:2])
         if is_grid(grid, own):
             return table.flatten(0, 1)
-        how = {"mode": self.pos_interpolation, "antialias": self.pos_antialias, "align_corners": False}
-        wide = torch.float32 if isinstance(table, Proxy) else torch.promote_types(table.dtype, torch.float32)
-        maps = F.interpolate(table.permute(2, 0, 1)[None].to(wide), size=grid, **how)
-        return maps[0].flatten(1).t().to(table.dtype)
+        mode, antialias = self.pos_interpolation, self.pos_antialias
+        if isinstance(table, Proxy):
+            how = {"mode": mode, "antialias": antialias, "align_corners": False}
+            return (
+                F.interpolate(table.permute(2, 0, 1)[None].float(), size=grid, **how)[0].flatten(1).t().to(table.dtype)
+            )
+        wide = table.to(torch.promote_types(table.dtype, torch.float32))
+        down, across = (_weights(n, m, mode, antialias, wide) for n, m in zip(own, grid))
+        maps = across @ (down @ wide.flatten(1)).unflatten(1, (own[1], -1))  # (rows, columns, dim)
+        return maps.flatten(0, 1).to(table.dtype)
 
     def _position_rows(self, menu: tuple[Grid, ...]) -> Tensor:
         """(cells of all the grids of a packing's menu, dim), in order."""
@@ -256,6 +262,36 @@ class Resizable:
         shift = numbers(starts, tokens.device) - packing.cu_seqlens[:-1].long()
         order = torch.arange(packing.capacity, device=tokens.device)
         return tokens[torch.cat([order[:total] + shift[used], order[total:]])]
+
+
+def _weights(source: int, target: int, mode: str, antialias: bool, like: Tensor) -> Tensor:
+    """(target, source): `ops.pos_embed.interpolation.matrix` for a target that an exporter may know by name only.
+
+    Of elementary steps: what runs an exported model may know another interpolation by the same name, as OpenVINO does.
+    """
+    counted = torch.arange(target, dtype=like.dtype, device=like.device)
+    scale = source / torch.ones_like(counted).sum()
+    at = scale * (counted[:, None] + 0.5)
+    if antialias:
+        cells = torch.arange(source, dtype=like.dtype, device=like.device)
+        weight = _filter((cells + 0.5 - at) / scale.clamp(min=1), mode, -0.5)
+        return weight / weight.sum(1, keepdim=True)
+    cells = torch.arange(-2, source + 2, dtype=like.dtype, device=like.device)  # outside, the border repeats
+    weight = _filter(cells + 0.5 - (at if mode == "bicubic" else at.clamp(min=0.5)), mode, -0.75)
+    if source == 1:
+        return weight.sum(1, keepdim=True)
+    first, last = weight[:, :3].sum(1, keepdim=True), weight[:, -3:].sum(1, keepdim=True)
+    return torch.cat([first, weight[:, 3:-3], last], 1)
+
+
+def _filter(x: Tensor, mode: str, a: float) -> Tensor:
+    """Keys' cubic with parameter a, or a triangle."""
+    x = x.abs()
+    if mode == "bilinear":
+        return (1 - x).clamp(min=0)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
 
 
 def _contiguous(members: list[int]) -> bool:

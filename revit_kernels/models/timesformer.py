@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from revit_kernels import modules, ops
 from revit_kernels.clips import ClipPacking
-from revit_kernels.models.layers import ACTIVATIONS, NORMS, layer
+from revit_kernels.models.layers import ACTIVATIONS, NORMS, Layer, layer
 from revit_kernels.models.video import ClipModel, resized_times
 from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.divided import DividedBlock
@@ -62,11 +64,11 @@ class VarLenTimeSformer(ClipModel):
         drop_path_rate: float = 0.0,
         num_frames: int = 8,
         attention_type: str = "divided_space_time",
-        norm_layer=None,
-        act_layer=None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
         weight_init: str = "",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if attention_type not in ATTENTION_TYPES:
@@ -106,7 +108,7 @@ class VarLenTimeSformer(ClipModel):
 
     @classmethod
     def from_image_model(
-        cls, model: nn.Module, num_frames: int = 8, attention_type: str = "divided_space_time", **kwargs
+        cls, model: nn.Module, num_frames: int = 8, attention_type: str = "divided_space_time", **kwargs: Any
     ) -> VarLenTimeSformer:
         """A TimeSformer that begins with the weights of a Vision Transformer of images, copied.
 
@@ -199,7 +201,7 @@ class VarLenTimeSformer(ClipModel):
             first, patches = tokens[:, :1], tokens[:, 1:].unflatten(1, (frames, -1))
         return torch.cat([first, patches.transpose(1, 2).flatten(1, 2)], 1)
 
-    def set_input_size(self, img_size=None, num_frames: int | None = None) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
         """Resample positions and times to another size of frames, another number of frames, or both, for good."""
         img_size = None if img_size is None else pair(img_size)
         old = tuple(self.patch_embed.grid_size)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Union
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,14 @@ from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.lengths import check_menu, tokens_of
 from revit_kernels.modules.linear import is_plain, linear, takes_packing
 from revit_kernels.packing import Packing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from revit_kernels.engines import ClipEngine
+
+# What a model takes: clips of one size, or clips of any sizes and frame counts.
+Clips = Union[Tensor, Sequence[Union[Tensor, np.ndarray]]]  # noqa: UP007
 
 BLOCKS = ("Block", "DividedBlock")
 HALF = (0.5, 0.5, 0.5)
@@ -64,14 +75,14 @@ class ClipModel(nn.Module):
         self.pos_antialias = True
         self.register_load_state_dict_pre_hook(_start_lengths)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         """As of nn.Module. An engine of the model is stale after training mode."""
         self.times_trained += mode
         return super().train(mode)
 
     # ------------------------------------------------------------------ clips to tokens
 
-    def packing(self, grids, *, device=None) -> ClipPacking:
+    def packing(self, grids: Sequence[ClipGrid], *, device: torch.device | str | None = None) -> ClipPacking:
         """The packing of clips of these (frames, rows, columns) of tokens, as the model lays them out."""
         device = self.patch_embed.proj.weight.device if device is None else device
         return ClipPacking.from_grids(grids, self.num_prefix_tokens, per_frame=self.per_frame, device=device)
@@ -216,7 +227,7 @@ class ClipModel(nn.Module):
 
     # ------------------------------------------------------------------ tokens to answers
 
-    def embed(self, clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
+    def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
         """(capacity, dim): the tokens before the first block, of clips as `forward` takes them beside a packing.
 
         With `run_blocks` and `finish`, the forward in parts: for what goes on from an early block.
@@ -232,7 +243,15 @@ class ClipModel(nn.Module):
         """The packing that blocks are given."""
         return packing
 
-    def run_blocks(self, stream: list, packing: ClipPacking, start: int = 0, stop: int | None = None, *, visit=None):
+    def run_blocks(
+        self,
+        stream: list[Tensor | None],
+        packing: ClipPacking,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        visit: Callable[[int, Tensor, ClipPacking], None] | None = None,
+    ) -> list[Tensor | None]:
         """The stream [x, branch, gamma], for x + gamma * branch, after the blocks from `start` to before `stop`.
 
         stream: begins as [tokens, None, None]; it is emptied, unless gradients are recorded
@@ -253,7 +272,7 @@ class ClipModel(nn.Module):
                 visit(i, stream[0], packing)
         return stream
 
-    def finish(self, stream, packing: ClipPacking) -> Tensor:
+    def finish(self, stream: list[Tensor | None], packing: ClipPacking) -> Tensor:
         """(clips, classes): the final norm, pooling and head, of the stream after the last block."""
         x, branch, gamma = stream
         if self.global_pool == "token":
@@ -276,7 +295,7 @@ class ClipModel(nn.Module):
 
     def _head(self, x: Tensor, packing: ClipPacking, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(apply_norm(self.fc_norm, x, packing))
-        return x if pre_logits else linear(self.head, x) if isinstance(self.head, nn.Linear) else self.head(x)
+        return x if pre_logits else linear(self.head, x)
 
     def _features(self, x: Tensor, packing: ClipPacking) -> PackedTokens:
         """The normalised tokens, of those after the last block."""
@@ -286,7 +305,14 @@ class ClipModel(nn.Module):
         """(clips, length, dim) of clips of one grid, in the order of the model that this one stands for."""
         return x.tokens.view(x.packing.clips, -1, x.tokens.shape[1])
 
-    def forward_features(self, x, *, grids=None, packing: ClipPacking | None = None, channels_last: bool = False):
+    def forward_features(
+        self,
+        x: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Tensor | PackedTokens:
         """Tokens after the last block and norm: PackedTokens, frame after frame; of a tensor of clips alone
         (clips, length, dim) in the order of the original model."""
         frames, packing, dense = self._inputs(x, grids, packing, channels_last)
@@ -294,14 +320,21 @@ class ClipModel(nn.Module):
         found = self._features(x, packing)
         return self._dense(found) if dense else found
 
-    def forward(self, x, *, grids=None, packing: ClipPacking | None = None, channels_last: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Clips,
+        *,
+        grids: Sequence[ClipGrid] | None = None,
+        packing: ClipPacking | None = None,
+        channels_last: bool = False,
+    ) -> Tensor:
         """(clips, classes), one row per clip in the order given."""
         frames, packing, _ = self._inputs(x, grids, packing, channels_last)
         return self.finish(
             self.run_blocks([self._tokens(frames, packing, channels_last), None, None], packing), packing
         )
 
-    def engine(self, *, quantize: str | None = None, stale: str = "raise"):
+    def engine(self, *, quantize: str | None = None, stale: str = "raise") -> ClipEngine:
         """The model made ready to answer; see `revit_kernels.engines.ClipEngine`."""
         from revit_kernels.engines import ClipEngine  # the one import that goes up
 
@@ -312,8 +345,12 @@ class ClipModel(nn.Module):
     _add_affines = Resizable._add_affines
 
     def make_resizable(
-        self, menu, embedding: str = "resize", positions: str = "interpolate", norms: str = "per_length"
-    ) -> ClipModel:
+        self,
+        menu: Sequence[ClipGrid],
+        embedding: str = "resize",
+        positions: str = "interpolate",
+        norms: str = "per_length",
+    ) -> Self:
         """Turn the model, trained or not, into a ReViT (arXiv:2112.01686) of these lengths, in place.
 
         menu:  (frames, rows, columns) of tokens, longest first, each of fewer patches than the one before; the longest

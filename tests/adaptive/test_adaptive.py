@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_revit import MENU, held_out, labelled, make_model, trained
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,6 +17,7 @@ from revit_kernels.adaptive.costs import COUNTED, Costs, counted, device_name, m
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes, label_of
 from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Oracle, Policy, Random, Seen
+from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER
 from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 from revit_kernels.training.labels import collect
 
@@ -416,3 +418,17 @@ def test_the_same_files_give_the_same_answers(assigner, tmp_path):
             adaptive = AdaptiveViT(trained(), "assigner+cascade", assigner=again, budget="1.5x")
         found.append((adaptive.policy, adaptive.predict(x, channels_last=True).logits))
     assert all(policy == found[0][0] and torch.equal(logits, found[0][1]) for policy, logits in found)
+
+
+def test_images_of_any_kind():
+    """PIL images and arrays, as the model takes them."""
+    adaptive = AdaptiveViT.from_files(SHIPPED, SHIPPED_ASSIGNER, policy="assigner+cascade", dtype="float32")
+    arrays = [*np.random.default_rng(0).integers(0, 256, (8, 28, 28, 3), np.uint8)]
+    expected = adaptive.predict([torch.from_numpy(array) for array in arrays], channels_last=True)
+    for same in ([Image.fromarray(array) for array in arrays], arrays):
+        answers = adaptive.predict(same, channels_last=True)
+        assert torch.equal(answers.logits, expected.logits) and torch.equal(answers.tokens, expected.tokens)
+        features, row, tokens = adaptive.features(same, channels_last=True)
+        assert torch.equal(row, expected.choice) and features.shape == (8, 96) and (tokens > expected.tokens).all()
+        with torch.no_grad():
+            assert torch.equal(adaptive.model.head(features).argmax(-1), expected.logits.argmax(-1))

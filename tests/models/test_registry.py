@@ -9,7 +9,7 @@ import torch
 
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
-from revit_kernels.models.registry import create_model, list_models, pretrained_cfg, registry, resolve
+from revit_kernels.models.registry import create_model, get_pretrained_cfg, list_models, registry, resolve
 from revit_kernels.models.vit import VarLenViT
 
 NAMES = list_models()
@@ -47,12 +47,12 @@ def test_parameter_counts(name):
 def test_every_tag_has_timms_preprocessing():
     timm = pytest.importorskip("timm")
     for name in list_models(tags=True):
-        theirs, ours = timm.get_pretrained_cfg(name).to_dict(), pretrained_cfg(name)
+        theirs, ours = timm.get_pretrained_cfg(name).to_dict(), get_pretrained_cfg(name)
         for field, value in ours.items():
             assert value == theirs.get(field), f"{name}: {field}"
         assert ours["tag"] == theirs["tag"]
     for name in NAMES:
-        assert pretrained_cfg(name)["tag"] == timm.get_pretrained_cfg(name).tag
+        assert get_pretrained_cfg(name)["tag"] == timm.get_pretrained_cfg(name).tag
 
 
 def test_no_name_is_left_out():

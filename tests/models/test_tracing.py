@@ -1,6 +1,8 @@
 """What other tools make of a model: exported, traced, transformed, compiled, counted."""
 
+import inspect
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from revit_kernels import VarLenViT, create_model, ops
+from revit_kernels.models.resizable import _weights
+from revit_kernels.ops.pos_embed.interpolation import MODES, matrix
 from revit_kernels.packing import Packing
 
 POOLS = ["token", "avg", "max", "avgmax"]
@@ -61,6 +65,7 @@ def test_export_of_any_batch_and_size(name, strict):
 def test_onnx(dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    openvino = pytest.importorskip("openvino")
     theirs, ours = pair(dynamic_img_size=True)
     theirs, ours, x, path = theirs.cpu(), ours.cpu(), batch(theirs).cpu(), str(tmp_path / "model.onnx")
     (h, w), sizes = theirs.patch_embed.patch_size, [theirs.patch_embed.grid_size]
@@ -71,10 +76,21 @@ def test_onnx(dynamo, tmp_path):
         sizes += [(2, 7), (9, 3)]
     torch.onnx.export(ours, (x,), path, dynamo=dynamo, verbose=False, **shapes)
     session = runtime.InferenceSession(path)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for count, grid in zip((3, 1, 2), sizes):
         x = torch.randn(count, theirs.in_chans, grid[0] * h, grid[1] * w)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_near(f"{count} images of {grid}", torch.from_numpy(found), theirs(x))
+        assert_near(f"{count} images of {grid} in OpenVINO", torch.from_numpy(compiled(x.numpy())[0]), theirs(x))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_interpolation_by_elementary_steps(mode, antialias):
+    like = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    for source, target in product((1, 2, 3, 7), (1, 2, 5, 7, 29)):
+        expected = torch.from_numpy(matrix(source, target, mode, antialias)).to(DEVICE)
+        torch.testing.assert_close(_weights(source, target, mode, antialias, like), expected)
 
 
 @torch.no_grad()
@@ -268,6 +284,15 @@ def test_timms_arguments_of_create_model(monkeypatch):
     model = create_model(name, pretrained_cfg_overlay=overlay, depth=1)
     assert model.pretrained_cfg["mean"] == overlay["mean"] and model.head.out_features == 7
     assert model.patch_embed.img_size == (48, 48)
+    model = create_model(name, False, overlay, None, no_jit=True, depth=1)
+    assert model.pretrained_cfg["mean"] == overlay["mean"] and model.head.out_features == 7
+    model = create_model(model_name=name, pretrained_cfg="augreg_in21k", depth=1)
+    assert model.pretrained_cfg["tag"] == "augreg_in21k" and model.head.out_features == 21843
+    with pytest.raises(ValueError, match=r"has a tag of its own: leave out pretrained_cfg='augreg_in21k'"):
+        create_model(f"{name}.augreg_in21k_ft_in1k", pretrained_cfg="augreg_in21k")
+    timm = pytest.importorskip("timm")
+    names = list(inspect.signature(timm.create_model).parameters)[:-1]
+    assert list(inspect.signature(create_model).parameters)[: len(names)] == names
     with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
         create_model(name, scriptable=True)
     monkeypatch.setitem(sys.modules, "timm.models._features", None)

@@ -21,6 +21,7 @@ TESTS = {
     "patch_embed": "test_contract and cpu or one_sweep and not 32-torch",
     "pool": "test_contract and cpu",
     "pos_embed": "test_contract and cpu",
+    "temporal_attention": "test_contract and cpu and (menu or odd or prefix)",
 }
 # Every kernel of csrc, on the smallest arguments it takes.
 KERNELS = """
@@ -50,6 +51,8 @@ calls = {
     "pool_backward_cpu": (one, x, ends, 2, "max", 0, True),
     "pos_embed_cpu": (x.view(2, 1, 4), [3, 1], "bicubic", True, False, 0.0),
     "pos_embed_backward_cpu": (x, 1, 1, [2, 1], "bicubic", True, False, 0.0),
+    "temporal_attention_cpu": (q, q, q, ends, row[:1] + 1, 0, 1.0),
+    "temporal_attention_backward_cpu": (q, q, q, q, ends, row[:1] + 1, 0, 1.0),
 }
 names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("revit_kernels::")}
 # The vendor's product; those that take only what pack_cpu gives; and those that compute nothing in floats.

@@ -40,6 +40,9 @@ SHAPES |= {f"layer_norm.{kernel}": DIMS for kernel in ("forward", "backward", "r
 SHAPES |= {"linear.backward": {"parts": (1, 2)}, "linear.quantize": {"columns": range(128, 8193, 128)}}
 SHAPES |= {f"patch_embed.{kernel}": DIMS for kernel in ("forward", "sums")}
 SHAPES |= {"patch_embed.patchify": {"bits": (16, 32), "patch": (14, 16)}}
+SHAPES |= {
+    f"temporal_attention.{step}": {"bits": (16, 32), "head_dim": range(16, 257)} for step in ("forward", "backward")
+}
 SHAPES |= {"pool.forward": DIMS, "pool.backward": DIMS, "pos_embed.resample": DIMS}
 
 

@@ -20,6 +20,7 @@ from revit_kernels.packing import Packing
 
 LENGTHS = (9, 0, 70, 4)  # tokens of images 0 to 3
 GRIDS = ((2, 2), (1, 1), (3, 2), (2, 1))  # of the same images, for the ops that are told grids: a prefix token more
+FRAMES = (3, 2, 5, 2)  # of the same images, as clips: the rows of each frame, the first of which takes no part
 DIM, ROWS = 40, 3  # channels, and rows of the menu
 
 
@@ -112,6 +113,12 @@ def pos_embed(images, tail, dtype):
     return {"table": shared(dtype, 0, 5, 6, DIM), "grids": [GRIDS[i] for i in images]}
 
 
+def temporal_attention(images, tail, dtype):
+    frames = torch.tensor([FRAMES[i] for i in images], dtype=torch.int32, device=DEVICE)
+    inputs = {name: packed(images, tail, dtype, salt, 2, DIM) for salt, name in enumerate("qkv")}
+    return inputs | {"cu_seqlens": boundaries(images), "frames": frames, "max_frames": max(FRAMES)}
+
+
 class Subject(NamedTuple):
     """One op as these tests see it.
 
@@ -156,6 +163,9 @@ SUBJECTS = {
     "pool-avg": Subject(ops.pool, with_options(pool, kind="avg"), (1,) * 4),
     "pool-max": Subject(ops.pool, with_options(pool, kind="max"), (1,) * 4),
     "pos_embed": Subject(ops.pos_embed, pos_embed, CELLS, (), tail=False),
+    "temporal_attention": Subject(
+        ops.temporal_attention, temporal_attention, token=("q", "k", "v"), whole=("reference",)
+    ),
 }
 every_subject = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=list(SUBJECTS))
 every_way = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

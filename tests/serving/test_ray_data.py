@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import ray
 from PIL import Image
 from test_images import noise
 
@@ -19,7 +20,6 @@ from revit_kernels import cli
 from revit_kernels.data.archives import Archive
 from revit_kernels.serving.ray_data import Predictor, units
 
-ray = pytest.importorskip("ray", reason="Ray is not installed")
 SIZES = ((64, 48), (200, 30), (28, 28), (90, 120), (33, 47))
 
 

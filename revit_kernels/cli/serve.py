@@ -1,0 +1,133 @@
+"""`revit serve`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+
+EXAMPLES = """\
+examples:
+  revit serve
+  revit serve revit.safetensors --assigner assigner.safetensors --budget 2x
+  revit serve vit_small_patch14_dinov2 --checkpoint dinov2.safetensors --features --port 9000
+
+  curl -s localhost:8000/v1/classify -H "content-type: image/jpeg" --data-binary @photo.jpg
+
+  from openai import OpenAI
+  OpenAI(base_url="http://localhost:8000/v1", api_key="-").embeddings.create(model="revit", input=["data:image/..."])
+
+The page at / shows what the model makes of an image at each length. It serves until it is interrupted; requests that
+have come are answered first.
+"""
+
+
+def add(commands):
+    serve = commands.add_parser(
+        "serve",
+        help="answer over HTTP: classes, embeddings (OpenAI's interface), and a page",
+        description="Serves a model over HTTP with Ray Serve. Images of all requests share packed batches, cut by a\n"
+        "budget of tokens, first in, first out.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serve.add_argument(
+        "model", nargs="?", metavar="NAME_OR_FILE", help="as `revit infer --model` (default: the ReViT of the package)"
+    )
+    serve.add_argument("--checkpoint", metavar="FILE", help="the weights of NAME")
+    serve.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
+    serve.add_argument("--untrained", action="store_true", help="random weights: for timing only")
+    serve.add_argument("--name", help="of the model in answers (default: revit, or NAME_OR_FILE)")
+    add_device(serve)
+    add_dtype(serve)
+    serve.add_argument("--quantize", choices=("int8", "fp8"), help="as in `revit infer`")
+    serve.add_argument("--features", action="store_true", help="embeddings only: for a model without classes")
+    serve.add_argument("--labels", metavar="FILE", help="class names")
+    serve.add_argument("--top", type=count, metavar="K", default=5, help="classes of an answer (default: 5)")
+
+    tokens = serve.add_argument_group("tokens")
+    tokens.add_argument("--grids", type=grids, default="auto", metavar="auto|HxW,...", help="as in `revit infer`")
+    tokens.add_argument("--max-tokens", type=count, metavar="N", help="most tokens of an image with --grids auto")
+    tokens.add_argument("--fit", choices=("crop", "squash"), help="with a list of --grids")
+    tokens.add_argument("--policy", choices=("fixed", "random", "assigner", "cascade", "assigner+cascade"))
+    tokens.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
+    tokens.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`")
+    tokens.add_argument("--budget", help="as in `revit infer`")
+    add_batch_tokens(tokens, 8192)
+
+    service = serve.add_argument_group("service")
+    service.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+    service.add_argument("--port", type=count, default=8000, help="default: 8000")
+    service.add_argument("--replicas", type=count, default=1, metavar="N", help="processes with the model (default: 1)")
+    service.add_argument(
+        "--threads", type=count, metavar="N", help="of each, on a CPU (default: the cores, shared out among them)"
+    )
+    service.add_argument("--workers", type=count, metavar="N", help="threads of each that decode (default: --threads)")
+    service.add_argument("--key-file", metavar="FILE", help="requests must have the bearer token in this file")
+    service.add_argument(
+        "--fetch", metavar="HOST,...", default="", help="fetch images whose URL has one of these hosts (default: none)"
+    )
+    service.add_argument("--max-body", type=count, default=32, metavar="MB", help="of a request (default: 32)")
+    service.add_argument("--max-pixels", type=count, default=50_000_000, help="of an image (default: 50,000,000)")
+    service.add_argument("--max-images", type=count, default=64, help="of a request (default: 64)")
+    service.add_argument("--timeout", type=count, default=60, metavar="SECONDS", help="for an answer (default: 60)")
+    service.add_argument("--ray", metavar="ADDRESS", help="serve on this Ray cluster (default: start one here)")
+    return serve
+
+
+def application(args) -> dict:
+    """The arguments of serving.ray_serve.app."""
+    cores = len(os.sched_getaffinity(0))
+    threads = args.threads or max(1, cores // args.replicas)
+    names = ("model", "checkpoint", "pretrained", "untrained", "device", "dtype", "quantize", "features", "labels")
+    names += ("top", "grids", "max_tokens", "fit", "policy", "assigner", "outcomes", "budget", "name", "batch_tokens")
+    found = {name: getattr(args, name) for name in (*names, "replicas", "key_file")}
+    found |= {"cpus": threads, "gpus": _gpus(args.device), "workers": args.workers or threads}
+    found |= {"body": args.max_body << 20, "pixels": args.max_pixels, "images": args.max_images}
+    return found | {"answering": float(args.timeout), "fetch": [host for host in args.fetch.split(",") if host]}
+
+
+def _gpus(device: str | None) -> int:
+    import torch
+
+    return int(torch.cuda.is_available() and (device or "cuda").startswith("cuda"))
+
+
+def run(args) -> int:
+    """`revit serve`; returns the exit status once it is interrupted."""
+    try:
+        import ray
+        from ray import serve
+
+        from revit_kernels.serving.prepare import Settings, prepare
+        from revit_kernels.serving.ray_serve import app
+    except ImportError as error:
+        raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
+    arguments = application(args)
+    names = Settings.__dataclass_fields__
+    prepare(
+        Settings(**{name: value for name, value in arguments.items() if name in names})
+    )  # what is wrong is said here
+    made = app(arguments)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    if not ray.is_initialized():
+        ray.init(address=args.ray, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    serve.start(http_options={"host": args.host, "port": args.port}, logging_config={"enable_access_log": False})
+    try:
+        serve.run(made, name="revit", route_prefix="/")
+        print(f"revit: serving at http://{args.host}:{args.port}, until interrupted", file=sys.stderr, flush=True)
+        while not ended.wait(1):
+            pass
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    print("revit: served", file=sys.stderr)
+    return 0

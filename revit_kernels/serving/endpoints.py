@@ -1,0 +1,411 @@
+"""HTTP of `revit serve`: OpenAI's embeddings, classes, and a page; what is wrong is told in one sentence, as 4xx."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hmac
+import json
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from revit_kernels.data.images import ImageError, upright_size
+from revit_kernels.serving.batcher import Reply, Stats
+from revit_kernels.serving.records import short
+
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may be.
+
+    body:    bytes of a request
+    pixels:  of an image
+    images:  of a request
+    reading: seconds for a request to arrive
+    answering: seconds for its answer
+    fetch:   hosts that images may be fetched from; none: no URL is fetched
+    """
+
+    body: int = 32 << 20
+    pixels: int = 50_000_000
+    images: int = 64
+    reading: float = 30.0
+    answering: float = 60.0
+    fetch: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the model is, as the endpoints say it. top: classes of an answer; crop: whether the centre is cut out"""
+
+    name: str
+    features: int
+    classes: int
+    labels: list[str] | None
+    full: int
+    crop: bool
+    patch_size: tuple[int, int]
+    top: int = 5
+    prefix: int = 1
+
+
+class Refused(Exception):
+    """A request that is not answered: an HTTP status, and one sentence."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, retry: bool = False):
+        super().__init__(message)
+        self.status, self.param, self.retry = status, param, retry
+
+
+class Unavailable(RuntimeError):
+    """The model cannot answer now; the message says why."""
+
+
+class Endpoints:
+    """Answers requests with a backend.
+
+    backend: `await backend.answer([bytes, ...], kind)` gives a list of batcher.Reply, `await backend.stats()` a
+             batcher.Stats, `await backend.served()` a Served; they raise Unavailable
+    key:     the bearer token that /v1 asks for, or None
+    """
+
+    def __init__(self, backend, limits: Limits = Limits(), key: str | None = None):
+        self.backend, self.limits, self.key = backend, limits, key
+        self.page = (files("revit_kernels.serving") / "page.html").read_text()
+        self.statuses: Counter[tuple[str, int]] = Counter()
+        self.buckets, self.seconds = Counter(), 0.0
+        self.known: Served | None = None
+        self.begun = time.monotonic()
+        self.routes = {
+            ("GET", "/"): self._page,
+            ("GET", "/healthz"): self._health,
+            ("GET", "/metrics"): self._metrics,
+            ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/embeddings"): self._embeddings,
+            ("POST", "/v1/classify"): self._classify,
+        }
+
+    async def __call__(self, scope, receive, send) -> None:
+        """As an ASGI application."""
+        if scope["type"] == "http":
+            await (await self.respond(Request(scope, receive)))(scope, receive, send)
+
+    async def respond(self, request: Request) -> Response:
+        begun, path = time.perf_counter(), request.url.path.rstrip("/") or "/"
+        known = any(path == route for _, route in self.routes)
+        try:
+            response = await self._routed(request, path, known)
+        except Refused as refused:
+            kind = "invalid_request_error" if refused.status < 500 else "server_error"
+            body = {"message": str(refused), "type": kind, "param": refused.param, "code": None}
+            headers = {"retry-after": "1"} if refused.retry else {}
+            if refused.status in (408, 413):  # what is left of the body is not read
+                headers["connection"] = "close"
+            response = JSONResponse({"error": body}, refused.status, headers)
+        seconds = time.perf_counter() - begun
+        self.statuses[path if known else "other", response.status_code] += 1
+        if path.startswith("/v1/") and request.method == "POST":
+            self.seconds += seconds
+            self.buckets[next((b for b in BUCKETS if seconds <= b), float("inf"))] += 1
+        return response
+
+    async def _routed(self, request: Request, path: str, known: bool) -> Response:
+        handler = self.routes.get((request.method, path))
+        if handler is None and request.method == "HEAD":
+            handler = self.routes.get(("GET", path))
+        if handler is None:
+            raise Refused(405 if known else 404, f"there is no {request.method} {path[:100]}")
+        if path.startswith("/v1/") and self.key is not None:
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+                raise Refused(401, "the bearer token is missing or wrong")
+        try:
+            return await asyncio.wait_for(handler(request), self.limits.reading + self.limits.answering)
+        except asyncio.TimeoutError:
+            raise Refused(504, f"there was no answer within {self.limits.answering:g} seconds") from None
+        except Unavailable as error:
+            raise Refused(503, str(error), retry=True) from None
+        except ClientDisconnect:
+            raise Refused(400, "the client has gone") from None
+
+    # ------------------------------------------------------------------ what is asked
+
+    async def served(self) -> Served:
+        if self.known is None:
+            self.known = await self.backend.served()
+        return self.known
+
+    async def _body(self, request: Request) -> bytes:
+        limit = self.limits.body
+        too_large = Refused(413, f"the request is larger than the limit of {limit:,} bytes")
+        length = request.headers.get("content-length", "0")
+        if not length.isdigit():
+            raise Refused(400, "content-length must be a whole number")
+        if int(length) > limit:
+            raise too_large
+
+        async def read() -> bytes:
+            parts, size = [], 0
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+            return b"".join(parts)
+
+        try:
+            return await asyncio.wait_for(read(), self.limits.reading)
+        except asyncio.TimeoutError:
+            message = f"the request did not arrive within {self.limits.reading:g} seconds"
+            raise Refused(408, message) from None
+
+    async def _asked(self, request: Request) -> tuple[dict, list[bytes]]:
+        """The JSON object, and the images of its `input`."""
+        body = await self._body(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind.startswith("image/") or kind == "application/octet-stream":
+            asked, images = dict(request.query_params), [body]
+        else:
+            try:
+                asked = json.loads(body)
+            except (ValueError, RecursionError):
+                raise Refused(400, "the body must be JSON, or an image with its content-type") from None
+            if not isinstance(asked, dict):
+                raise Refused(400, f"the body must be a JSON object, not {_kind(asked)}")
+            images = await self._images(asked)
+        served = await self.served()
+        if asked.get("model") not in (None, served.name):
+            name = str(asked["model"])[:100]
+            raise Refused(404, f"there is no model {name!r}: this service has {served.name!r}", "model")
+        for i, data in enumerate(images):
+            try:
+                height, width = await asyncio.to_thread(upright_size, data)
+            except ImageError as error:
+                raise Refused(400, f"input[{i}]: {error}", f"input[{i}]") from None
+            if height * width > self.limits.pixels:
+                message = f"the image has {width} x {height} pixels, more than the limit of {self.limits.pixels:,}"
+                raise Refused(400, f"input[{i}]: {message}", f"input[{i}]")
+        return asked, images
+
+    async def _images(self, asked: dict) -> list[bytes]:
+        texts = asked.get("input")
+        if isinstance(texts, str):
+            texts = [texts]
+        if not isinstance(texts, list) or not texts:
+            raise Refused(400, f"input must be a data URL of an image or a list of them, not {_kind(texts)}", "input")
+        if len(texts) > self.limits.images:
+            raise Refused(400, f"input has {len(texts):,} images, more than the limit of {self.limits.images}", "input")
+        found = []
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise Refused(400, f"input[{i}] must be a data URL of an image, not {_kind(text)}", f"input[{i}]")
+            if text[:5].lower() == "data:":
+                found.append(_decoded(text, i))
+            elif text[:8].lower().startswith(("http://", "https://")):
+                found.append(await self._fetched(text, i))
+            else:
+                message = f"input[{i}] must be a data URL of an image (data:image/png;base64,...), not other text"
+                raise Refused(400, message, f"input[{i}]")
+        return found
+
+    async def _fetched(self, url: str, i: int) -> bytes:
+        host = urllib.parse.urlsplit(url).hostname
+        if not self.limits.fetch:
+            raise Refused(400, f"input[{i}] is a URL, and this service fetches none: send a data URL", f"input[{i}]")
+        if host not in self.limits.fetch:
+            raise Refused(400, f"input[{i}] is a URL of a host that this service does not fetch from", f"input[{i}]")
+        try:
+            return await asyncio.to_thread(_fetch, url, self.limits)
+        except (OSError, ValueError) as error:
+            raise Refused(400, f"input[{i}] cannot be fetched: {' '.join(str(error).split())[:200]}") from None
+
+    async def _answers(self, images: list[bytes], kind: str) -> list[Reply]:
+        try:
+            replies = await asyncio.wait_for(self.backend.answer(images, kind), self.limits.answering)
+        except asyncio.TimeoutError:
+            raise Refused(504, f"there was no answer within {self.limits.answering:g} seconds") from None
+        for i, reply in enumerate(replies):
+            if reply.error is not None:
+                raise Refused(400, f"input[{i}]: {reply.error}", f"input[{i}]")
+        return replies
+
+    # ------------------------------------------------------------------ what is answered
+
+    async def _embeddings(self, request: Request) -> Response:
+        asked, images = await self._asked(request)
+        served = await self.served()
+        format, dimensions = asked.get("encoding_format") or "float", asked.get("dimensions")
+        if format not in ("float", "base64"):
+            raise Refused(400, f"encoding_format must be float or base64, got {str(format)[:50]!r}", "encoding_format")
+        if isinstance(dimensions, str) and dimensions.isdigit():  # of a query
+            dimensions = int(dimensions)
+        if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= served.features):
+            raise Refused(400, f"dimensions must be 1 to {served.features}, got {str(dimensions)[:50]}", "dimensions")
+        replies = await self._answers(images, "features")
+        data = []
+        for i, reply in enumerate(replies):
+            values = reply.values[:dimensions].astype("<f4")
+            text = base64.b64encode(values.tobytes()).decode() if format == "base64" else values.tolist()
+            data.append({"object": "embedding", "index": i, "embedding": text})
+        return self._response(data, replies, served)
+
+    async def _classify(self, request: Request) -> Response:
+        asked, images = await self._asked(request)
+        served = await self.served()
+        if not served.classes:
+            raise Refused(404, f"{served.name} has no classes: ask /v1/embeddings")
+        lengths = asked.get("lengths") in (True, "true", "1", "all")
+        replies = await self._answers(images, "classes")
+        data = [_classes(i, reply, served) for i, reply in enumerate(replies)]
+        if lengths:
+            each = await self._answers(images, "lengths")
+            for answer, reply in zip(data, each):
+                answer["lengths"] = [_classes(i, other, served) for i, other in enumerate(reply.others)]
+            replies = replies + each
+        return self._response(data, replies, served)
+
+    @staticmethod
+    def _response(data: list[dict], replies: list[Reply], served: Served) -> Response:
+        tokens = sum(reply.tokens for reply in replies)
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
+
+    async def _models(self, request: Request) -> Response:
+        served = await self.served()
+        model = {"id": served.name, "object": "model", "created": 0, "owned_by": "revit_kernels"}
+        model |= {"features": served.features, "classes": served.classes, "full_tokens": served.full}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def _page(self, request: Request) -> Response:
+        policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+        headers = {"content-security-policy": policy + "connect-src 'self'", "x-content-type-options": "nosniff"}
+        return HTMLResponse(self.page, headers=headers)
+
+    async def _health(self, request: Request) -> Response:
+        await asyncio.wait_for(self.backend.stats(), 5)
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return PlainTextResponse(self.metrics(await self.backend.stats()), media_type="text/plain; version=0.0.4")
+
+    def metrics(self, stats: Stats) -> str:
+        """In Prometheus's text format."""
+        lines = []
+
+        def metric(name: str, kind: str, help: str, *values: tuple[str, float]) -> None:
+            lines.extend((f"# HELP revit_{name} {help}", f"# TYPE revit_{name} {kind}"))
+            lines.extend(f"revit_{name}{labels} {value:g}" for labels, value in values)
+
+        requests = [(f'{{path="{path}",status="{code}"}}', n) for (path, code), n in sorted(self.statuses.items())]
+        metric("requests_total", "counter", "Requests by path and status.", *requests)
+        count, latency = 0, []
+        for bucket in BUCKETS:
+            count += self.buckets[bucket]
+            latency.append((f'_bucket{{le="{bucket:g}"}}', count))
+        count += self.buckets[float("inf")]
+        latency += [('_bucket{le="+Inf"}', count), ("_sum", self.seconds), ("_count", count)]
+        metric("request_seconds", "histogram", "Seconds from a request to its answer.", *latency)
+        metric("images_total", "counter", "Images answered.", ("", stats.images))
+        metric("image_errors_total", "counter", "Images that could not be answered.", ("", stats.errors))
+        metric("tokens_total", "counter", "Tokens computed.", ("", stats.tokens))
+        saved = max(0, stats.full - stats.tokens)
+        metric("tokens_saved_total", "counter", "Tokens less than at full length.", ("", saved))
+        metric("busy_seconds_total", "counter", "Seconds that the model computed.", ("", stats.busy))
+        rate = stats.tokens / stats.busy if stats.busy else 0.0
+        metric("tokens_per_second", "gauge", "Tokens a second while the model computed.", ("", rate))
+        fill = stats.tokens / stats.capacity if stats.capacity else 0.0
+        metric("batch_fill", "gauge", "Tokens of all batches over what they had room for.", ("", fill))
+        metric("batches_total", "counter", "Batches computed.", ("", stats.batches))
+        metric("waiting_images", "gauge", "Images that wait.", ("", stats.waiting))
+        return "\n".join(lines) + "\n"
+
+
+def _classes(i: int, reply: Reply, served: Served) -> dict:
+    order = np.argsort(-reply.values, kind="stable")[: served.top]
+    labels = served.labels
+    classes = [
+        {"class": int(c)} | ({"label": labels[c]} if labels else {}) | {"probability": short(reply.values[c])}
+        for c in order
+    ]
+    answer = {"object": "classification", "index": i, "classes": classes, "grid": list(reply.grid)}
+    answer |= {"tokens": reply.tokens, "full_tokens": served.full, "crop": served.crop}
+    return answer | {"patch_size": list(served.patch_size), "width": reply.size[1], "height": reply.size[0]}
+
+
+def _decoded(text: str, i: int) -> bytes:
+    head, comma, data = text.partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise Refused(400, f"input[{i}] is a data URL without base64", f"input[{i}]")
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise Refused(400, f"input[{i}] has damaged base64", f"input[{i}]") from None
+
+
+def _kind(value) -> str:
+    names = {type(None): "nothing", bool: "true or false", int: "a number", float: "a number", dict: "an object"}
+    return names.get(type(value), "text" if isinstance(value, str) else "an empty list" if value == [] else "a list")
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        raise ValueError("it leads to another address")
+
+
+def _fetch(url: str, limits: Limits) -> bytes:
+    opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler({}))
+    with opener.open(url, timeout=min(10.0, limits.reading)) as response:
+        data = response.read(limits.body + 1)
+    if len(data) > limits.body:
+        raise ValueError(f"it is larger than the limit of {limits.body:,} bytes")
+    return data
+
+
+class Local:
+    """A backend in this process: a Batcher."""
+
+    def __init__(self, batcher, name: str, top: int = 5):
+        self.batcher, self.name, self.top = batcher, name, top
+
+    async def answer(self, images: list[bytes], kind: str) -> list[Reply]:
+        futures = []
+        try:
+            for data in images:
+                futures.append(self.batcher.submit(data, kind))
+            return list(await asyncio.gather(*map(asyncio.wrap_future, futures)))
+        except RuntimeError as error:
+            raise Unavailable(str(error)) from None
+        finally:
+            for future in futures:  # of a request that has ended otherwise
+                future.cancel()
+
+    async def stats(self) -> Stats:
+        if not self.batcher.thread.is_alive():
+            raise Unavailable("the model's thread has ended")
+        return self.batcher.totals()
+
+    async def served(self) -> Served:
+        prepared = self.batcher.prepared
+        model, columns = prepared.model, prepared.columns
+        return Served(
+            self.name,
+            model.num_features,
+            columns.classes,
+            columns.labels,
+            self.batcher.full,
+            bool(prepared.rule.grids) and prepared.rule.crop,
+            tuple(model.patch_embed.patch_size),
+            self.top,
+            model.num_prefix_tokens,
+        )
