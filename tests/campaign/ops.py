@@ -154,6 +154,19 @@ def attention_backward_cpu(m):
     return [m.normal(*q.shape), q, k, v, lse, *rest]
 
 
+@kernel
+def temporal_attention_cpu(m):
+    q, k, v = m.normal(m.tokens, 3, m.random.randrange(1, 4), m.random.choice((1, 3, 8, 16, 20))).unbind(1)
+    frames = torch.tensor([m.random.choice((1, 2, 3, length or 1)) for length in m.lengths], dtype=torch.int32)
+    return [q, k, v, m.cu_seqlens(), frames, m.random.randrange(3), 0.3]
+
+
+@kernel
+def temporal_attention_backward_cpu(m):
+    q, *rest = temporal_attention_cpu(m)
+    return [m.normal(*q.shape), q, *rest]
+
+
 def _block_weights(m):
     dim, heads = m.width(), m.random.choice((1, 2))
     width, hidden = heads * m.random.choice((4, 8)), m.width()
@@ -307,6 +320,14 @@ def attention(m):
     rotary = None if cos is None else Rotary(cos, sin, row, half)
     longest = max(m.lengths, default=0)
     return ops.attention, dict(q=q, k=k, v=v, cu_seqlens=cu_seqlens, max_seqlen=longest, scale=scale, rotary=rotary)
+
+
+@public
+def temporal_attention(m):
+    q, k, v, cu_seqlens, frames, prefix, scale = temporal_attention_cpu(m)
+    most = int(frames.max()) if len(frames) else 0
+    args = dict(q=q, k=k, v=v, cu_seqlens=cu_seqlens, frames=frames, max_frames=most, prefix=prefix, scale=scale)
+    return ops.temporal_attention, args
 
 
 @public
