@@ -295,7 +295,7 @@ class ClipModel(nn.Module):
 
     def _head(self, x: Tensor, packing: ClipPacking, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(apply_norm(self.fc_norm, x, packing))
-        return x if pre_logits else linear(self.head, x) if isinstance(self.head, nn.Linear) else self.head(x)
+        return x if pre_logits else linear(self.head, x)
 
     def _features(self, x: Tensor, packing: ClipPacking) -> PackedTokens:
         """The normalised tokens, of those after the last block."""
