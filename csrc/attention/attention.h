@@ -17,9 +17,10 @@ struct Rotation {
   bool half = false;  // channel c belongs to c + pairs, not to its neighbour
 };
 
-// cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,) int32, each below the positions
+// What these say of queries and keys (tokens, heads, head_dim), checked; nothing without cos.
 Rotation rotation_of(const std::optional<torch::stable::Tensor>& cos, const std::optional<torch::stable::Tensor>& sin,
-                     const std::optional<torch::stable::Tensor>& row, bool half);
+                     const std::optional<torch::stable::Tensor>& row, bool half, int64_t tokens, int64_t heads,
+                     int64_t head_dim);
 
 // One head of some queries of one image, with all its keys.
 struct Piece {

@@ -20,13 +20,11 @@
 #include "linear/linear.h"
 
 #define KERNELS "block/rows.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 // clang-format off: it calls the kernels
 #include "block/call.h"
 // clang-format on
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace revit {
 namespace {
@@ -55,7 +53,7 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
       step_kernel()({problem, call.boundaries[i], 1, rows + i * dim * layout.unit}, Step::kNorm1, {0, 1}, {0, 0},
                     nullptr, reinterpret_cast<float*>(line));
   const int64_t classes = logits.size(1);
-  const Linear product = packed_of(head[2], kind, dim, classes);
+  const Linear product = packed_weight(head[2], kind, dim, classes);
   char* out = static_cast<char*>(logits.data_ptr());
   const int64_t panels = (classes + layout.panel - 1) / layout.panel;
   torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
@@ -66,47 +64,46 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
     if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
 }
 
-void check(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row) {
-  const int64_t tokens = x.size(0), images = cu_seqlens.size(0) - 1;
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images >= 0,
-                  "cu_seqlens must be contiguous (images + 1,) of int32");
-  const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
-    STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
-                    "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
-  STD_TORCH_CHECK(!row || (row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous()),
-                  "row must be contiguous (", tokens, ",) of int32");
+// What a call is given, but its weights. Returns where its images are.
+Boundaries check_call(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, const Form& form) {
+  check_rows("x", x, {kAny, kAny});
+  check("x", x, {kAny, kAny}, x.scalar_type());
+  check("row", row, {x.size(0)}, ScalarType::Int);
+  for (const int64_t size : {form.dim, form.width})
+    REVIT_CHECK(size > 0 && size % 4 == 0 && size <= kMostWidth, "widths must be multiples of 4, at least 4, got ",
+                size);
+  REVIT_CHECK(form.hidden > 0 && form.hidden <= kMostWidth, "the hidden layer must have at least 1 number, got ",
+              form.hidden);
+  REVIT_CHECK(form.heads > 0 && form.width % form.heads == 0, "proj must take heads * head_dim inputs, got ",
+              form.width, " for ", form.heads, " heads");
+  REVIT_CHECK(form.eps.size() == 6, "eps must be of 6 norms, got ", form.eps.size());
+  REVIT_CHECK(form.activation >= 0 && form.activation <= static_cast<int64_t>(Activation::kSilu) &&
+                  form.activation != static_cast<int64_t>(Activation::kNone),
+              "there is no activation ", form.activation);
+  REVIT_CHECK(form.kind == static_cast<int64_t>(Kind::kInt8) || form.kind == (is_bf16(x) ? 1 : 0),
+              "weights must be of the dtype of x, or int8");
+  return Boundaries("cu_seqlens", cu_seqlens, x.size(0));
 }
 
 // Of each block its own angles, or the same for all; none where there is no cos.
 std::vector<Rotation> rotations_of(const std::vector<Tensor>& cos, const std::vector<Tensor>& sin,
                                    const std::optional<Tensor>& row, bool half, const Form& form, int64_t tokens) {
-  STD_TORCH_CHECK(cos.size() == sin.size() && cos.empty() == !row, "cos, sin and their row must be given together");
+  REVIT_CHECK(cos.size() == sin.size() && cos.empty() == !row, "cos, sin and their row must be given together");
   std::vector<Rotation> rotations;
-  for (size_t i = 0; i < cos.size(); ++i) {
-    for (const Tensor* table : {&cos[i], &sin[i]})
-      STD_TORCH_CHECK(table->scalar_type() == ScalarType::Float && table->is_contiguous() &&
-                          table->numel() == cos[i].numel() && table->dim() == cos[i].dim() &&
-                          (table->dim() == 2 || (table->dim() == 3 && table->size(1) == form.heads)) &&
-                          2 * table->size(-1) <= form.width / form.heads,
-                      "cos and sin must be contiguous (positions, pairs) or (positions, heads, pairs) of float32");
-    STD_TORCH_CHECK(row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous(),
-                    "the row of cos must be contiguous (", tokens, ",) of int32");
-    rotations.push_back(rotation_of(cos[i], sin[i], row, half));
-  }
+  for (size_t i = 0; i < cos.size(); ++i)
+    rotations.push_back(rotation_of(cos[i], sin[i], row, half, tokens, form.heads, form.width / form.heads));
   return rotations;
 }
 
 // Blocks of one form, from x to y.
 Call call_of(std::vector<Problem> problems, const std::vector<Rotation>& rotations, const Tensor& x, Tensor& y,
-             const Tensor& cu_seqlens, const std::optional<Tensor>& row, double scale) {
+             const Boundaries& boundaries, const std::optional<Tensor>& row, double scale) {
   const auto blocks = static_cast<int64_t>(problems.size());
-  STD_TORCH_CHECK(rotations.size() <= 1 || rotations.size() == problems.size(), "there must be angles for each of ",
-                  blocks, " blocks, one for all, or none, got ", rotations.size());
+  REVIT_CHECK(rotations.size() <= 1 || rotations.size() == problems.size(), "there must be angles for each of ", blocks,
+              " blocks, one for all, or none, got ", rotations.size());
   static const auto shape_of = EVERY_ISA_PICK(shape_of);
   const Shape shape = shape_of(problems[0]);
-  Call call{std::move(problems),    shape,     static_cast<const int32_t*>(cu_seqlens.data_ptr()),
-            cu_seqlens.size(0) - 1, x.size(0), static_cast<float>(scale)};
+  Call call{std::move(problems), shape, boundaries.at, boundaries.images, boundaries.tokens, static_cast<float>(scale)};
   for (int64_t i = 0; i < blocks; ++i) {
     Problem& p = call.problems[i];
     p.x = i ? y.data_ptr() : x.data_ptr(), p.y = y.data_ptr();
@@ -136,20 +133,20 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
                   int64_t heads, int64_t width, int64_t hidden, double scale, int64_t activation, int64_t kind,
                   std::vector<Tensor> cos, std::vector<Tensor> sin, const std::optional<Tensor>& rotary_row, bool half,
                   std::vector<Tensor> head, double head_eps, int64_t classes) {
-  const int64_t tokens = x.size(0), images = cu_seqlens.size(0) - 1;
-  check(x, cu_seqlens, row);
-  const auto each = static_cast<int64_t>(fields.size()),
-             blocks = static_cast<int64_t>(weights.size()) / std::max<int64_t>(each, 1);
-  STD_TORCH_CHECK(blocks && static_cast<int64_t>(weights.size()) == blocks * each, "each block has ", each,
-                  " tensors, got ", weights.size());
-  STD_TORCH_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ",
-                  head.size());
+  check_sizes("x", x, {kAny, kAny});
   const Form form{x.size(1), width, hidden, heads, std::move(eps), rms, activation, kind, is_bf16(x)};
+  const Boundaries boundaries = check_call(x, cu_seqlens, row, form);
+  const int64_t tokens = boundaries.tokens, images = boundaries.images;
+  const auto each = static_cast<int64_t>(fields.size()), given = static_cast<int64_t>(weights.size());
+  REVIT_CHECK(each && given && given % each == 0, "each block has ", each, " tensors, got ", given);
+  REVIT_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ", head.size());
+  if (!head.empty())
+    norm_of(head[0], head[1], form.dim, head_eps), packed_weight(head[2], form.is_bf16 ? 1 : 0, form.dim, classes);
   std::vector<Problem> problems;
-  for (int64_t i = 0; i < blocks; ++i) problems.push_back(problem_of_packed(form, {weights.data() + i * each, fields}));
+  for (int64_t i = 0; i < given; i += each) problems.push_back(problem_of_packed(form, {weights.data() + i, fields}));
   Tensor y = torch::stable::new_empty(x, {tokens, x.size(1)});
   const std::vector<Rotation> rotations = rotations_of(cos, sin, rotary_row, half, form, tokens);
-  Call call = call_of(std::move(problems), rotations, x, y, cu_seqlens, row, scale);
+  Call call = call_of(std::move(problems), rotations, x, y, boundaries, row, scale);
   call.run();
   if (!head.empty()) {
     Tensor logits = torch::stable::new_empty(x, {images, classes});
@@ -166,11 +163,12 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
                  int64_t heads, int64_t width, int64_t hidden, double scale, int64_t activation, int64_t kind,
                  const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
                  const std::optional<Tensor>& rotary_row, bool half) {
-  const int64_t tokens = x.size(0), dim = x.size(1);
-  check(x, cu_seqlens, row);
-  STD_TORCH_CHECK(weights.size() == fields.size(), "there must be a tensor for each field");
+  check_sizes("x", x, {kAny, kAny});
+  const Form form{x.size(1), width, hidden, heads, std::move(eps), rms, activation, kind, is_bf16(x)};
+  const Boundaries boundaries = check_call(x, cu_seqlens, row, form);
+  REVIT_CHECK(weights.size() == fields.size(), "there must be a tensor for each field, got ", weights.size(), " for ",
+              fields.size());
   const Weights own(weights.data(), fields);
-  const Form form{dim, width, hidden, heads, std::move(eps), rms, activation, kind, is_bf16(x)};
   static thread_local Arena kept;
   Arena once;
   const Problem problem = problem_of_parameters(form, own, [&](int64_t bytes) -> Arena& {
@@ -180,9 +178,9 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
   });
   std::vector<Tensor> cosines, sines;
   if (cos && sin) cosines.push_back(*cos), sines.push_back(*sin);
-  const std::vector<Rotation> rotations = rotations_of(cosines, sines, rotary_row, half, form, tokens);
-  Tensor y = torch::stable::new_empty(x, {tokens, dim});
-  Call call = call_of({problem}, rotations, x, y, cu_seqlens, row, scale);
+  const std::vector<Rotation> rotations = rotations_of(cosines, sines, rotary_row, half, form, boundaries.tokens);
+  Tensor y = torch::stable::new_empty(x, {boundaries.tokens, form.dim});
+  Call call = call_of({problem}, rotations, x, y, boundaries, row, scale);
   call.run();
   zero_tail(call, y);
   return y;

@@ -8,13 +8,12 @@
 #include <vector>
 
 #include "block/problem.h"
+#include "cpu/checks.h"
 #include "cpu/scratch.h"
 #include "linear/linear.h"
 
 namespace revit {
 namespace {
-
-using torch::stable::Tensor;
 
 // The fields of BlockWeights (revit_kernels/ops/block), in their order.
 enum class Field : int64_t {
@@ -51,10 +50,10 @@ class Weights {
  public:
   Weights(const Tensor* tensors, const std::vector<int64_t>& fields) {
     for (size_t i = 0; i < fields.size(); ++i) {
-      STD_TORCH_CHECK(fields[i] >= 0 && fields[i] < kFields, "there is no field ", fields[i], " of a block's weights");
+      REVIT_CHECK(fields[i] >= 0 && fields[i] < kFields, "there is no field ", fields[i], " of a block's weights");
       of_[fields[i]] = tensors + i;
     }
-    for (int64_t i = 0; i < kRequired; ++i) STD_TORCH_CHECK(of_[i], "a block needs field ", i, " of its weights");
+    for (int64_t i = 0; i < kRequired; ++i) REVIT_CHECK(of_[i], "a block needs field ", i, " of its weights");
   }
   const Tensor* operator[](Field field) const { return of_[static_cast<int64_t>(field)]; }
   std::optional<Tensor> optional(Field field) const {
@@ -77,7 +76,6 @@ struct Form {
 // product(weight, bias, gamma, in, out) gives a Linear, norm(weight, bias, dim, eps) a Norm, of fields of Weights.
 template <class P, class N>
 Problem problem_of(const Form& form, P product, N norm) {
-  STD_TORCH_CHECK(form.eps.size() == 6, "eps must be of 6 norms, got ", form.eps.size());
   const int64_t dim = form.dim, width = form.width, head_dim = width / form.heads;
   const int64_t hidden = (form.hidden + 3) / 4 * 4;  // zeros in what is more: a product takes 4 inputs at a time
   Problem p{};
@@ -100,32 +98,22 @@ Problem problem_of(const Form& form, P product, N norm) {
 }
 
 inline Norm norm_of(const Tensor& weight, const Tensor& bias, int64_t dim, double eps) {
-  const int64_t lengths = weight.numel() / dim;
-  STD_TORCH_CHECK(lengths && weight.numel() == lengths * dim && bias.numel() == weight.numel() &&
-                      weight.scalar_type() == torch::headeronly::ScalarType::Float &&
-                      bias.scalar_type() == torch::headeronly::ScalarType::Float && weight.is_contiguous() &&
-                      bias.is_contiguous(),
-                  "a norm's weight and bias must be contiguous (lengths, ", dim, ") of float32");
+  check("a norm's weight", weight, {kAny, dim}, ScalarType::Float);
+  const int64_t lengths = weight.size(0);
+  REVIT_CHECK(lengths > 0, "a norm's weight must be (lengths, ", dim, "), at least one");
+  check("a norm's bias", bias, {lengths, dim}, ScalarType::Float);
   return {static_cast<const float*>(weight.data_ptr()), static_cast<const float*>(bias.data_ptr()), lengths,
           static_cast<float>(eps)};
-}
-
-inline Linear packed_of(const Tensor& packed, int64_t kind, int64_t in, int64_t out) {
-  const Linear weight = linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
-  STD_TORCH_CHECK(packed.scalar_type() == torch::headeronly::ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
-                  "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
-  return weight;
 }
 
 // Of norms in float32, and products that pack_cpu packed.
 inline Problem problem_of_packed(const Form& form, const Weights& weights) {
   auto product = [&](Field weight, Field, Field, int64_t in, int64_t out) {
-    return weights[weight] ? packed_of(*weights[weight], form.kind, in, out) : Linear{};
+    return weights[weight] ? packed_weight(*weights[weight], form.kind, in, out) : Linear{};
   };
   auto norm = [&](Field weight, Field bias, int64_t dim, double eps) {
     if (!weights[weight]) return Norm{};
-    STD_TORCH_CHECK(weights[bias], "a norm's weight and bias must be packed together");
+    REVIT_CHECK(weights[bias], "a norm's weight and bias must be packed together");
     return norm_of(*weights[weight], *weights[bias], dim, eps);
   };
   return problem_of(form, product, norm);
@@ -146,8 +134,8 @@ Problem problem_of_parameters(const Form& form, const Weights& weights, F reserv
       [&](Field weight, Field bias, int64_t dim, double) {
         if (!weights[weight]) return Norm{};
         const int64_t count = weights[weight]->numel();
-        STD_TORCH_CHECK(count && count % dim == 0 && (!weights[bias] || weights[bias]->numel() == count),
-                        "a norm's weight and bias must be (lengths, ", dim, ")");
+        REVIT_CHECK(count && count % dim == 0 && (!weights[bias] || weights[bias]->numel() == count),
+                    "a norm's weight and bias must be (lengths, ", dim, ")");
         bytes += 2 * Arena::bytes<float>(count);
         return Norm{};
       });

@@ -17,7 +17,7 @@ LINEAR, DROPOUT, DROP_PATH = ("Linear",), ("Identity", "Dropout"), ("Identity", 
 ACTIVATIONS = ("GELU", "GELUTanh", "QuickGELU", "SiLU")
 PARTS = {
     **dict.fromkeys(("norm1", "norm2"), NORM_CLASSES),
-    **dict.fromkeys(("ls1", "ls2"), ("Identity", "LayerScale")),
+    **dict.fromkeys(("ls1", "ls2"), ("Identity", "LayerScale", "FixedScale")),
     **dict.fromkeys(("drop_path1", "drop_path2"), DROP_PATH),
 }
 ATTENTION = {
@@ -192,7 +192,7 @@ def weights(module: nn.Module, affine=_of) -> BlockWeights:
     fields |= _pair("fc1", fc1) | _pair("fc1_x", fc1_x)
     for i in "12":
         scale = parts.get(f"ls{i}")
-        fields[f"gamma{i}"] = own.get(f"gamma_{i}") if scale is None else scale._parameters.get("gamma")
+        fields[f"gamma{i}"] = own.get(f"gamma_{i}") if scale is None else getattr(scale, "gamma", None)
     return BlockWeights(**fields)
 
 

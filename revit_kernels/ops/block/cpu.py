@@ -46,7 +46,7 @@ def affine(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     return [t.detach().float().contiguous().view(-1, t.shape[-1]) for t in pair]
 
 
-def _padded(w: BlockWeights) -> BlockWeights:
+def padded(w: BlockWeights) -> BlockWeights:
     """With zeros beyond a hidden layer that is no multiple of 4: the kernel multiplies 4 numbers at a time."""
     if not (beyond := -w.fc1.shape[0] % 4):
         return w
@@ -59,7 +59,7 @@ def _padded(w: BlockWeights) -> BlockWeights:
 
 def pack(w: BlockWeights, kind: str | None) -> BlockWeights:
     """The weights as `run` takes them: norms as their `affine`, products packed, with what belongs to them."""
-    w, kind, packed = _padded(w), kind or w.qkv.dtype, dict.fromkeys(BlockWeights._fields)
+    w, kind, packed = padded(w), kind or w.qkv.dtype, dict.fromkeys(BlockWeights._fields)
     for norm in NORMS:
         if (weight := getattr(w, norm)) is not None:
             packed[norm], packed[f"{norm}_bias"] = affine(weight, getattr(w, f"{norm}_bias"))
@@ -114,7 +114,7 @@ def forward(x, cu_seqlens, row, *rest):
     x, cu_seqlens, row, cos, sin, rotary_row = (
         t if t is None else t.detach().contiguous() for t in (x, cu_seqlens, row, cos, sin, rotary_row)
     )
-    weights, fields = listed([_padded(parameters)])
+    weights, fields = listed([padded(parameters)])
     weights = [t.detach().contiguous() for t in weights]
     widths = (parameters.proj.shape[1], parameters.fc1.shape[0])
     how = (eps, rms, heads, *widths, scale, ACTIVATIONS.index(activation), KINDS[kind or x.dtype])
