@@ -6,6 +6,7 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.clips import ClipPacking
 from revit_kernels.models.adopt import from_timm
 from revit_kernels.models.hugging_face import from_transformers
+from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.registry import create_model, list_models
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.vit import PackedTokens, VarLenViT
@@ -20,6 +21,7 @@ __all__ = [
     "TokenLengthAssigner",
     "VarLenTimeSformer",
     "VarLenViT",
+    "VarLenVideoViT",
     "create_model",
     "from_timm",
     "from_transformers",

@@ -21,6 +21,7 @@ COMMANDS = (
     "train_assigner",
     "costs",
     "evaluate",
+    "bench",
     "data",
     "samples",
     "models",

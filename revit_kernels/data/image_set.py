@@ -173,7 +173,7 @@ def pick_split(name: str, split: str, known: Sequence[str]) -> list[str]:
         return list(known)
     if not known:
         if split != "train":
-            raise ValueError(f"{name} has no splits: ask for the split 'all'")
+            raise ValueError(f"{name} has no splits: ask for the split 'all' (--split all)")
         return []
     plain = {plain_split(one): one for one in known}
     wanted = plain_split(split)

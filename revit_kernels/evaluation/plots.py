@@ -23,6 +23,10 @@ COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too
 OTHERS = ("#D55E00", "#56B4E9", "#F0E442")  # of configurations of the user's own
 MARKERS = {"fixed": "o", "random": "x", "assigner": "s", "cascade": "^", "assigner+cascade": "D", "oracle": "*"}
 SAID = {"fixed": "one length for all", "random": "random lengths", "oracle": "oracle (true labels)"}
+IMAGES_SHEET = "The easiest and the hardest images, with the answer and the confidence at each length"
+CLIPS_SHEET = (
+    "Clips by the length that they needed, four frames each, with the answer and the confidence at each length"
+)
 SHOWN = 10  # images that a bin of the reliability diagram must hold
 DPI = 110
 
@@ -46,8 +50,10 @@ def available() -> bool:
 
 
 def _save(figure, path: Path) -> None:
-    figure.savefig(path, dpi=DPI, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot = _pyplot()
+    with pyplot.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):  # text stays text
+        figure.savefig(path, dpi=DPI, bbox_inches="tight")
+    pyplot.close(figure)
 
 
 def _of_lengths(rows: int) -> list:
@@ -168,14 +174,24 @@ def draw(e: Evaluation, images, folder: Path) -> list[tuple[str, str]]:
     images: the ImageSet that was evaluated
     """
     drawn = {}
-    if available():
-        for name, what, write in PLOTS:
-            if write is not _mixes or e.policies:
-                write(e, folder / name)
-                drawn[name] = what
+    for name, what, write in _plots(e):
+        write(e, folder / name)
+        drawn[name] = what
     contact_sheet.draw(e, images, folder / "images.png")
-    drawn["images.png"] = "The easiest and the hardest images, with the answer and the confidence at each length"
+    clips = len(e.menu[0]) == 3
+    drawn["images.png"] = CLIPS_SHEET if clips else IMAGES_SHEET
     return list(drawn.items())
+
+
+def _plots(e: Evaluation) -> list:
+    """Those of PLOTS that can be drawn."""
+    return [plot for plot in PLOTS if plot[2] is not _mixes or e.policies] if available() else []
+
+
+def draw_svg(e: Evaluation, folder: Path) -> None:
+    """Write the plots as SVG."""
+    for name, _, write in _plots(e):
+        write(e, (folder / name).with_suffix(".svg"))
 
 
 PLOTS = (

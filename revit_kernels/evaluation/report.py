@@ -1,9 +1,10 @@
-"""The report of an evaluation: Markdown, JSON and pictures in one folder."""
+"""The report of an evaluation: Markdown, HTML, JSON and pictures in one folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from revit_kernels.adaptive.policies import Own
 from revit_kernels.evaluation import plots
 from revit_kernels.evaluation.comparison import ALLOWED, Gap, against_random, against_static, verdict
 from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.evaluation.page import page
 from revit_kernels.grids import grid_text
 from revit_kernels.training.assigner import quality
 
@@ -298,7 +300,7 @@ def _unwritten(folder: Path, error: OSError) -> RuntimeError:
 
 
 def write(e: Evaluation, images, folder, command: str = "") -> Path:
-    """Write report.md, report.json and the pictures into the folder.
+    """Write report.md, report.html (the same as one page), report.json and the pictures into the folder.
 
     images: the ImageSet that was evaluated, for the contact sheet
 
@@ -311,7 +313,15 @@ def write(e: Evaluation, images, folder, command: str = "") -> Path:
             inside = Path(temporary)
             pictures = plots.draw(e, images, inside)
             (inside / "report.json").write_text(json.dumps(as_json(e, command), indent=1) + "\n", encoding="utf-8")
-            (inside / "report.md").write_text(markdown(e, pictures, command), encoding="utf-8")
+            text = markdown(e, pictures, command)
+            (inside / "report.md").write_text(text, encoding="utf-8")
+            with tempfile.TemporaryDirectory(dir=inside) as drawn:
+                plots.draw_svg(e, Path(drawn))
+                shutil.copyfile(inside / "images.png", Path(drawn) / "images.png")
+                todo = verdict(e)[0]
+                rest = text.replace(f"- {todo}\n", "", 1)
+                html = page(f"Token lengths on {e.images}", todo, rest, Path(drawn))
+            (inside / "report.html").write_text(html, encoding="utf-8")
             for file in sorted(inside.iterdir()):
                 os.replace(file, folder / file.name)
             for name, *_ in plots.PLOTS:  # of an earlier report, where this one has no such plot

@@ -221,8 +221,9 @@ def _build(name: str, config) -> VarLenViT:
 def from_transformers(model: nn.Module) -> VarLenViT:
     """A Vision Transformer of `transformers` as VarLenViT or VarLenEva: `model(x)` gives what its pooler or head gives.
 
-    Models of clips become a ClipModel, which takes (clips, channels, frames, height, width): TimesformerModel and
-    TimesformerForVideoClassification, as VarLenTimeSformer.
+    Models of clips become one that takes (clips, channels, frames, height, width): TimesformerModel and
+    TimesformerForVideoClassification a VarLenTimeSformer; VideoMAEModel, VideoMAEForVideoClassification, VivitModel,
+    VivitForVideoClassification and VJEPA2Model (its encoder, whose tokens are averaged) a VarLenVideoViT.
 
     Of images are taken ViTModel, DeiTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, CLIPVisionModel,
     SiglipVisionModel, and those of them with a linear head on the first token. `forward_features` gives its

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 
+import torch
 from torch import Tensor, nn
 
-from revit_kernels.models.hugging_face import ACTIVATIONS
+from revit_kernels.models import hugging_face
+from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.weight_files import read_checkpoint, some
+from revit_kernels.modules.layer_norm import LayerNorm
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-STATISTICS = {"timesformer": HALF}  # what its processor takes
-TAKEN = ("TimesformerModel", "TimesformerForVideoClassification")
+STATISTICS = {"timesformer": HALF, "vivit": HALF, "videomae": IMAGENET, "vjepa2": IMAGENET}  # of their processors
+ACTIVATIONS = hugging_face.ACTIVATIONS | {"gelu_fast": "gelu_tanh"}
+TAKEN = (
+    *("TimesformerModel", "TimesformerForVideoClassification", "VideoMAEModel", "VideoMAEForVideoClassification"),
+    *("VivitModel", "VivitForVideoClassification", "VJEPA2Model"),
+)
 
 OF_BLOCK = (
     (r"temporal_layernorm\.", "temporal_norm1."),
@@ -21,11 +28,15 @@ OF_BLOCK = (
     (r"temporal_attention\.output\.dense\.", "temporal_attn.proj."),
     (r"temporal_dense\.", "temporal_fc."),
     (r"attention\.attention\.qkv\.", "attn.qkv."),
-    (r"attention\.output\.dense\.", "attn.proj."),
-    (r"layernorm_before\.", "norm1."),
-    (r"layernorm_after\.", "norm2."),
-    (r"intermediate\.dense\.", "mlp.fc1."),
-    (r"output\.dense\.", "mlp.fc2."),
+    (r"attention\.(?:attention\.)?(?:query|q_proj)\.", "attn.q."),
+    (r"attention\.(?:attention\.)?(?:key|k_proj)\.", "attn.k."),
+    (r"attention\.(?:attention\.)?(?:value|v_proj)\.", "attn.v."),
+    (r"attention\.attention\.([qv])_bias", r"attn.\1.bias"),
+    (r"attention\.(?:output\.dense|o_proj|proj)\.", "attn.proj."),
+    (r"(?:layernorm_before|norm1)\.", "norm1."),
+    (r"(?:layernorm_after|norm2)\.", "norm2."),
+    (r"(?:intermediate\.dense|mlp\.fc1)\.", "mlp.fc1."),
+    (r"(?:output\.dense|mlp\.fc2)\.", "mlp.fc2."),
 )
 AROUND = (
     (r"embeddings\.cls_token", "cls_token"),
@@ -35,8 +46,10 @@ AROUND = (
     (r"layernorm\.", "norm."),
     (r"fc_norm\.", "fc_norm."),
     (r"classifier\.", "head."),
+    (r"pooler\.dense\.", "pooler."),
 )
-PREFIX = re.compile(r"^(?:model\.|module\.)*(?:timesformer\.)?")
+PREFIX = re.compile(r"^(?:model\.|module\.)*(?:(?:timesformer|videomae|vivit|vjepa2)\.)?(?:encoder\.(?!layer\.))?")
+DROPPED = re.compile(r"(?:predictor|decoder|encoder_to_decoder)\.|mask_token")
 
 
 def is_hugging_face(keys) -> bool:
@@ -54,18 +67,28 @@ def _renamed(key: str) -> str:
 
 
 def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of a model of clips of `transformers` with our keys; its parameters stay the tensors they are.
+    """The state_dict of a model of clips of `transformers` with our keys.
 
+    Parameters that only change their name stay the tensors they are; q, k and v are joined, with a bias of zeros for k
+    where it has none: what it adds to the scores of a query is the same for all keys, so it changes nothing, and its
+    gradient is zero. The pooler's projection becomes `pooler.*`; predictors and decoders are left out.
     Raises ValueError for a key that is none of that layout's.
     """
-    return {_renamed(PREFIX.sub("", key)): x for key, x in state.items()}
+    state = {PREFIX.sub("", key): x for key, x in state.items()}
+    new = {_renamed(key): x for key, x in state.items() if not DROPPED.match(key)}
+    for block in [key.removesuffix("q.weight") for key in new if key.endswith(".attn.q.weight")]:
+        new[f"{block}qkv.weight"] = torch.cat([new.pop(f"{block}{x}.weight") for x in "qkv"])
+        q, k, v = (new.pop(f"{block}{x}.bias", None) for x in "qkv")
+        if q is not None:
+            new[f"{block}qkv.bias"] = torch.cat([q, torch.zeros_like(q) if k is None else k, v])
+    return new
 
 
 def load(model: ClipModel, path, prefix: str = "") -> None:
     """See ClipModel.load_pretrained."""
     state = read_checkpoint(path, prefix)
     if is_hugging_face(state):
-        state = our_state(state)
+        state = {key: x for key, x in our_state(state).items() if not key.startswith("pooler.")}
     else:
         state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in state.items()}
     wanted = model.state_dict()
@@ -90,21 +113,14 @@ def _common(config) -> dict:
     if config.hidden_act not in ACTIVATIONS:
         raise NotImplementedError(f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}")
     if getattr(config, "attention_probs_dropout_prob", 0.0):
-        raise NotImplementedError(
-            "attention_probs_dropout_prob must be 0: dropout of attention maps of clips is not built"
-        )
-    size, patch = (x if isinstance(x, int) else tuple(x) for x in (config.image_size, config.patch_size))
+        raise NotImplementedError("attention_probs_dropout_prob must be 0: there is no dropout of attention of clips")
+    hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     return {
-        "img_size": size,
-        "patch_size": patch,
-        "in_chans": config.num_channels,
         "num_classes": 0,
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": (config.intermediate_size + 0.5) / config.hidden_size,
-        "qkv_bias": config.qkv_bias,
-        "num_frames": config.num_frames,
+        "mlp_ratio": (hidden + 0.5) / config.hidden_size,
         "norm_layer": {"name": "layernorm", "eps": config.layer_norm_eps},
         "act_layer": ACTIVATIONS[config.hidden_act],
         "weight_init": "skip",
@@ -112,24 +128,61 @@ def _common(config) -> dict:
     }
 
 
-def _timesformer(config) -> VarLenTimeSformer:
-    kwargs = {"attention_type": config.attention_type, "drop_path_rate": float(config.drop_path_rate)}
+def _size(size):
+    return size if isinstance(size, int) else tuple(size)
+
+
+def _timesformer(config, name: str) -> VarLenTimeSformer:
+    kwargs = {"img_size": _size(config.image_size), "patch_size": _size(config.patch_size)}
+    kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "qkv_bias": config.qkv_bias}
+    kwargs |= {"attention_type": config.attention_type, "drop_path_rate": float(config.drop_path_rate)}
     kwargs |= {"pos_drop_rate": config.hidden_dropout_prob, "proj_drop_rate": config.hidden_dropout_prob}
     new = VarLenTimeSformer(**_common(config), **kwargs)
     new.pos_interpolation = "nearest"
     return new
 
 
+def _videomae(config, name: str) -> VarLenVideoViT:
+    mean = config.use_mean_pooling
+    kwargs = {"img_size": _size(config.image_size), "patch_size": _size(config.patch_size)}
+    kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "tubelet_size": config.tubelet_size}
+    kwargs |= {"qkv_bias": config.qv_bias, "proj_drop_rate": config.hidden_dropout_prob, "final_norm": not mean}
+    new = VarLenVideoViT(**_common(config), **kwargs, global_pool="avg" if mean else "token")
+    if mean and name == "VideoMAEForVideoClassification":
+        new.fc_norm = LayerNorm(config.hidden_size, 1e-5, device="meta")
+    return new
+
+
+def _vivit(config, name: str) -> VarLenVideoViT:
+    frames, *patch = config.tubelet_size
+    kwargs = {"img_size": _size(config.image_size), "patch_size": tuple(patch), "tubelet_size": frames}
+    kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "qkv_bias": config.qkv_bias}
+    kwargs |= {"proj_drop_rate": config.hidden_dropout_prob, "pos_drop_rate": config.hidden_dropout_prob}
+    return VarLenVideoViT(**_common(config), **kwargs, pos_embed="learn", class_token=True, global_pool="token")
+
+
+def _vjepa2(config, name: str) -> VarLenVideoViT:
+    kwargs = {"img_size": config.crop_size, "patch_size": _size(config.patch_size), "in_chans": config.in_chans}
+    kwargs |= {"num_frames": config.frames_per_clip, "tubelet_size": config.tubelet_size}
+    kwargs |= {"qkv_bias": config.qkv_bias, "drop_path_rate": float(config.drop_path_rate)}
+    return VarLenVideoViT(**_common(config), **kwargs, pos_embed="rope")
+
+
+BUILD = {"timesformer": _timesformer, "videomae": _videomae, "vivit": _vivit, "vjepa2": _vjepa2}
+
+
 def from_transformers(model: nn.Module) -> ClipModel:
     """A model of clips of `transformers`; see `revit_kernels.from_transformers`."""
-    config = model.config
-    new = _timesformer(config)
+    name, config = type(model).__name__, model.config
+    new = BUILD[config.model_type](config, name)
     state = our_state(dict(model.named_parameters()))
+    pooler = {key: state.pop(f"pooler.{key}") for key in ("weight", "bias") if f"pooler.{key}" in state}
     if "head.weight" in state:
         new.num_classes = len(state["head.weight"])
         new.head = nn.Linear(config.hidden_size, new.num_classes, device="meta")
     new.load_state_dict(state, strict=True, assign=True)
-    statistics = STATISTICS[config.model_type]
+    if pooler:
+        new.num_classes, new.head = len(pooler["weight"]), hugging_face._pooler(pooler, model)
     if new.in_chans == 3:
-        new.pretrained_cfg = new.default_cfg = dict(zip(("mean", "std"), statistics))
+        new.pretrained_cfg = new.default_cfg = dict(zip(("mean", "std"), STATISTICS[config.model_type]))
     return new.train(model.training)

@@ -295,7 +295,7 @@ class ClipModel(nn.Module):
 
     def _head(self, x: Tensor, packing: ClipPacking, pre_logits: bool = False) -> Tensor:
         x = self.head_drop(apply_norm(self.fc_norm, x, packing))
-        return x if pre_logits else linear(self.head, x) if isinstance(self.head, nn.Linear) else self.head(x)
+        return x if pre_logits else linear(self.head, x)
 
     def _features(self, x: Tensor, packing: ClipPacking) -> PackedTokens:
         """The normalised tokens, of those after the last block."""
@@ -414,6 +414,13 @@ class ClipModel(nn.Module):
         """The names of parameters that an optimiser should not decay."""
         tables = {"pos_embed", "cls_token", "time_embed"}
         return tables | {name for name, _ in self.named_parameters() if _is_affine(name)}
+
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions of parameter groups, for optimisers with layer decay."""
+        return {
+            "stem": r"^cls_token|pos_embed|time_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward, instead of keeping what it computed."""

@@ -44,17 +44,24 @@ class Way:
     resize: float | None = None
 
 
+def timm_model(model):
+    """timm's model of the same name and size, with weights of its own, and what it is called. Raises where there is no
+    timm, or it does not know the name."""
+    import timm
+
+    created = getattr(model, "created_from", {"name": None, "kwargs": {}})
+    weight = next(model.parameters())
+    arguments = created["kwargs"] | {"num_classes": model.num_classes, "img_size": model.patch_embed.img_size}
+    dense = timm.create_model(created["name"], pretrained=False, **arguments | {"dynamic_img_size": True})
+    return dense.to(weight.device, weight.dtype).eval(), f"timm {timm.__version__}"
+
+
 def rival(model):
     """The model for the dense batches and what it is called: timm's own where timm is installed and knows the name."""
-    created = getattr(model, "created_from", {"name": None, "kwargs": {}})
     try:
-        import timm
-
-        weight = next(model.parameters())
-        arguments = created["kwargs"] | {"num_classes": model.num_classes, "img_size": model.patch_embed.img_size}
-        dense = timm.create_model(created["name"], pretrained=False, **arguments | {"dynamic_img_size": True})
+        dense, name = timm_model(model)
         dense.load_state_dict(model.state_dict())
-        return dense.to(weight.device, weight.dtype).eval(), f"timm {timm.__version__}"
+        return dense, name
     except Exception:  # no timm, no name, or a model that was changed: our own modules are the same mathematics
         return model, "this model's own modules, not timm's"
 

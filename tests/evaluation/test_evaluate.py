@@ -1,6 +1,7 @@
 """`revit evaluate`: its arithmetic, its honesty, and one report from end to end."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from revit_kernels.evaluation import measured as measuring
 from revit_kernels.evaluation.comparison import against_random, against_static, at_equal_speed, recommended, verdict
 from revit_kernels.evaluation.evaluate import Evaluation, check_apart, choose, evaluate, reliability
 from revit_kernels.evaluation.measured import Measured, macs_of, passes
+from revit_kernels.evaluation.page import body
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 from revit_kernels.training.labels import collect
@@ -262,7 +264,7 @@ def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):
     save_checkpoint(trained(), tmp_path / "model.safetensors")
     assigner.save(tmp_path / "assigner.safetensors")
     test = make_images(90, seed=2, name="test")
-    monkeypatch.setattr("revit_kernels.cli.evaluate.open_set", lambda *args, **kwargs: test)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: test)
     command = ["evaluate", str(tmp_path / "model.safetensors"), "--assigner", str(tmp_path / "assigner.safetensors")]
     command += ["--data", "test", "--output", str(tmp_path / "report"), "--budgets", "1.5x,1.501x,99x", "--rounds", "2"]
     (tmp_path / "report").mkdir()
@@ -284,6 +286,11 @@ def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):
     for title in ("## Lengths", "## Accuracy by label", "## Decisions", "## Calibration", "an upper bound"):
         assert title in text
     assert "images.png" in text and (tmp_path / "report" / "accuracy_speed.png").exists() == plots.available()
+    page = (tmp_path / "report" / "report.html").read_text()
+    todo = page[page.index('<p class="do">') :].partition("</p>")[0]
+    assert page.index(todo) < page.index("<h1>") and "<b>" in todo
+    assert page.count("data:image/svg+xml") == (4 if plots.available() else 0) and page.count("data:image/png") == 1
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", page) and "<td>oracle</td>" in page and "**" not in page
     with Image.open(tmp_path / "report" / "images.png") as sheet:
         assert sheet.width > 6 * contact_sheet.SIDE
     assert not [p for p in (tmp_path / "report").iterdir() if p.name.startswith(".")]
@@ -313,14 +320,14 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
     images, _ = held_out()
     report.write(synthetic(949, 3.0), images.subset(np.arange(1000) % len(images)), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images.png", "report.json", "report.md"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images.png", "report.html", "report.json", "report.md"]
 
 
 def test_wrong_use(tmp_path, monkeypatch, capsys):
     save_checkpoint(trained(), tmp_path / "model.safetensors")
     test = make_images(9, name="test")
     test.classes = ("a", "b")
-    monkeypatch.setattr("revit_kernels.cli.evaluate.open_set", lambda *args, **kwargs: test)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: test)
     command = ["evaluate", str(tmp_path / "model.safetensors"), "--data", "test", "--output", str(tmp_path)]
     assert cli.main(command) == 2
     assert "has 3 classes, test has 2" in capsys.readouterr().err
@@ -332,3 +339,13 @@ def test_wrong_use(tmp_path, monkeypatch, capsys):
     assert "the policy 'cascade' needs held-out outcomes" in capsys.readouterr().err
     assert cli.main(["evaluate", str(tmp_path / "gone.safetensors"), *command[2:]]) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
+
+
+def test_a_page_of_what_a_report_writes(tmp_path):
+    text = "# A & b\n\nSay **this** `x<y>`.\n\n- one\n- *two*\n\n| a | b |\n| --- | ---: |\n| c | 1 |\n\n"
+    text += "![A plot](p.png)\n\n*A plot.*"
+    (tmp_path / "p.svg").write_text("<svg/>")
+    html = body(text, tmp_path)
+    assert "<h1>A &amp; b</h1>" in html and "<p>Say <b>this</b> <code>x&lt;y&gt;</code>.</p>" in html
+    assert "<ul><li>one</li><li><i>two</i></li></ul>" in html and '<td class="number">1</td>' in html
+    assert html.count("A plot") == 2 and "data:image/svg+xml;base64,PHN2Zy8+" in html

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from revit_kernels import VarLenViT, create_model, ops
+from revit_kernels.models.resizable import _weights
+from revit_kernels.ops.pos_embed.interpolation import MODES, matrix
 from revit_kernels.packing import Packing
 
 POOLS = ["token", "avg", "max", "avgmax"]
@@ -62,6 +65,7 @@ def test_export_of_any_batch_and_size(name, strict):
 def test_onnx(dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    openvino = pytest.importorskip("openvino")
     theirs, ours = pair(dynamic_img_size=True)
     theirs, ours, x, path = theirs.cpu(), ours.cpu(), batch(theirs).cpu(), str(tmp_path / "model.onnx")
     (h, w), sizes = theirs.patch_embed.patch_size, [theirs.patch_embed.grid_size]
@@ -72,10 +76,21 @@ def test_onnx(dynamo, tmp_path):
         sizes += [(2, 7), (9, 3)]
     torch.onnx.export(ours, (x,), path, dynamo=dynamo, verbose=False, **shapes)
     session = runtime.InferenceSession(path)
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for count, grid in zip((3, 1, 2), sizes):
         x = torch.randn(count, theirs.in_chans, grid[0] * h, grid[1] * w)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         assert_near(f"{count} images of {grid}", torch.from_numpy(found), theirs(x))
+        assert_near(f"{count} images of {grid} in OpenVINO", torch.from_numpy(compiled(x.numpy())[0]), theirs(x))
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_interpolation_by_elementary_steps(mode, antialias):
+    like = torch.zeros(1, dtype=torch.float64, device=DEVICE)
+    for source, target in product((1, 2, 3, 7), (1, 2, 5, 7, 29)):
+        expected = torch.from_numpy(matrix(source, target, mode, antialias)).to(DEVICE)
+        torch.testing.assert_close(_weights(source, target, mode, antialias, like), expected)
 
 
 @torch.no_grad()
