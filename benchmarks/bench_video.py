@@ -59,6 +59,7 @@ class Converted:
         if shape not in self.kept:
             with torch.no_grad():
                 example = torch.zeros(shape)
+                self.model.positions(tuple(n // 16 for n in shape[3:]))  # a constant of the trace
                 self.kept[shape] = self.ov.convert_model(self.model, example_input=example, input=[list(shape)])
         return shape, self.kept[shape]
 
