@@ -104,6 +104,7 @@ def run(args) -> int:
         import ray
         from ray import serve
 
+        from revit_kernels.serving.batcher import Batcher
         from revit_kernels.serving.prepare import Settings, prepare
         from revit_kernels.serving.ray_serve import app
     except ImportError as error:

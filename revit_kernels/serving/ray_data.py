@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from revit_kernels import dispatch
 from revit_kernels.data.archives import IMAGE_COLUMNS, Archive, Member, encoded
 from revit_kernels.data.images import find_images
-from revit_kernels.serving.infer import Totals, infer
+from revit_kernels.serving.infer import GridRule, Totals, infer
 from revit_kernels.serving.journal import finish_settings, open_settings
 from revit_kernels.serving.prepare import Settings, prepare
 from revit_kernels.serving.records import Answer, Columns, open_records
@@ -59,6 +59,8 @@ class Predictor:
         **settings,
     ):
         self.prepared = prepare(Settings(**settings))
+        if not isinstance(self.prepared.rule, GridRule):
+            raise NotImplementedError("Predictor answers images, and this is a model of clips: use `revit infer`")
         self.column, self.batch_tokens, self.prefix = column, batch_tokens, prefix
         self.workers = workers or _cores()
 
