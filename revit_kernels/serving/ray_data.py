@@ -192,11 +192,12 @@ class Worker:
         for number, names, is_archive in zip(batch["unit"], batch["paths"], batch["archive"]):
             found = find_images([*names]) if is_archive else None
             images, problems = (list(names), []) if found is None else (found.paths, found.problems)
-            totals = Totals()
+            totals, tries = Totals(), self._begun(int(number), names[0])
             if images:
                 with dispatch.use_backend(self.backend):
                     with open_records(str(shard(self.output, int(number))), self.prepared.columns) as writer:
                         totals = _run(self.prepared, images, writer, self.batch_tokens, self.workers)
+            tries.unlink()
             yield {
                 "unit": [number],
                 "images": [totals.images],
@@ -207,6 +208,17 @@ class Worker:
                 "problems": ["\n".join(problems)],
                 "left_out": ["\n".join(f"{count}\t{kind}" for kind, count in found.left_out.items()) if found else ""],
             }
+
+    def _begun(self, number: int, name: str) -> Path:
+        """A file with a byte for each time that the piece of work was begun. Raises RuntimeError after RETRIES: Ray
+        would begin it for ever."""
+        tries = self.output / f"_part-{number:06d}.tries"
+        with open(tries, "ab") as file:
+            file.write(b".")
+            count = file.tell()
+        if count > RETRIES + 1:
+            raise RuntimeError(f"the shard that begins with {name} has ended its actor {count - 1} times")
+        return tries
 
 
 def shard(output: Path, number: int) -> Path:
@@ -250,6 +262,8 @@ class Cluster:
         sources = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
         self.lock = open_settings(self.output, _contents(settings) | {"ray": sources})
         self.left = [i for i in range(len(self.units)) if not shard(self.output, i).exists()]
+        for tries in self.output.glob("_part-*.tries"):  # of the run before
+            tries.unlink()
         self.all, self.done = len(self.units), len(self.units) - len(self.left)
 
     def run(self) -> Iterator[Totals]:
@@ -285,7 +299,6 @@ class Cluster:
             batch_size=1,
             compute=ActorPoolStrategy(size=min(actors, len(rows))),
             num_cpus=self.cpus,
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
             **options,
         )
         try:
