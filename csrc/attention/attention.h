@@ -5,18 +5,13 @@
 
 namespace revit {
 
-// qkv: (tokens, 3, heads, head_dim), bf16 (as its bits) or fp32; y: (tokens, heads, head_dim) of the same type
-// cu_seqlens: (images + 1,), each within the tokens; lse: (tokens, heads)
-// Rows of no image are left as they are.
-void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
-            int64_t head_dim, float scale, void* y, float* lse);
-
 // One head of some queries of one image, with all its keys.
 struct Piece {
   int64_t head, first_query, queries, first_key, keys;
 };
 
-// The same for one piece, on the calling thread.
+// Attention of one piece, on the calling thread. qkv: (tokens, 3, heads, head_dim), bf16 (as its bits) or fp32;
+// y: (tokens, heads, head_dim) of the same type; lse: (tokens, heads)
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
                   void* y, float* lse);
 

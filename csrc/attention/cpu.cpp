@@ -18,6 +18,7 @@
 #include "attention/problem.h"
 
 #define KERNELS "attention/kernels.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 
@@ -26,22 +27,6 @@ namespace {
 
 template <class T>
 using Kernel = void (*)(const Problem<T>&, const Item&);
-
-// The boundaries of the images, each checked against the rows there are.
-struct Boundaries {
-  const int32_t* at;
-  int64_t images, tokens;
-
-  Boundaries(const char* name, const torch::stable::Tensor& cu_seqlens, int64_t tokens)
-      : Boundaries(name, static_cast<const int32_t*>(cu_seqlens.data_ptr()), cu_seqlens.size(0) - 1, tokens) {}
-  Boundaries(const char* name, const int32_t* at, int64_t images, int64_t tokens)
-      : at(at), images(images), tokens(tokens) {
-    for (int64_t i = 0, last = 0; i <= images; last = at[i++])
-      STD_TORCH_CHECK(at[i] >= last && at[i] <= tokens, name, " must not decrease and must stay within the ", tokens,
-                      " tokens, got ", at[i], " after ", last);
-  }
-  int64_t length(int64_t image) const { return at[image + 1] - at[image]; }
-};
 
 // Items of at most `rows` queries, those with the most work first.
 std::vector<Item> items_of(const Boundaries& queries, const Boundaries& keys, int64_t heads, int64_t rows) {
@@ -77,8 +62,6 @@ void zero_outside(T* data, int64_t width, const Boundaries& images) {
   zero_rows(data, width, images.at[images.images], images.tokens);
 }
 
-using torch::stable::Tensor;
-
 template <class T>
 Strided<T> strided(const Tensor& x) {
   return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
@@ -86,16 +69,27 @@ Strided<T> strided(const Tensor& x) {
 
 // cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,), each below the positions
 Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                     const std::optional<Tensor>& row, bool half) {
+                     const std::optional<Tensor>& row, bool half, const Tensor& q, const Tensor& k) {
   if (!cos) return {};
+  const bool shared = cos->dim() != 3;
+  for (const auto* table : {&cos, &sin}) {
+    REVIT_CHECK(*table && row, "rotary needs cos, sin and row");
+    if (shared)
+      check("a table of rotary", *table, {cos->size(0), cos->size(-1)}, ScalarType::Float);
+    else
+      check("a table of rotary", *table, {cos->size(0), q.size(1), cos->size(2)}, ScalarType::Float);
+  }
+  REVIT_CHECK(2 * cos->size(-1) <= q.size(2), "rotary turns pairs of the ", q.size(2), " channels of a head, got ",
+              cos->size(-1), " pairs");
+  REVIT_CHECK(q.size(0) == k.size(0), "rotary is for queries and keys of the same tokens");
+  check("row of rotary", row, {q.size(0)}, ScalarType::Int);
   Rotation r;
   r.cos = static_cast<const float*>(cos->data_ptr()), r.sin = static_cast<const float*>(sin->data_ptr());
   r.row = static_cast<const int32_t*>(row->data_ptr());
   r.pairs = cos->size(-1), r.half = half, r.position = cos->stride(0), r.head = cos->dim() == 3 ? cos->stride(1) : 0;
   const int64_t tokens = row->size(0), positions = cos->size(0);
   for (int64_t t = 0; t < tokens; ++t)
-    STD_TORCH_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ",
-                    r.row[t]);
+    REVIT_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ", r.row[t]);
   return r;
 }
 
@@ -139,15 +133,6 @@ Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, 
 
 }  // namespace
 
-void attend(bool is_bf16, const void* qkv, const int32_t* cu_seqlens, int64_t images, int64_t tokens, int64_t heads,
-            int64_t head_dim, float scale, void* y, float* lse) {
-  const Boundaries boundaries("cu_seqlens", cu_seqlens, images, tokens);
-  if (is_bf16)
-    forward_images(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
-  else
-    forward_images(problem_of<float>(qkv, heads, head_dim, scale, y, lse), boundaries, boundaries);
-}
-
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
                   void* y, float* lse) {
   if (is_bf16)
@@ -187,13 +172,30 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   });
 }
 
+void check_qkv(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys) {
+  check_rows("q", q, {kAny, kAny, kAny});
+  for (const Tensor* x : {&k, &v}) {
+    check_rows("k and v", *x, {keys.tokens, q.size(1), q.size(2)});
+    REVIT_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must be of one dtype");
+  }
+  REVIT_CHECK(q.size(2) > 0, "head_dim must be at least 1, got 0");
+  REVIT_CHECK(queries.images == keys.images, "cu_seqlens_k must have the ", queries.images + 1,
+              " boundaries of cu_seqlens, got ", keys.images + 1);
+}
+
+int64_t tokens_of(const Tensor& x) {
+  check_sizes("q and k", x, {kAny, kAny, kAny});
+  return x.size(0);
+}
+
 // q, out: (tokens, heads, head_dim); k, v: (key tokens, heads, head_dim); lse: (tokens, heads) fp32
 std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
                                          const Tensor& cu_seqlens_k, double scale, const std::optional<Tensor>& cos,
                                          const std::optional<Tensor>& sin, const std::optional<Tensor>& row,
                                          bool half) {
-  const Rotation rotation = rotation_of(cos, sin, row, half);
-  const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  const Boundaries queries("cu_seqlens", cu_seqlens, tokens_of(q)), keys("cu_seqlens_k", cu_seqlens_k, tokens_of(k));
+  check_qkv(q, k, v, queries, keys);
+  const Rotation rotation = rotation_of(cos, sin, row, half, q, k);
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, torch::headeronly::ScalarType::Float);
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
@@ -209,8 +211,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, co
                                                           const std::optional<Tensor>& cos,
                                                           const std::optional<Tensor>& sin,
                                                           const std::optional<Tensor>& row, bool half) {
-  const Rotation rotation = rotation_of(cos, sin, row, half);
-  const Boundaries queries("cu_seqlens", cu_seqlens, q.size(0)), keys("cu_seqlens_k", cu_seqlens_k, k.size(0));
+  const Boundaries queries("cu_seqlens", cu_seqlens, tokens_of(q)), keys("cu_seqlens_k", cu_seqlens_k, tokens_of(k));
+  check_qkv(q, k, v, queries, keys);
+  const Rotation rotation = rotation_of(cos, sin, row, half, q, k);
+  check_rows("grad", grad, {q.size(0), q.size(1), q.size(2)});
+  REVIT_CHECK(grad.scalar_type() == q.scalar_type(), "grad must be of the dtype of q");
+  check("lse", lse, {q.size(0), q.size(1)}, ScalarType::Float);
   Tensor dq = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor dk = torch::stable::new_empty(k, {k.size(0), k.size(1), k.size(2)});
   Tensor dv = torch::stable::new_empty(v, {v.size(0), v.size(1), v.size(2)});

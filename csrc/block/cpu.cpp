@@ -22,12 +22,10 @@
 #include "linear/linear.h"
 
 #define KERNELS "block/rows.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace revit {
 namespace {
@@ -102,21 +100,12 @@ void run_steps(const Problem& p, const std::vector<Step>& steps, const Shape& sh
 constexpr int64_t kTensors = 8, kHeadTensors = 3;
 
 Norm norm_of(const Tensor& weight, const Tensor& bias, int64_t dim, double eps) {
-  const int64_t lengths = weight.numel() / dim;
-  STD_TORCH_CHECK(lengths && weight.numel() == lengths * dim && bias.numel() == weight.numel() &&
-                      weight.scalar_type() == ScalarType::Float && bias.scalar_type() == ScalarType::Float &&
-                      weight.is_contiguous() && bias.is_contiguous(),
-                  "a norm's weight and bias must be contiguous (lengths, ", dim, ") of float32");
+  check("a norm's weight", weight, {kAny, dim}, ScalarType::Float);
+  const int64_t lengths = weight.size(0);
+  REVIT_CHECK(lengths > 0, "a norm's weight must be (lengths, ", dim, "), at least one");
+  check("a norm's bias", bias, {lengths, dim}, ScalarType::Float);
   return {static_cast<const float*>(weight.data_ptr()), static_cast<const float*>(bias.data_ptr()), lengths,
           static_cast<float>(eps)};
-}
-
-Linear packed_of(const Tensor& packed, int64_t kind, int64_t in, int64_t out) {
-  const Linear weight = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
-  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
-                      packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
-                  "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
-  return weight;
 }
 
 // The memory of what lies between the halves of a block, for `rows` tokens.
@@ -283,7 +272,7 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
       step_kernel()({problem, call.boundaries[i], 1, rows + i * dim * layout.unit}, Step::kNorm1, {0, 1}, {0, 0},
                     nullptr, reinterpret_cast<float*>(line));
   const int64_t classes = logits.size(1);
-  const Linear product = packed_of(head[2], kind, dim, classes);
+  const Linear product = packed_weight(head[2], kind, dim, classes);
   char* out = static_cast<char*>(logits.data_ptr());
   const int64_t panels = (classes + layout.panel - 1) / layout.panel;
   torch::stable::parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
@@ -294,32 +283,32 @@ void classify(const Call& call, const std::vector<Tensor>& head, double eps, Ten
     if (call.boundaries[i + 1] == call.boundaries[i]) zero_rows(logits, i, i + 1);
 }
 
-void check(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row) {
-  const int64_t tokens = x.size(0), images = cu_seqlens.size(0) - 1;
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() && images >= 0,
-                  "cu_seqlens must be contiguous (images + 1,) of int32");
-  const auto* boundaries = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  for (int64_t i = 0, last = 0; i <= images; last = boundaries[i++])
-    STD_TORCH_CHECK(boundaries[i] >= last && boundaries[i] <= tokens, "cu_seqlens must not decrease and must stay ",
-                    "within the ", tokens, " tokens, got ", boundaries[i], " after ", last);
-  STD_TORCH_CHECK(!row || (row->numel() == tokens && row->scalar_type() == ScalarType::Int && row->is_contiguous()),
-                  "row must be contiguous (", tokens, ",) of int32");
+// What a call is given, but its weights. Returns where its images are.
+Boundaries check_call(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row, int64_t heads,
+                      int64_t width, int64_t hidden, int64_t activation, int64_t kind) {
+  check_rows("x", x, {kAny, kAny});
+  check("x", x, {kAny, kAny}, x.scalar_type());
+  check("row", row, {x.size(0)}, ScalarType::Int);
+  for (const int64_t size : {x.size(1), width, hidden})
+    REVIT_CHECK(size > 0 && size % 4 == 0 && size <= kMostWidth, "widths must be multiples of 4, at least 4, got ",
+                size);
+  REVIT_CHECK(heads > 0 && width % heads == 0, "proj must take heads * head_dim inputs, got ", width, " for ", heads,
+              " heads");
+  REVIT_CHECK(activation >= 0 && activation < static_cast<int64_t>(Activation::kNone), "there is no activation ",
+              activation);
+  REVIT_CHECK(kind == static_cast<int64_t>(Kind::kInt8) || kind == (is_bf16(x) ? 1 : 0),
+              "weights must be of the dtype of x, or int8");
+  return Boundaries("cu_seqlens", cu_seqlens, x.size(0));
 }
 
 // Blocks alike in all but their weights, from x to y.
-Call call_of(std::vector<Problem> problems, const Tensor& cu_seqlens, int64_t tokens, int64_t heads, double scale) {
+Call call_of(std::vector<Problem> problems, const Boundaries& boundaries, int64_t heads, double scale) {
   const auto blocks = static_cast<int64_t>(problems.size());
   static const auto shape_of = EVERY_ISA_PICK(shape_of);
   const Shape shape = shape_of(problems[0]);
   const int64_t head_dim = problems[0].attended_dim / heads;
-  Call call{std::move(problems),
-            shape,
-            static_cast<const int32_t*>(cu_seqlens.data_ptr()),
-            cu_seqlens.size(0) - 1,
-            tokens,
-            heads,
-            head_dim,
-            static_cast<float>(scale)};
+  Call call{std::move(problems), shape, boundaries.at, boundaries.images,
+            boundaries.tokens,   heads, head_dim,      static_cast<float>(scale)};
   for (int64_t i = 0; i < blocks; ++i) call.problems[i].next = &call.problems[std::min(i + 1, blocks - 1)].to_qkv;
   return call;
 }
@@ -353,14 +342,17 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
                   std::vector<Tensor> weights, double eps1, double eps2, int64_t heads, int64_t head_dim,
                   int64_t hidden, double scale, int64_t activation, int64_t kind, std::vector<Tensor> head,
                   double head_eps, int64_t classes) {
-  const int64_t tokens = x.size(0), dim = x.size(1), width = heads * head_dim, images = cu_seqlens.size(0) - 1;
-  check(x, cu_seqlens, row);
+  REVIT_CHECK(heads > 0 && heads <= kMostWidth && head_dim > 0 && head_dim <= kMostWidth,
+              "heads and head_dim must be at least 1, got ", heads, " and ", head_dim);
+  const int64_t width = heads * head_dim;
+  const Boundaries boundaries = check_call(x, cu_seqlens, row, heads, width, hidden, activation, kind);
+  const int64_t tokens = boundaries.tokens, dim = x.size(1), images = boundaries.images;
   Tensor y = torch::stable::new_empty(x, {tokens, dim});
   const int64_t blocks = static_cast<int64_t>(weights.size()) / kTensors;
-  STD_TORCH_CHECK(blocks && static_cast<int64_t>(weights.size()) == blocks * kTensors, "each block has ", kTensors,
-                  " tensors, got ", weights.size());
-  STD_TORCH_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ",
-                  head.size());
+  REVIT_CHECK(blocks && static_cast<int64_t>(weights.size()) == blocks * kTensors, "each block has ", kTensors,
+              " tensors, got ", weights.size());
+  REVIT_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ", head.size());
+  if (!head.empty()) norm_of(head[0], head[1], dim, head_eps), packed_weight(head[2], is_bf16(x) ? 1 : 0, dim, classes);
   std::vector<Problem> problems;
   for (int64_t i = 0; i < blocks; ++i) {
     const Tensor* own = weights.data() + i * kTensors;
@@ -373,16 +365,16 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
         .hidden = hidden,
         .norm1 = norm_of(own[0], own[1], dim, eps1),
         .norm2 = norm_of(own[2], own[3], dim, eps2),
-        .to_qkv = packed_of(own[4], kind, dim, 3 * width),
-        .proj = packed_of(own[5], kind, width, dim),
-        .fc1 = packed_of(own[6], kind, dim, hidden),
-        .fc2 = packed_of(own[7], kind, hidden, dim),
+        .to_qkv = packed_weight(own[4], kind, dim, 3 * width),
+        .proj = packed_weight(own[5], kind, width, dim),
+        .fc1 = packed_weight(own[6], kind, dim, hidden),
+        .fc2 = packed_weight(own[7], kind, hidden, dim),
         .activation = static_cast<Activation>(activation),
         .kind = static_cast<Kind>(kind),
         .is_bf16 = is_bf16(x),
     });
   }
-  Call call = call_of(std::move(problems), cu_seqlens, tokens, heads, scale);
+  Call call = call_of(std::move(problems), boundaries, heads, scale);
   run(call);
   if (!head.empty()) {
     Tensor logits = torch::stable::new_empty(x, {images, classes});
@@ -400,8 +392,10 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
                  const Tensor& norm2_bias, const Tensor& fc1, const std::optional<Tensor>& fc1_bias, const Tensor& fc2,
                  const std::optional<Tensor>& fc2_bias, const std::optional<Tensor>& gamma2, double eps1, double eps2,
                  int64_t heads, double scale, int64_t activation, int64_t kind) {
-  const int64_t tokens = x.size(0), dim = x.size(1), width = proj.size(1), hidden = fc1.size(0);
-  check(x, cu_seqlens, row);
+  for (const Tensor* weight : {&proj, &fc1}) check_sizes("proj and fc1", *weight, {kAny, kAny});
+  const int64_t width = proj.size(1), hidden = fc1.size(0);
+  const Boundaries boundaries = check_call(x, cu_seqlens, row, heads, width, hidden, activation, kind);
+  const int64_t tokens = boundaries.tokens, dim = x.size(1);
   const Tensor* norms[] = {&norm1, &norm1_bias, &norm2, &norm2_bias};
   Linear products[] = {linear(nullptr, kind, dim, 3 * width), linear(nullptr, kind, width, dim),
                        linear(nullptr, kind, dim, hidden), linear(nullptr, kind, hidden, dim)};
@@ -415,8 +409,8 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
   memory.reserve(bytes);
   float* affine[4];
   for (int i = 0; i < 4; ++i) {
-    STD_TORCH_CHECK(norms[i]->numel() && norms[i]->numel() % dim == 0 && norms[i]->numel() == norms[i & 2]->numel(),
-                    "a norm's weight and bias must be (lengths, ", dim, ")");
+    REVIT_CHECK(norms[i]->numel() && norms[i]->numel() % dim == 0 && norms[i]->numel() == norms[i & 2]->numel(),
+                "a norm's weight and bias must be (lengths, ", dim, ")");
     read_floats(*norms[i], affine[i] = memory.take<float>(norms[i]->numel()));
   }
   for (Linear& product : products)
@@ -443,7 +437,7 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
                           .kind = static_cast<Kind>(kind),
                           .is_bf16 = is_bf16(x),
                       }},
-                      cu_seqlens, tokens, heads, scale);
+                      boundaries, heads, scale);
   run(call);
   zero_tail(call, y);
   return y;

@@ -8,9 +8,6 @@
 #include <optional>
 #include <tuple>
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace revit {
 namespace {
 
@@ -47,6 +44,7 @@ struct Partials {
 }  // namespace revit
 
 #define KERNELS "layer_norm/rows.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 
@@ -64,14 +62,32 @@ T* pointer(const std::optional<Tensor>& tensor, T* otherwise = nullptr) {
 
 bool is_bf16(const std::optional<Tensor>& tensor) { return tensor && tensor->scalar_type() == ScalarType::BFloat16; }
 
-// x, branch: (tokens, dim) fp32 or bf16; weight, bias: (lengths, dim) fp32; row: (tokens,) int32; gamma: (dim,) fp32
+// x or what is added up: (tokens, dim) fp32 or bf16; branch: the same; weight, bias: (lengths, dim) fp32; row:
+// (tokens,) int32; gamma: (dim,) fp32. Returns how many lengths there are.
+int64_t check_arguments(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& row, const std::optional<Tensor>& branch,
+                        const std::optional<Tensor>& gamma) {
+  check_rows("x", x, {kAny, kAny});
+  const int64_t tokens = x.size(0), dim = x.size(1);
+  check("x", x, {tokens, dim}, x.scalar_type());
+  REVIT_CHECK(dim > 0, "x must have at least one column");
+  if (branch)
+    check_rows("branch", *branch, {tokens, dim}), check("branch", branch, {tokens, dim}, branch->scalar_type());
+  check("weight", weight, {kAny, dim}, ScalarType::Float);
+  check("bias", bias, {weight ? weight->size(0) : kAny, dim}, ScalarType::Float);
+  check("row", row, {tokens}, ScalarType::Int);
+  check("gamma", gamma, {dim}, ScalarType::Float);
+  const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
+  REVIT_CHECK(lengths > 0, "weight and bias must have at least one row");
+  return lengths;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const std::optional<Tensor>& weight,
                                                           const std::optional<Tensor>& bias,
                                                           const std::optional<Tensor>& row,
                                                           const std::optional<Tensor>& branch,
                                                           const std::optional<Tensor>& gamma, double eps, bool rms) {
-  const int64_t tokens = x.size(0), dim = x.size(1);
-  const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
+  const int64_t lengths = check_arguments(x, weight, bias, row, branch, gamma), tokens = x.size(0), dim = x.size(1);
   Tensor y = torch::stable::empty_like(x);
   Tensor sum = branch ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor mean = torch::stable::new_empty(x, {tokens}, ScalarType::Float);
@@ -111,9 +127,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& sum, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const std::optional<Tensor>& row, const std::optional<Tensor>& branch,
     const std::optional<Tensor>& gamma, const Tensor& mean, const Tensor& rstd, bool rms) {
+  const int64_t lengths = check_arguments(sum, weight, bias, row, branch, gamma);
   const int64_t tokens = sum.size(0), dim = sum.size(1);
-  STD_TORCH_CHECK(!branch || gamma, "the gradient needs the branch only where it was scaled by gamma");
-  const int64_t lengths = weight ? weight->size(0) : bias ? bias->size(0) : 1;
+  check("dy", dy, {tokens, dim}, sum.scalar_type());
+  check("dsum", dsum, {tokens, dim}, sum.scalar_type());
+  check("mean", mean, {tokens}, ScalarType::Float), check("rstd", rstd, {tokens}, ScalarType::Float);
+  REVIT_CHECK(!branch || gamma, "the gradient needs the branch only where it was scaled by gamma");
   auto like = [&](const std::optional<Tensor>& parameter, std::initializer_list<int64_t> sizes) {
     return parameter ? torch::stable::new_empty(mean, sizes) : torch::stable::new_empty(mean, {0});
   };

@@ -15,21 +15,34 @@
 #include "linear/linear.h"
 
 #define KERNELS "linear/rows.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace revit {
 
 Layout layout(int64_t kind) {
+  REVIT_CHECK(kind >= 0 && kind <= static_cast<int64_t>(Kind::kInt8), "there is no kind ", kind, " of weights");
   static const auto layout_of = EVERY_ISA_PICK(layout_of);
   return layout_of(static_cast<Kind>(kind));
 }
 
 Linear linear(char* packed, int64_t kind, int64_t in, int64_t out) {
   const Layout how = layout(kind);
+  REVIT_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
+  REVIT_CHECK(in > 0 && in % 4 == 0 && in <= kMostWidth && out > 0 && out <= kMostWidth,
+              "a weight must be (out, in), in a multiple of 4, each at most ", kMostWidth, ", got (", out, ", ", in,
+              ")");
   return Linear(packed, in, out, how.lanes, how.unit);
+}
+
+Linear packed_weight(const Tensor& packed, int64_t kind, int64_t in, int64_t out) {
+  const Linear weight = linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
+  const int64_t bytes = weight.end - static_cast<char*>(packed.data_ptr());
+  REVIT_CHECK(packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
+                  packed.numel() == bytes,
+              "a weight must be the ", bytes, " bytes that pack_cpu made of (", out, ", ", in, "), got ",
+              packed.numel(), " numbers");
+  return weight;
 }
 
 void multiply(const Linear& weight, int64_t kind, bool is_bf16, const void* x, int64_t rows, Span columns,
@@ -43,11 +56,11 @@ bool packs_cpu(int64_t kind) { return revit::layout(kind).unit > 0; }
 
 void read_floats(const Tensor& from, float* to) {
   const int64_t count = from.numel();
-  STD_TORCH_CHECK(from.is_contiguous(), "a bias, a norm or LayerScale must be contiguous");
+  REVIT_CHECK(from.is_contiguous(), "a bias, a norm or LayerScale must be contiguous");
   if (from.scalar_type() == ScalarType::Float) {
     std::memcpy(to, from.data_ptr(), count * 4);
   } else {
-    STD_TORCH_CHECK(from.scalar_type() == ScalarType::BFloat16, "a bias, a norm or LayerScale must be fp32 or bf16");
+    REVIT_CHECK(from.scalar_type() == ScalarType::BFloat16, "a bias, a norm or LayerScale must be fp32 or bf16");
     static const auto widen = EVERY_ISA_PICK(widen_row);
     widen(from.data_ptr(), count, to);
   }
@@ -57,12 +70,10 @@ void pack(const Tensor& weight, const std::optional<Tensor>& bias, const std::op
           const Linear& to) {
   const Layout how = revit::layout(kind);
   const bool is_bf16 = weight.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(how.unit > 0, "no kernel here for weights of kind ", kind);
-  STD_TORCH_CHECK((is_bf16 || weight.scalar_type() == ScalarType::Float) && weight.is_contiguous() &&
-                      weight.size(0) == to.out && weight.size(1) == to.in,
-                  "a weight must be contiguous (", to.out, ", ", to.in, ") of float32 or bfloat16");
+  check_type("a weight", weight);
+  check("a weight", weight, {to.out, to.in}, weight.scalar_type());
   for (const auto& row : {bias, gamma})
-    STD_TORCH_CHECK(!row || row->numel() == to.out, "a bias must have ", to.out, " numbers");
+    REVIT_CHECK(!row || row->numel() == to.out, "a bias must have ", to.out, " numbers");
   std::memset(to.bias, 0, to.end - reinterpret_cast<char*>(to.bias));
   std::fill_n(to.gamma, to.out, 1.f);
   if (bias) read_floats(*bias, to.bias);
@@ -78,6 +89,7 @@ void pack(const Tensor& weight, const std::optional<Tensor>& bias, const std::op
 // Returns bytes, for this process alone to read.
 Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& gamma,
                 int64_t kind) {
+  check_sizes("a weight", weight, {kAny, kAny});
   const int64_t out = weight.size(0), in = weight.size(1);
   const char* none = nullptr;
   Tensor packed =
@@ -90,12 +102,14 @@ Tensor pack_cpu(const Tensor& weight, const std::optional<Tensor>& bias, const s
 // dtype of x. A row's bits depend neither on the rows beside it nor on the number of threads.
 Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t activation) {
   constexpr int64_t kMostRows = 128, kFewRows = 24;  // that a thread multiplies at a time
+  check_rows("x", x, {kAny, kAny});
+  check("x", x, {kAny, kAny}, x.scalar_type());
+  REVIT_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kNone), "there is no activation ",
+              activation);
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t kind = is_bf16 ? 1 : 0, rows = x.size(0), in = x.size(1), number = is_bf16 ? 2 : 4;
   const Layout how = revit::layout(kind);
-  const Linear weight = revit::linear(static_cast<char*>(packed.data_ptr()), kind, in, out);
-  STD_TORCH_CHECK(packed.numel() == weight.end - static_cast<char*>(packed.data_ptr()),
-                  "a weight must be what pack_cpu made of (", out, ", ", in, "), got ", packed.numel(), " numbers");
+  const Linear weight = packed_weight(packed, kind, in, out);
   Tensor y = torch::stable::new_empty(x, {rows, out});
   const auto* from = static_cast<const char*>(x.data_ptr());
   auto* to = static_cast<char*>(y.data_ptr());

@@ -12,8 +12,13 @@ namespace revit {
 // How weights of a kind are laid out on this machine.
 Layout layout(int64_t kind);
 
-// A weight as pack_cpu made it.
+constexpr int64_t kMostWidth = 1 << 28;  // of a weight: no product of two of them and a size overflows
+
+// A weight as pack_cpu makes it, in memory at `packed`.
 Linear linear(char* packed, int64_t kind, int64_t in, int64_t out);
+
+// The weight that pack_cpu made.
+Linear packed_weight(const torch::stable::Tensor& packed, int64_t kind, int64_t in, int64_t out);
 
 // Packs a weight (out, in) fp32 or bf16, and what is added to and multiplied with its product, (out,) fp32 or bf16
 // each. All threads share it.

@@ -13,11 +13,20 @@
 #include "linear/linear.h"
 #include "patch_embed/patches.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace revit {
 namespace {
+
+// weight: (dim, channels, patch_h, patch_w)
+const Tensor& check_weight(const Tensor& weight) {
+  check_sizes("weight", weight, {kAny, kAny, kAny, kAny});
+  check_type("weight", weight);
+  int64_t width = 1;
+  REVIT_CHECK(weight.size(0) > 0, "weight must have at least one output");
+  for (int64_t axis = 1; axis < 4; ++axis)
+    REVIT_CHECK(weight.size(axis) > 0 && (width *= weight.size(axis)) <= kMostWidth,
+                "weight must be (dim, channels, patch_h, patch_w), of 1 to ", kMostWidth, " numbers a patch");
+  return weight;
+}
 
 constexpr int64_t kFewestPatches = 24, kMostPatches = 96;  // that are cut, and then multiplied, at a time
 
@@ -26,8 +35,8 @@ constexpr int64_t kFewestPatches = 24, kMostPatches = 96;  // that are cut, and 
 Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Tensor& cu_seqlens,
                     const Tensor& placement, std::vector<double> scale, std::vector<double> shift, bool cubic,
                     bool channels_last, int64_t prefix, int64_t capacity) {
-  const Patches patches(tensors, weight, make_entries(cu_seqlens, placement, prefix, capacity), scale, shift, cubic,
-                        channels_last);
+  const Patches patches(tensors, check_weight(weight), make_entries(cu_seqlens, placement, prefix, capacity), scale,
+                        shift, cubic, channels_last);
   const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
   const int64_t row_bytes = patches.width * (bf16 ? 2 : 4);
   Tensor y = torch::stable::new_empty(weight, {capacity, patches.width});
@@ -60,13 +69,13 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
                        const Tensor& cu_seqlens, const Tensor& placement, std::optional<Tensor> pos,
                        std::optional<Tensor> prefix, std::vector<double> scale, std::vector<double> shift, bool cubic,
                        bool channels_last, int64_t prefix_tokens, int64_t capacity) {
-  const Patches patches(tensors, weight, make_entries(cu_seqlens, placement, prefix_tokens, capacity), scale, shift,
-                        cubic, channels_last);
+  const Patches patches(tensors, check_weight(weight), make_entries(cu_seqlens, placement, prefix_tokens, capacity),
+                        scale, shift, cubic, channels_last);
   const bool bf16 = weight.scalar_type() == ScalarType::BFloat16;
   const int64_t kind = bf16 ? 1 : 0, dim = weight.size(0), row_bytes = dim * (bf16 ? 2 : 4);
   const auto& entries = patches.entries;
-  check_tables(entries, pos, prefix, weight, dim);
-  const Linear product = revit::linear(static_cast<char*>(packed.data_ptr()), kind, patches.width, dim);
+  check_tables(entries, pos, prefix, prefix_tokens, weight, dim);
+  const Linear product = revit::packed_weight(packed, kind, patches.width, dim);
   const int64_t unit = revit::layout(kind).unit;
   const Number number = !bf16 ? Number::kFloat : unit == 2 ? Number::kBfloat16 : Number::kRounded;
   Tensor y = torch::stable::new_empty(weight, {capacity, dim});
@@ -109,18 +118,21 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
     }
   });
   const int64_t used = static_cast<const int32_t*>(cu_seqlens.data_ptr())[entries.size()];
-  std::memset(out + used * row_bytes, 0, (capacity - used) * row_bytes);
+  if (used < capacity) std::memset(out + used * row_bytes, 0, (capacity - used) * row_bytes);
   return y;
 }
 
 // y: (capacity, dim), changed in place: adds the position of each patch, writes the prefix rows, clears the others.
 void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std::optional<Tensor> pos,
                std::optional<Tensor> prefix, int64_t prefix_tokens) {
-  const int64_t capacity = y.size(0), dim = y.size(1), images = placement.size(0), row_bytes = dim * y.element_size();
+  check_rows("y", y, {kAny, kAny});
+  check("y", y, {kAny, kAny}, y.scalar_type());
+  const int64_t capacity = y.size(0), dim = y.size(1), row_bytes = dim * y.element_size();
   const bool bf16 = y.scalar_type() == ScalarType::BFloat16;
   const auto entries = make_entries(cu_seqlens, placement, prefix_tokens, capacity);
+  const int64_t images = entries.size();
   const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
-  check_tables(entries, pos, prefix, y, dim);
+  check_tables(entries, pos, prefix, prefix_tokens, y, dim);
   static const auto add_bfloat16 = EVERY_ISA_PICK(add_row<Bfloat16, Bfloat16>);
   static const auto add_float = EVERY_ISA_PICK(add_row<float, float>);
   torch::stable::parallel_for(0, capacity, 32, [&](int64_t begin, int64_t end) {
@@ -147,9 +159,14 @@ void place_cpu(Tensor y, const Tensor& cu_seqlens, const Tensor& placement, std:
 // grad: (capacity, dim) -> (prefix + cells, dim) fp32: its sums over the images, for each prefix token and each cell.
 Tensor patch_embed_sums_cpu(const Tensor& grad, const Tensor& cu_seqlens, const Tensor& placement, int64_t prefix,
                             int64_t cells) {
+  check_rows("grad", grad, {kAny, kAny});
+  check("grad", grad, {kAny, kAny}, grad.scalar_type());
   const int64_t dim = grad.size(1);
   const bool bf16 = grad.scalar_type() == ScalarType::BFloat16;
   const auto entries = make_entries(cu_seqlens, placement, prefix, grad.size(0));
+  REVIT_CHECK(cells >= 0 && cells <= kMostCells, "cells must be at least 0, got ", cells);
+  for (const Entry& entry : entries)
+    REVIT_CHECK(entry.cell + entry.rows * entry.columns <= cells, "there are too few cells: ", cells);
   Tensor sums = torch::stable::new_empty(grad, {prefix + cells, dim}, ScalarType::Float);
   static const auto add_bfloat16 = EVERY_ISA_PICK(add_row<float, Bfloat16>);
   static const auto add_float = EVERY_ISA_PICK(add_row<float, float>);
@@ -175,7 +192,11 @@ Tensor patch_embed_sums_cpu(const Tensor& grad, const Tensor& cu_seqlens, const 
 
 // grad: (capacity, dim), patches: (capacity, width) -> (dim, width), from the rows that are tokens.
 Tensor patch_embed_weight_cpu(Tensor grad, Tensor patches, const Tensor& cu_seqlens) {
-  const int64_t tokens = static_cast<const int32_t*>(cu_seqlens.data_ptr())[cu_seqlens.size(0) - 1];
+  check_rows("grad", grad, {kAny, kAny});
+  check_sizes("patches", patches, {grad.size(0), kAny});
+  REVIT_CHECK(patches.scalar_type() == grad.scalar_type(), "grad and patches must be of one dtype");
+  const Boundaries boundaries("cu_seqlens", cu_seqlens, grad.size(0));
+  const int64_t tokens = boundaries.at[boundaries.images];
   Tensor rows = torch::stable::narrow(grad, 0, 0, tokens);
   return torch::stable::matmul(torch::stable::transpose(rows, 0, 1), torch::stable::narrow(patches, 0, 0, tokens));
 }

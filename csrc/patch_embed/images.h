@@ -11,13 +11,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/checks.h"
 #include "pos_embed/interpolation.h"
 
 namespace revit {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kRows = 16;  // rows of a resized image that are made at a time, and columns: a multiple of all kLanes
 
@@ -57,9 +55,13 @@ struct Cut {
   }
 };
 
-inline std::vector<Image> make_images(const std::vector<Tensor>& tensors, bool channels_last) {
+inline std::vector<Image> make_images(const std::vector<Tensor>& tensors, bool channels_last, int64_t channels) {
   std::vector<Image> images;
   for (const Tensor& t : tensors) {
+    REVIT_CHECK(t.dim() == 3 || t.dim() == 4, "an image must have 3 axes, or 4 as a batch, got ", t.dim());
+    REVIT_CHECK(t.scalar_type() == ScalarType::Byte || is_number(t.scalar_type()),
+                "images must be of uint8, float32 or bfloat16");
+    REVIT_CHECK(t.scalar_type() == tensors[0].scalar_type(), "images must all be of one dtype");
     const int64_t batched = t.dim() == 4, c = batched + (channels_last ? 2 : 0), h = batched + (channels_last ? 0 : 1);
     Image image{static_cast<const char*>(t.data_ptr()),
                 t.size(c),
@@ -70,6 +72,10 @@ inline std::vector<Image> make_images(const std::vector<Tensor>& tensors, bool c
                 t.stride(h + 1),
                 t.size(c),
                 1};
+    REVIT_CHECK(image.channels == channels, "images must have the ", channels, " channels of the weight, got ",
+                image.channels);
+    REVIT_CHECK(image.height <= kMostCells && image.width <= kMostCells, "an image must be at most ", kMostCells,
+                " pixels high and wide");
     if (image.channels > 1 && image.channel_stride == 1 && image.pixel_stride == image.channels)
       image.planes = 1, image.pitch = image.channels;
     for (int64_t i = 0; i < (batched ? t.size(0) : 1); ++i) {
@@ -83,32 +89,30 @@ inline std::vector<Image> make_images(const std::vector<Tensor>& tensors, bool c
 // Where each image's tokens are to go; those with none are left out (rows 0).
 inline std::vector<Entry> make_entries(const Tensor& cu_seqlens, const Tensor& placement, int64_t prefix,
                                        int64_t capacity) {
-  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && placement.scalar_type() == ScalarType::Int,
-                  "cu_seqlens and placement must be int32");
-  STD_TORCH_CHECK(cu_seqlens.size(0) == placement.size(0) + 1, "cu_seqlens must have one more entry than placement");
-  const int32_t* cu = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+  const Boundaries boundaries("cu_seqlens", cu_seqlens, capacity);
+  REVIT_CHECK(prefix >= 0 && prefix <= kMostCells, "prefix must be at least 0, got ", prefix);
+  check("placement", placement, {boundaries.images, 3}, ScalarType::Int);
   const int32_t* place = static_cast<const int32_t*>(placement.data_ptr());
-  STD_TORCH_CHECK(cu[0] == 0, "cu_seqlens must begin with 0");
-  std::vector<Entry> entries(placement.size(0), {0, 0, 0, 0});
-  for (size_t i = 0; i < entries.size(); ++i) {
-    const int64_t h = place[i * 3], w = place[i * 3 + 1], length = cu[i + 1] - cu[i];
+  REVIT_CHECK(boundaries.at[0] == 0, "cu_seqlens must begin with 0");
+  std::vector<Entry> entries(boundaries.images, {0, 0, 0, 0});
+  for (int64_t i = 0; i < boundaries.images; ++i) {
+    const int64_t h = place[i * 3], w = place[i * 3 + 1], cell = place[i * 3 + 2], length = boundaries.length(i);
     if (length == 0) continue;
-    STD_TORCH_CHECK(cu[i] >= 0 && cu[i + 1] <= capacity && length == prefix + h * w, "image ", i, " has ", length,
-                    " tokens where ", prefix, " + ", h, " x ", w, " were expected");
-    entries[i] = {cu[i] + prefix, h, w, place[i * 3 + 2]};
+    REVIT_CHECK(h > 0 && w > 0 && cell >= 0 && length == prefix + h * w, "image ", i, " has ", length, " tokens where ",
+                prefix, " + ", h, " x ", w, " were expected, from cell ", cell, " on");
+    entries[i] = {boundaries.at[i] + prefix, h, w, cell};
   }
   return entries;
 }
 
 // pos, prefix: as they go into y, or are beside a weight, of this dtype and width.
 inline void check_tables(const std::vector<Entry>& entries, const std::optional<Tensor>& pos,
-                         const std::optional<Tensor>& prefix, const Tensor& y, int64_t dim) {
-  for (const auto& rows : {pos, prefix})
-    STD_TORCH_CHECK(!rows || (rows->scalar_type() == y.scalar_type() && rows->size(1) == dim),
-                    "pos and prefix must be of the dtype and width of y");
+                         const std::optional<Tensor>& prefix, int64_t prefix_tokens, const Tensor& y, int64_t dim) {
+  check("pos", pos, {kAny, dim}, y.scalar_type());
+  check("prefix", prefix, {prefix_tokens, dim}, y.scalar_type());
   for (const Entry& entry : entries)
-    STD_TORCH_CHECK(!pos || entry.cell + entry.rows * entry.columns <= pos->size(0),
-                    "pos has too few rows: ", pos->size(0));
+    REVIT_CHECK(!pos || entry.cell + entry.rows * entry.columns <= pos->size(0),
+                "pos has too few rows: ", pos->size(0));
 }
 
 }  // namespace

@@ -23,13 +23,21 @@ class Patches {
         ph(weight.size(2)),
         pw(weight.size(3)),
         width(weight.size(1) * ph * pw),
-        images_(make_images(tensors, channels_last)),
+        images_(make_images(tensors, channels_last, weight.size(1))),
         type_(tensors.empty() ? ScalarType::Float : tensors[0].scalar_type()),
         scale_(scale.begin(), scale.end()),
         shift_(shift.begin(), shift.end()) {
-    STD_TORCH_CHECK(images_.size() == entries.size(), "images must be as many as placement has rows");
-    for (size_t i = 0; i < entries.size(); ++i)
-      if (entries[i].rows && !fits(i)) axes_.insert({axis(i, 0), 0}), axes_.insert({axis(i, 1), 0});
+    REVIT_CHECK(images_.size() == entries.size(), "images must be as many as placement has rows");
+    const auto channels = static_cast<size_t>(weight.size(1));
+    REVIT_CHECK(scale_.size() == channels && shift_.size() == channels, "scale and shift must be ", channels,
+                " numbers, one per channel");
+    for (size_t i = 0; i < entries.size(); ++i) {
+      if (!entries[i].rows) continue;
+      REVIT_CHECK(images_[i].height && images_[i].width, "image ", i, " is empty");
+      REVIT_CHECK(height(i) <= kMostCells && entries[i].columns * pw <= kMostCells, "image ", i,
+                  " would be resized to more than ", kMostCells, " pixels");
+      if (!fits(i)) axes_.insert({axis(i, 0), 0}), axes_.insert({axis(i, 1), 0});
+    }
     std::vector<std::pair<int64_t, int64_t>> pairs;
     for (auto& [pair, index] : axes_) index = pairs.size(), pairs.push_back(pair);
     taps_.resize(pairs.size());

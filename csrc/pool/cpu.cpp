@@ -19,14 +19,13 @@ struct PoolArguments {
   const void *x, *grad;
   void* y;
   const int32_t* cu_seqlens;
-  int64_t tokens, dim, stride, prefix;
+  int64_t dim, stride, prefix;
   bool first_only, average, maximum, x_is_bf16;
 };
 
-// The rows that the image pools, whatever cu_seqlens holds within the tensor.
+// The rows that the image pools.
 inline void pooled_rows(const PoolArguments& a, int64_t image, int64_t* begin, int64_t* end) {
-  *end = std::clamp<int64_t>(a.cu_seqlens[image + 1], 0, a.tokens);
-  *begin = std::clamp<int64_t>(a.cu_seqlens[image], 0, *end);
+  *begin = a.cu_seqlens[image], *end = a.cu_seqlens[image + 1];
   if (a.first_only)
     *end = std::min(*end, *begin + 1);
   else
@@ -37,6 +36,7 @@ inline void pooled_rows(const PoolArguments& a, int64_t image, int64_t* begin, i
 }  // namespace revit
 
 #define KERNELS "pool/columns.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 
 namespace revit {
@@ -44,15 +44,16 @@ namespace {
 
 constexpr int64_t kColumnsPerTask = 256;
 
-PoolArguments arguments(const Tensor& x, const std::string& kind, const Tensor& cu_seqlens, int64_t tokens,
-                        int64_t prefix, bool include_prefix) {
+PoolArguments arguments(const Tensor& x, const std::string& kind, const Boundaries& boundaries, int64_t prefix,
+                        bool include_prefix) {
+  REVIT_CHECK(kind == "token" || kind == "avg" || kind == "max" || kind == "avgmax", "there is no pooling by ", kind);
+  REVIT_CHECK(prefix >= 0, "prefix must be at least 0, got ", prefix);
   return {
       .x = x.data_ptr(),
-      .cu_seqlens = static_cast<const int32_t*>(cu_seqlens.data_ptr()),
-      .tokens = tokens,
+      .cu_seqlens = boundaries.at,
       .dim = x.size(1),
       .stride = x.stride(0),
-      .prefix = include_prefix ? 0 : prefix,
+      .prefix = include_prefix ? 0 : std::min(prefix, boundaries.tokens),
       .first_only = kind == "token",
       .average = kind == "avg" || kind == "avgmax" || kind == "token",  // the mean of one token is that token
       .maximum = kind == "max" || kind == "avgmax",
@@ -73,9 +74,11 @@ void each_block(int64_t images, int64_t dim, F f) {
 }
 
 Tensor pool_cpu(const Tensor& x, const Tensor& cu_seqlens, std::string kind, int64_t prefix, bool include_prefix) {
-  const int64_t images = cu_seqlens.size(0) - 1;
-  Tensor y = torch::stable::new_empty(x, {images, x.size(1)});
-  PoolArguments a = arguments(x, kind, cu_seqlens, x.size(0), prefix, include_prefix);
+  check_rows("x", x, {kAny, kAny});
+  const Boundaries boundaries("cu_seqlens", cu_seqlens, x.size(0));
+  const int64_t images = boundaries.images;
+  PoolArguments a = arguments(x, kind, boundaries, prefix, include_prefix);
+  Tensor y = torch::stable::new_empty(x, {images, a.dim});
   a.y = y.data_ptr();
   static const auto pool_columns = EVERY_ISA_PICK(pool_columns);
   each_block(images, a.dim, [&](int64_t image, int64_t first, int64_t last) { pool_columns(a, image, first, last); });
@@ -85,9 +88,15 @@ Tensor pool_cpu(const Tensor& x, const Tensor& cu_seqlens, std::string kind, int
 // grad: (images, dim); x is needed by the kinds that take a maximum. Returns (tokens, dim).
 Tensor pool_backward_cpu(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& cu_seqlens, int64_t tokens,
                          std::string kind, int64_t prefix, bool include_prefix) {
-  const int64_t images = cu_seqlens.size(0) - 1;
-  Tensor dx = torch::stable::new_empty(grad, {tokens, grad.size(1)});
-  PoolArguments a = arguments(x ? *x : grad, kind, cu_seqlens, tokens, prefix, include_prefix);
+  const Boundaries boundaries("cu_seqlens", cu_seqlens, tokens);
+  const int64_t images = boundaries.images;
+  check_rows("grad", grad, {images, kAny});
+  check("grad", grad, {images, kAny}, grad.scalar_type());
+  if (x) check_rows("x", *x, {tokens, grad.size(1)});
+  REVIT_CHECK(!x || x->scalar_type() == grad.scalar_type(), "x and grad must be of one dtype");
+  PoolArguments a = arguments(x ? *x : grad, kind, boundaries, prefix, include_prefix);
+  REVIT_CHECK(x || !a.maximum, "the gradient of a maximum needs x");
+  Tensor dx = torch::stable::new_empty(grad, {tokens, a.dim});
   a.grad = grad.data_ptr();
   a.y = dx.data_ptr();
   const int64_t row_bytes = a.dim * (a.x_is_bf16 ? 2 : 4);

@@ -10,9 +10,6 @@
 
 #include "pos_embed/interpolation.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace revit {
 namespace {
 
@@ -36,6 +33,7 @@ struct ResizedRow {
 }  // namespace revit
 
 #define KERNELS "pos_embed/rows.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/scratch.h"
 
@@ -44,10 +42,17 @@ namespace {
 
 std::vector<Grid> make_grids(int64_t rows, int64_t columns, const std::vector<int64_t>& sizes, const std::string& mode,
                              bool antialias, bool align_corners, double offset) {
+  REVIT_CHECK(mode == "bicubic" || mode == "bilinear", "there is no interpolation ", mode);
+  REVIT_CHECK(rows > 0 && columns > 0 && rows <= kMostCells && columns <= kMostCells, "a table must be of 1 to ",
+              kMostCells, " rows and columns, got ", rows, " and ", columns);
+  REVIT_CHECK(sizes.size() % 2 == 0, "sizes must be of rows and columns in turn, got ", sizes.size());
   std::vector<Grid> grids;
   int64_t start = 0;
-  for (size_t i = 0; i + 1 < sizes.size(); i += 2) {
+  for (size_t i = 0; i < sizes.size(); i += 2) {
     const int64_t h = sizes[i], w = sizes[i + 1];
+    REVIT_CHECK(h > 0 && w > 0 && h <= kMostCells && w <= kMostCells && start + h * w <= kMostCells,
+                "grids must be at least (1, 1), and of at most ", kMostCells, " cells together, got (", h, ", ", w,
+                ")");
     const auto taps = [&](int64_t source, int64_t target) {
       return revit::taps({static_cast<int32_t>(source), static_cast<int32_t>(target), mode == "bicubic", antialias,
                           align_corners, offset});
@@ -70,6 +75,8 @@ Tensor as_float(const Tensor& x) {
 // table: (rows, columns, dim), sizes: rows and columns of each grid -> (cells, dim)
 Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::string mode, bool antialias,
                      bool align_corners, double offset) {
+  check_type("table", table);
+  check("table", table, {kAny, kAny, kAny}, table.scalar_type());
   const int64_t rows = table.size(0), columns = table.size(1), dim = table.size(2), item = table.element_size();
   const auto grids = make_grids(rows, columns, sizes, mode, antialias, align_corners, offset);
   std::vector<std::pair<int64_t, int64_t>> work;  // grid, row of the grid
@@ -103,8 +110,10 @@ Tensor pos_embed_cpu(const Tensor& table, std::vector<int64_t> sizes, std::strin
 // grad: (cells, dim) -> the gradient of the table, (rows, columns, dim)
 Tensor pos_embed_backward_cpu(const Tensor& grad, int64_t rows, int64_t columns, std::vector<int64_t> sizes,
                               std::string mode, bool antialias, bool align_corners, double offset) {
-  const int64_t dim = grad.size(1), block = 64, blocks = (dim + block - 1) / block;
   const auto grids = make_grids(rows, columns, sizes, mode, antialias, align_corners, offset);
+  check_rows("grad", grad, {grids.empty() ? 0 : grids.back().start + grids.back().rows * grids.back().columns, kAny});
+  check("grad", grad, {kAny, kAny}, grad.scalar_type());
+  const int64_t dim = grad.size(1), block = 64, blocks = (dim + block - 1) / block;
   Tensor dtable = torch::stable::new_empty(grad, {rows, columns, dim});
   const Tensor wide = as_float(grad);
   const float* g = static_cast<const float*>(wide.data_ptr());

@@ -87,23 +87,29 @@ REVIT_EVERYWHERE inline double whole(const Axis& axis, const Window& w) {
 }  // namespace revit
 
 #if !defined(__CUDACC__)
+#include <algorithm>
+#include <stdexcept>
 #include <vector>
 
 namespace revit {
 
 // Target cell i is the sum of weight[i * width + k] * source cell first[i] + k over k < count[i].
 struct Taps {
-  int32_t width = 0;
+  int64_t width = 0;
   std::vector<int32_t> first, count;
   std::vector<float> weight;
 };
 
 inline Taps taps(const Axis& axis) {
+  // Where the last cell lies must be an int32.
+  if (axis.source < 1 || axis.target < 1 || !(axis.target + axis.offset > 0) || !(axis.scale() * axis.target < 1 << 30))
+    throw std::invalid_argument("an axis to resize must be of 1 to 2**30 cells, and the grid and offset above 0");
   Taps taps;
-  taps.width = static_cast<int32_t>(std::ceil((axis.cubic ? 2 : 1) * axis.stretch())) * 2 + 1;
+  const double reach = std::ceil((axis.cubic ? 2 : 1) * axis.stretch());
+  taps.width = static_cast<int64_t>(std::min<double>(reach * 2 + 1, axis.source));
   taps.first.resize(axis.target);
   taps.count.resize(axis.target);
-  taps.weight.assign(static_cast<size_t>(axis.target) * taps.width, 0);
+  taps.weight.assign(axis.target * taps.width, 0);
   for (int32_t i = 0; i < axis.target; ++i) {
     const Window w = window(axis, i);
     const double sum = whole(axis, w);

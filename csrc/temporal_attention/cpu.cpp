@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,11 +16,9 @@
 #include "temporal_attention/problem.h"
 
 #define KERNELS "temporal_attention/kernels.h"
+#include "cpu/checks.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace revit {
 namespace {
@@ -32,15 +29,13 @@ struct Clips {
   std::vector<std::pair<int64_t, int64_t>> unused;  // rows [first, last) that take no part
 
   Clips(const Tensor& cu_seqlens, const Tensor& frames, int64_t tokens, int64_t prefix) {
-    const auto* at = static_cast<const int32_t*>(cu_seqlens.data_ptr());
+    const Boundaries boundaries("cu_seqlens", cu_seqlens, tokens);
+    const int64_t clips = boundaries.images;
+    check("frames", frames, {clips}, ScalarType::Int);
+    REVIT_CHECK(prefix >= 0, "prefix must be at least 0, got ", prefix);
+    const auto* at = boundaries.at;
     const auto* counts = static_cast<const int32_t*>(frames.data_ptr());
-    const int64_t clips = frames.size(0);
     int64_t end = 0;  // of the rows that are taken care of
-    for (int64_t i = 0; i <= clips; ++i) {
-      const int64_t last = i ? at[i - 1] : 0;
-      STD_TORCH_CHECK(at[i] >= last && at[i] <= tokens, "cu_seqlens must not decrease and must stay within the ",
-                      tokens, " tokens, got ", at[i], " after ", last);
-    }
     for (int64_t i = 0; i < clips; ++i) {
       const int64_t count = counts[i], stride = count > 0 ? (at[i + 1] - at[i]) / count : 0;
       if (stride <= prefix) continue;
@@ -116,12 +111,22 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   run<T>(EVERY_ISA_PICK(backward_item<T>), p, clips.items(p.heads));
 }
 
+int64_t check_qkv(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_rows("q", q, {kAny, kAny, kAny});
+  REVIT_CHECK(q.size(2) > 0, "head_dim must be at least 1, got 0");
+  for (const Tensor* x : {&k, &v}) {
+    check_rows("k and v", *x, {q.size(0), q.size(1), q.size(2)});
+    REVIT_CHECK(x->scalar_type() == q.scalar_type(), "q, k and v must be of one dtype");
+  }
+  return q.size(0);
+}
+
 // q, k, v: (tokens, heads, head_dim). Returns y like q, contiguous, and the log of each row's sum, (tokens, heads)
 // fp32.
 std::tuple<Tensor, Tensor> temporal_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
                                                   const Tensor& cu_seqlens, const Tensor& frames, int64_t prefix,
                                                   double scale) {
-  const Clips clips(cu_seqlens, frames, q.size(0), prefix);
+  const Clips clips(cu_seqlens, frames, check_qkv(q, k, v), prefix);
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   clips.clear(y), clips.clear(lse);
@@ -133,7 +138,9 @@ std::tuple<Tensor, Tensor> temporal_attention_cpu(const Tensor& q, const Tensor&
 std::tuple<Tensor, Tensor, Tensor> temporal_attention_backward_cpu(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                                    const Tensor& v, const Tensor& cu_seqlens,
                                                                    const Tensor& frames, int64_t prefix, double scale) {
-  const Clips clips(cu_seqlens, frames, q.size(0), prefix);
+  const Clips clips(cu_seqlens, frames, check_qkv(q, k, v), prefix);
+  check_rows("grad", grad, {q.size(0), q.size(1), q.size(2)});
+  REVIT_CHECK(grad.scalar_type() == q.scalar_type(), "grad must be of the dtype of q");
   auto like = [&] { return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}); };
   Tensor dq = like(), dk = like(), dv = like();
   for (Tensor* x : {&dq, &dk, &dv}) clips.clear(*x);

@@ -69,6 +69,7 @@ class Engine:
         """Take the model's weights anew."""
         model = self.model
         watched = watched_of(model)
+        state = state_of(watched, model)  # of before: what is written while weights are packed shows in the next call
         self.refusal = refusal(model, "int8" if self.quantize == "int8" else None)
         running, blocks = model, None
         if self.quantize == "fp8":
@@ -78,7 +79,7 @@ class Engine:
             running = _without_blocks(model)
         elif self.quantize:
             raise NotImplementedError(f"{self.quantize}: {self.refusal}")
-        self._snapshot = watched, state_of(watched, model), running, blocks
+        self._snapshot = watched, state, running, blocks
 
     def _current(self) -> tuple[nn.Module, PackedBlocks | None]:
         """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
-from revit_kernels.models import hugging_face
+from revit_kernels.models import hugging_face, timm_layouts
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
-HEADS = ("head.", "head_dist.")
-FC_NORM = {"VarLenEva": "use_fc_norm"}  # what a class calls the argument that says whether there is such a norm
+HEADS = ("head.", "head_dist.", "aux_head.")
+FC_NORM = dict.fromkeys(
+    ("VarLenEva", "VarLenTower", "VarLenGemma4"), "use_fc_norm"
+)  # what a class calls the argument that says whether there is such a norm
 UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
 AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
-CFG = ("mean", "std", "label_names", "trained_on")  # fields of pretrained_cfg that a file keeps
+CFG = ("mean", "std", "label_names", "trained_on", "stride")  # fields of pretrained_cfg that a file keeps
 
 
 def resample_positions(
@@ -190,7 +192,10 @@ def load_checkpoint(
     load_state_dict does: the missing and unexpected keys. Raises ValueError, naming keys and shapes, before anything is
     copied.
     """
-    state = _to_timm(_of_model(read_checkpoint(path, prefix), model, path), model)
+    state = read_checkpoint(path, prefix)
+    if timm_layouts.is_timms(state, model):
+        state = timm_layouts.our_state(state, model)
+    state = _to_timm(_of_model(state, model, path), model)
     _fit_positions(state, model, path, _grid_of(path), interpolation, antialias)
     if new_head and model.num_classes:
         _begin_head(state, model, path)
@@ -287,7 +292,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps([model.menu, model.resizable]).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -208,6 +209,65 @@ def test_eight_threads_on_one_engine_give_the_bits_of_one():
     finally:
         sys.setswitchinterval(interval)
     assert all(torch.equal(answers, wanted[i % 6]) for i, answers in enumerate(found))
+
+
+@cpu_only
+def test_a_write_while_weights_are_packed_is_seen(monkeypatch):
+    """A weight that is reloaded from A to B and back to A, with B packed in between, would stay wrong for good."""
+    from revit_kernels.engines import engine as module
+
+    m, images = made(), batch([(4, 4)])
+    a, b = m.blocks[0].mlp.fc1.weight.detach().clone(), torch.randn(m.blocks[0].mlp.fc1.weight.shape)
+    wanted, packed = m(images), module.PackedBlocks
+
+    def reloaded(model, kind):
+        model.blocks[0].mlp.fc1.weight.data.copy_(a)
+        with torch.no_grad():
+            model.blocks[0].mlp.fc1.weight.copy_(b)
+        found = packed(model, kind)
+        with torch.no_grad():
+            model.blocks[0].mlp.fc1.weight.copy_(a)
+        return found
+
+    monkeypatch.setattr(module, "PackedBlocks", reloaded)
+    engine = m.engine()
+    refreshed = m.engine(stale="refresh")
+    monkeypatch.setattr(module, "PackedBlocks", packed)
+    with pytest.raises(StaleEngine):
+        engine(images)
+    assert torch.equal(refreshed(images), wanted)
+
+
+@cpu_only
+def test_a_model_that_changes_dtype_while_others_infer():
+    """Engines answer as they were made; the model itself answers or refuses, and is whole afterwards."""
+    m, images = made(), batch([(4, 4), (2, 3)])
+    grids, engine = [(4, 4), (2, 3)], copy.deepcopy(m).engine()
+    wanted, stop = engine(images, grids=grids), []
+
+    def infer(_):
+        while not stop:
+            assert torch.equal(engine(images, grids=grids), wanted)
+            with suppress(ValueError, NotImplementedError, RuntimeError):  # its weights were of two dtypes
+                m(images, grids=grids)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(infer, i) for i in range(4)]
+            try:
+                for _ in range(40):
+                    m.to(torch.bfloat16), m.to(torch.float32)
+            finally:
+                stop.append(True)
+            for future in running:
+                future.result()
+    finally:
+        sys.setswitchinterval(interval)
+    fresh = copy.deepcopy(m)
+    assert torch.equal(m(images, grids=grids), fresh(images, grids=grids))
+    assert torch.equal(m.engine()(images, grids=grids), m(images, grids=grids))
 
 
 def _answer(engine, images, queue):

@@ -319,12 +319,12 @@ def test_wrong_use(change, message):
 def test_boundaries_outside_the_buffer_are_an_error_on_the_cpu(ends):
     require("attention", "cpu", *sample())
     q = torch.zeros(8, 1, 8)
-    with pytest.raises(RuntimeError, match="cu_seqlens must not decrease and must stay within the 8 tokens"):
+    with pytest.raises(ValueError, match="cu_seqlens must not decrease and must stay within the 8 tokens"):
         attention(q, q, q, torch.tensor(ends, dtype=torch.int32), 5)
 
 
 def test_positions_outside_the_table_are_an_error_on_the_cpu():
     require("attention", "cpu", *sample())
     q, row = torch.zeros(8, 1, 8), torch.full((8,), 3, dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="row of rotary must stay within the 3 positions, got 3"):
+    with pytest.raises(ValueError, match="row of rotary must stay within the 3 positions, got 3"):
         turned(q, q, q, boundaries([8]).cpu(), 8, torch.ones(3, 4), torch.zeros(3, 4), row, False)

@@ -140,7 +140,7 @@ def attention(
         raise ValueError("cu_seqlens_k and max_seqlen_k must be given together")
     plain = cu_seqlens_k is None and _plain(q, k, v, cu_seqlens, max_seqlen)
     if cu_seqlens_k is None:
-        if not plain and k.shape[:1] != q.shape[:1]:
+        if not plain and q.ndim == k.ndim == 3 and k.shape[0] != q.shape[0]:
             raise ValueError(f"k must have the {q.shape[0]} tokens of q unless cu_seqlens_k is given, got {k.shape[0]}")
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen
     if not plain:

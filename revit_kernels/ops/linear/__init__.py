@@ -112,13 +112,17 @@ def check(x, weight, bias, residual, gamma, activation, gate) -> None:
     one_device(x=x, weight=weight, bias=bias, residual=residual, gamma=gamma)
 
 
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def _is_pytorchs(x: Tensor, weight: Tensor, bias: Tensor | None, fused: tuple) -> bool:
     """Whether PyTorch's own functions are the better: a compiler fuses them itself, subclasses know them alone."""
     return (
         torch.compiler.is_compiling()
         or any(type(t) not in PLAIN for t in (x, weight, bias) if t is not None)
         or (x.is_cuda and all(step is None for step in fused))
-        or (not x.is_cuda and torch.is_autocast_enabled(x.device.type))
+        or (not x.is_cuda and _autocasts(x))
     )
 
 
@@ -154,7 +158,7 @@ def linear(
     """
     if backend is None and _is_pytorchs(x, weight, bias, (activation, gate, residual, gamma)):
         return finish(F.linear(x, weight, bias), residual, gamma, activation, gate)
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
