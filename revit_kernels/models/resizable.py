@@ -120,6 +120,8 @@ class Resizable:
         if self.menu is not None:
             raise ValueError(f"the model is resizable already, with the menu {self.menu}")
         menu = check_menu(menu)
+        if len(menu[0]) != 2:
+            raise ValueError(f"a model of images has a menu of grids (rows, columns), got {menu}")
         options = {"embedding": (embedding, EMBEDDINGS), "positions": (positions, POSITIONS), "norms": (norms, NORMS)}
         for name, (value, known) in options.items():
             if value not in known:
