@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const Arguments a) {
   each_sequence<kLanes>(s, a, [&](int first, int head, int column, bool there) {
     auto row_of = [&](int frame) { return first + min(frame, s.frames - 1) * s.stride; };
     // Of a query: its gradient, the log of its sum, and what its weights' gradients are beyond that of its scores.
-    auto load_gradient = [&](int row, float (&grad)[kUnit], float& lse, float& delta) {
+    auto load_gradient = [&](int row, float(&grad)[kUnit], float& lse, float& delta) {
       float out[kUnit];
       load_row<X>(a.grad, row, head, column, a, grad);
       load_row<X>(a.out, row, head, column, a, out);
@@ -266,8 +266,7 @@ dim3 grid_of(const Arguments& a) {
   return dim3(a.tokens ? revit::most_tiles(a.clips, a.tokens, kRows) + tail : 0);
 }
 
-// q, k, v: (tokens, heads, head_dim). Returns y like q, contiguous, and the log of each row's sum, (tokens, heads)
-// fp32.
+// q, k, v: (tokens, heads, head_dim). Returns y like q, contiguous, and the log of each row's sum, (tokens, heads) fp32.
 std::tuple<Tensor, Tensor> temporal_attention_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                                    const Tensor& cu_seqlens, const Tensor& frames, int64_t prefix,
                                                    double scale) {
@@ -284,10 +283,10 @@ std::tuple<Tensor, Tensor> temporal_attention_cuda(const Tensor& q, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> temporal_attention_backward_cuda(const Tensor& grad, const Tensor& q,
-                                                                    const Tensor& k, const Tensor& v, const Tensor& out,
-                                                                    const Tensor& lse, const Tensor& cu_seqlens,
-                                                                    const Tensor& frames, int64_t prefix,
-                                                                    double scale) {
+                                                                    const Tensor& k, const Tensor& v,
+                                                                    const Tensor& out, const Tensor& lse,
+                                                                    const Tensor& cu_seqlens, const Tensor& frames,
+                                                                    int64_t prefix, double scale) {
   auto like = [&] { return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}); };
   Tensor dq = like(), dk = like(), dv = like();
   Arguments a = arguments(q, k, v, cu_seqlens, frames, prefix, scale, {&grad, &out, &dq, &dk, &dv});
