@@ -103,7 +103,7 @@ def _rows(results: dict, bench: str):
             yield parameters.rstrip("]"), row
 
 
-def _case(parameters: str, row: dict) -> str:
+def case(parameters: str, row: dict) -> str:
     """The parameters less what has a column of its own."""
     for taken in (row["rival"], f"torch.{row['dtype']}", "forward"):
         parameters = re.sub(rf"(^|-){re.escape(taken)}(?=-|$)", "", parameters)
@@ -155,7 +155,7 @@ def settings(results: dict, bench: str) -> list[str]:
     for parameters, row in _rows(results, bench):
         if "settings" in row:
             rival = RIVALS.get(row["rival"], row["rival"])
-            found.setdefault((rival, row["settings"]), []).append(f"{_case(parameters, row)} {row['dtype']}")
+            found.setdefault((rival, row["settings"]), []).append(f"{case(parameters, row)} {row['dtype']}")
     by_rival = {}
     for (rival, text), cases in sorted(found.items()):
         by_rival.setdefault(rival, []).append(f"{text} ({'; '.join(sorted(cases))})")
@@ -169,7 +169,7 @@ def table(results: dict, bench: str) -> list[str]:
     ]
     for parameters, row in sorted(_rows(results, bench), key=lambda item: (item[0].split("-")[0], item[1]["dtype"])):
         share = row.get("percent_of_matmul", row.get("percent_of_copy"))
-        cells = [_case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
+        cells = [case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
         cells += [*(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (row["ours_ms"], row["rival_ms"]))]
         cells += [f"**{row['speedup']:.2f}**"]
         lines.append("| " + " | ".join([*cells, f"{share:.0f} %" if share else ""]) + " |")
@@ -186,7 +186,7 @@ def headline_rows() -> tuple[dict, list[dict]]:
     rows = [
         row
         for parameters, row in _rows(results, HEADLINE["bench"])
-        if (_case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
+        if (case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
     ]
     return results, sorted(rows, key=lambda row: row["speedup"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from revit_kernels.modules.lengths import cells
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
-from revit_kernels.training.run_folder import RunFolder
+from revit_kernels.training.run_folder import SETTINGS, RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
 INTERRUPTED = "interrupted: the same command with --resume goes on from the state that was saved last"
@@ -150,6 +151,12 @@ def add(commands):
     recipe.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast); weights stay float32")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: share weights, gradients and moments out among the processes (FSDP2); --resume then goes "
+        "on with any number of processes that divides a step's images",
+    )
     add_device(recipe)
     recipe.add_argument("--save-every", type=float, default=300, metavar="SECONDS", help="default: 300")
     recipe.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (needs tensorboard)")
@@ -170,16 +177,20 @@ def run(args) -> int:
     longest = tuple(g * p for g, p in zip(model.menu[0][-2:], model.patch_embed.patch_size))
     images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
     augment = augmentation(size, args.crop, args.flip, args.rand, args.erase)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if args.fsdp:
+        args.batch = _share(args, world)
     recipe = Recipe(
         **{name: getattr(args, name) for name in ("epochs", "batch", "accumulate", "lr", "least_lr", "warmup")},
         **{name: getattr(args, name) for name in ("weight_decay", "layer_decay", "clip", "ema", "seed")},
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
-    world = dist.get_world_size() if dist.is_initialized() else 1
     Order(len(images), recipe.batch, recipe.seed, 0, rank, world)  # what cannot be trained leaves no folder behind
     settings = {k: v for k, v in vars(args).items() if k not in UNSETTLED}
     settings |= {"images": images.fingerprint(), "world": world}
+    if args.fsdp:
+        settings |= {"batch": args.batch * world, "world": "any"}
     if rank:  # one process makes the folder, the others find it
         dist.barrier()
     folder = RunFolder(args.output, settings, args.resume or bool(rank))
@@ -193,6 +204,7 @@ def run(args) -> int:
         mix=mixing(len(images.classes), args.mixup, args.cutmix),
         score=(lambda weights: score_lengths(weights, held, autocast=args.bf16)) if held is not None else None,
         workers=args.workers,
+        fsdp=args.fsdp,
     )
     with Progress(unit="steps", quiet=args.quiet or bool(rank)) as bar:
         if held is None and not bar.quiet:
@@ -233,6 +245,19 @@ def epoch_text(row: dict, epochs: float) -> str:
         said = f"{length} loss {row[f'loss_{length}']:.3f}"
         parts.append(said if right is None else f"{said}, right on {right:.1%}")
     return f"epoch {row['epoch']} of {epochs:g}: {'; '.join(parts)}"
+
+
+def _share(args, world: int) -> int:
+    """The images of a step in each process; a run that goes on shares out those that a step took when it began."""
+    try:
+        step = json.loads((Path(args.output) / SETTINGS).read_text())["batch"] if args.resume else None
+    except (OSError, ValueError, KeyError):  # no run yet, or RunFolder says what is wrong with it
+        step = None
+    if step is None:
+        return args.batch
+    if step % world:
+        raise ValueError(f"a step of this run takes {step} images, which {world} processes cannot share out evenly")
+    return step // world
 
 
 def _distributed() -> torch.device | None:
