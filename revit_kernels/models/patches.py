@@ -59,3 +59,11 @@ def images_of(batch: Mapping, patch_size: tuple[int, int], channels: int) -> tup
         for image, (h, w) in zip(flat, grids)
     ]
     return whole, grids
+
+
+def projection(weight: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """The weight (dim, rows * columns * channels of a patch) of a Linear on patches, as that of a convolution, a copy.
+
+    Returns (dim, channels, rows, columns).
+    """
+    return weight.unflatten(1, (*patch_size, -1)).permute(0, 3, 1, 2).contiguous()

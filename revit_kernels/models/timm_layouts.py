@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revit_kernels.models.patches import projection
 from revit_kernels.models.towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import VarLenViT
 
@@ -222,7 +223,7 @@ def _of_naflex(state: dict[str, Tensor], patch_size) -> dict[str, Tensor]:
         if key == "pos_embed" and x.ndim == 4:
             x = x.flatten(1, 2)
         if key == "patch_embed.proj.weight" and x.ndim == 2:  # of pixels, row by row, each with its channels
-            x = x.unflatten(1, (*patch_size, -1)).permute(0, 3, 1, 2)
+            x = projection(x, patch_size)
         new[key] = x
     return new
 

@@ -112,12 +112,13 @@ def test_answers_and_gradients(name):
 
 
 @pytest.mark.parametrize(
-    "name, millions", [("lvvit_t", 8.53), ("lvvit_s", 26.15), ("lvvit_m", 55.83), ("lvvit_l", 150.47)]
+    "name, size, millions",
+    [("lvvit_t", 224, 8.53), ("lvvit_s", 224, 26.15), ("lvvit_m", 224, 55.83), ("lvvit_l", 448, 150.47)],
 )
-def test_sizes(name, millions):
+def test_sizes_are_those_published(name, size, millions):
     with torch.device("meta"):
-        model = create_model(name, weight_init="skip")
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == pytest.approx(millions, abs=0.8)
+        model = create_model(name, img_size=size, weight_init="skip")
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
 @torch.no_grad()
@@ -178,6 +179,10 @@ def test_made_resizable_and_saved(tmp_path):
     assert isinstance(again, VarLenLVViT) and again.menu == ours.menu
     assert_near("again", again.to(DEVICE)(x), ours(x))
     assert_near("engine", ours.engine()(x), ours(x).detach())
+    _, scaled = make("lvvit_s")
+    engine = scaled.engine()
+    assert DEVICE != "cpu" or engine.refusal is None
+    assert_near("engine of scaled branches", engine(x), scaled(x).detach())
 
 
 def test_wrong_use():
