@@ -6,6 +6,7 @@ PTX as they load it. 90a is Hopper with the instructions that no other GPU has; 
 leaves the CUDA kernels out. REVIT_SANITIZE ("address,undefined") builds the CPU kernels with these sanitizers of GCC.
 Without a C++ compiler the package still installs: its Triton and reference backends need none.
 The libraries do not use Python's API, so a wheel is tagged py3-none-<platform>: one wheel serves every Python.
+REVIT_PLATFORM ("manylinux_2_28_x86_64") names the platform; tools/wheel checks that it is true.
 """
 
 import os
@@ -29,6 +30,7 @@ CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
 NEWEST = [arch.rstrip("af") for arch in ARCHS[-1:]]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in NEWEST]
 CXX = os.environ.get("CXX", "g++")
+PORTABLE = "csrc/portable"  # so that a library built here runs on the glibc of manylinux_2_28
 
 
 class Build(build_ext):
@@ -48,7 +50,8 @@ class Build(build_ext):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(self.spawn, commands))
         torch = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu"]
-        self.spawn([*compiler, "-shared", *objects, *torch, "-o", output])
+        hidden = f"{'-Xlinker ' if compiler[0] == 'nvcc' else '-Wl,'}--version-script={PORTABLE}.map".split()
+        self.spawn([*compiler, "-shared", *objects, *torch, *hidden, "-o", output])
 
     def get_ext_filename(self, name):
         return f"{name.replace('.', '/')}.so"
@@ -56,8 +59,9 @@ class Build(build_ext):
 
 def extension(device, sources, compiler):
     files = sorted(glob(sources))
+    files.append(f"{PORTABLE}.cpp")
     headers = glob("csrc/*/*.h")
-    if not files or not shutil.which(compiler):
+    if not shutil.which(compiler):
         return []
     # An nvcc too old for the code, or for the compiler beside it, costs the CUDA kernels (with a warning), no more.
     return [Extension(f"revit_kernels._{device}", files, depends=headers, optional=device == "cuda")]
@@ -72,7 +76,7 @@ def wheel_command():
 
     class Wheel(import_module(name).bdist_wheel):
         def get_tag(self):
-            return ("py3", "none", super().get_tag()[2])
+            return ("py3", "none", os.environ.get("REVIT_PLATFORM") or super().get_tag()[2])
 
     return {"bdist_wheel": Wheel}
 

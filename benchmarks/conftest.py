@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from functools import cache
@@ -11,6 +12,8 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 
 import pytest
+import report
+import summary
 import torch
 
 from revit_kernels.ops import linear
@@ -21,8 +24,35 @@ DEVICE = "cuda" if CUDA else "cpu"
 PACKAGES = ("torch", "triton", "timm", "openvino", "nncf", "onnxruntime", "zentorch", "flash_attn", "numpy")
 
 
+ROWS = pytest.StashKey[list]()  # (nodeid, extra_info) of each duel
+
+
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="every benchmark, not the selection of minutes; takes hours")
     parser.addoption("--rounds", type=int, help="at most so many rounds of every duel: to see that all of them run")
+
+
+def pytest_configure(config):
+    config.stash[ROWS] = []
+    config.option.benchmark_quiet = True  # its own table has no rivals
+
+
+def pytest_collection_modifyitems(config, items):
+    """Where folders alone were named, and no -k: the selection, unless --all is given."""
+    whole = all(Path(argument).is_dir() for argument in config.args)
+    if config.getoption("--all") or config.option.keyword or not whole:
+        return
+    kept = [item for item in items if "benchmarks/" not in item.nodeid or summary.is_default(item.nodeid)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if rows := config.stash[ROWS]:
+        terminalreporter.section(f"{device_name()}: ours against what a user would run instead")
+        width = shutil.get_terminal_size((120, 24)).columns
+        for line in summary.table(rows, report.case, report.RIVALS, width):
+            terminalreporter.line(line)
 
 
 class Tick:
@@ -222,6 +252,7 @@ def duel(benchmark, request):
             row["matmul_ceiling_tflop_per_s"] = matmul_ceiling(dtype) / 1e12
             row["percent_of_matmul"] = 100 * row["tflop_per_s"] / row["matmul_ceiling_tflop_per_s"]
         benchmark.extra_info.update(row)
+        request.config.stash[ROWS].append((request.node.nodeid, row))
 
     yield run
     if (rows := os.environ.get("REVIT_BENCH_ROWS")) and "speedup" in benchmark.extra_info:

@@ -37,6 +37,8 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images at one length: packing saves nothing here",
     "bench_block::bench_block": "Four blocks at once, 32 images at those grids or one at 14x14",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
+    "bench_video::bench_video": "TimeSformer-S, 8 clips of 8 frames, grids 14x14, 10x10, 7x7",
+    "bench_temporal_attention::bench_temporal_attention": "Temporal attention alone, forward, 8 clips, 6 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
@@ -59,6 +61,8 @@ RIVALS = {
     "compiled": "timm, torch.compile",
     "ours_bf16": "ours in bf16",
     "padded": "padded, with a mask",
+    "sdpa": "torch's SDPA, on rearranged tensors",
+    "sdpa_rearranging": "torch's SDPA, and rearranging",
     "convolve": "F.conv2d",
     "unfold": "F.unfold and a product",
 }
@@ -103,7 +107,7 @@ def _rows(results: dict, bench: str):
             yield parameters.rstrip("]"), row
 
 
-def _case(parameters: str, row: dict) -> str:
+def case(parameters: str, row: dict) -> str:
     """The parameters less what has a column of its own."""
     for taken in (row["rival"], f"torch.{row['dtype']}", "forward"):
         parameters = re.sub(rf"(^|-){re.escape(taken)}(?=-|$)", "", parameters)
@@ -155,7 +159,7 @@ def settings(results: dict, bench: str) -> list[str]:
     for parameters, row in _rows(results, bench):
         if "settings" in row:
             rival = RIVALS.get(row["rival"], row["rival"])
-            found.setdefault((rival, row["settings"]), []).append(f"{_case(parameters, row)} {row['dtype']}")
+            found.setdefault((rival, row["settings"]), []).append(f"{case(parameters, row)} {row['dtype']}")
     by_rival = {}
     for (rival, text), cases in sorted(found.items()):
         by_rival.setdefault(rival, []).append(f"{text} ({'; '.join(sorted(cases))})")
@@ -169,7 +173,7 @@ def table(results: dict, bench: str) -> list[str]:
     ]
     for parameters, row in sorted(_rows(results, bench), key=lambda item: (item[0].split("-")[0], item[1]["dtype"])):
         share = row.get("percent_of_matmul", row.get("percent_of_copy"))
-        cells = [_case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
+        cells = [case(parameters, row), row["dtype"], RIVALS.get(row["rival"], row["rival"])]
         cells += [*(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (row["ours_ms"], row["rival_ms"]))]
         cells += [f"**{row['speedup']:.2f}**"]
         lines.append("| " + " | ".join([*cells, f"{share:.0f} %" if share else ""]) + " |")
@@ -186,7 +190,7 @@ def headline_rows() -> tuple[dict, list[dict]]:
     rows = [
         row
         for parameters, row in _rows(results, HEADLINE["bench"])
-        if (_case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
+        if (case(parameters, row), row["dtype"]) == (HEADLINE["case"], HEADLINE["dtype"])
     ]
     return results, sorted(rows, key=lambda row: row["speedup"])
 

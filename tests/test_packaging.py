@@ -1,9 +1,14 @@
 """What a source distribution and a wheel hold. Nothing is compiled."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
+
+import pytest
 
 import revit_kernels
 
@@ -39,3 +44,27 @@ def test_an_sdist_holds_what_it_takes_to_build(tmp_path):
     wanted |= {str(file.relative_to(ROOT)) for file in (ROOT / "revit_kernels").rglob("*.py")}
     assert not wanted - held
     assert not {file for file in held if file.endswith(".so")}
+
+
+@pytest.fixture(scope="module")
+def check():
+    spec = importlib.util.spec_from_file_location("check_wheel", ROOT / "tools" / "check_wheel.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_library_runs_on_the_system_that_its_wheel_names(check):
+    """What is built on a newer system needs nothing that manylinux_2_28 lacks."""
+    library = ROOT / "revit_kernels" / "_cpu.so"
+    if not library.exists() or not shutil.which("objdump"):
+        pytest.skip("no library, or no objdump")
+    assert check.too_new(library) == []
+    assert check.too_new(library, dict.fromkeys(check.NEWEST, (0,)))  # it does find some
+
+
+def test_a_wheel_without_its_library_is_refused(check, tmp_path):
+    path = tmp_path / "revit_kernels-0-py3-none-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("revit_kernels/py.typed", "")
+    assert "revit_kernels/_cpu.so is missing" in check.problems(path)

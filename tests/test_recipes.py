@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.registry import create_model
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -48,3 +52,21 @@ def test_digits_from_training_to_report(tmp_path):
     records = [json.loads(line) for line in done.stdout.splitlines()]
     right = [record["classes"][0]["label"] == record["path"][-5] for record in records]
     assert len(records) == 20 and sum(right) >= 16 and all(record["share_of_full_pass"] > 0 for record in records)
+
+
+def test_digits_of_a_rotary_model(tmp_path):
+    """The recipe's training, an epoch of it, with DINOv3 in place of its model, and answers of the run's model."""
+    pytest.importorskip("sklearn")
+    script = (RECIPES / "digits.sh").read_text().replace("\\\n", " ")
+    train = next(line for line in script.splitlines() if line.startswith("revit train "))
+    command = ["bash", "-c", f"set -eu; run={tmp_path}/run model=vit_small_patch16_dinov3 epochs=1; {train}"]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = create_model(str(tmp_path / "run")).eval()
+    assert isinstance(model, VarLenEva) and model.rope.kind == "dinov3" and model.menu == ((4, 4), (3, 3), (2, 2))
+    digits = [torch.randint(256, (3, 8, 8), dtype=torch.uint8) for _ in model.menu]
+    with torch.no_grad():
+        together = model(digits, grids=model.menu)
+        for image, grid, row in zip(digits, model.menu, together):
+            assert row.isfinite().all() and torch.equal(model([image], grids=[grid])[0], row)

@@ -16,8 +16,18 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from revit_kernels.models.lvvit import VarLenLVViT
+from revit_kernels.models.timm_layouts import describe as describe_timm
+
 OUTPUT = Path(__file__).parents[1] / "revit_kernels" / "models" / "registry.json"
 MODULES = ("vision_transformer", "deit", "eva")
+NEIGHBOURS = ("naflexvit", "qwen3_vit", "deepseek_vit", "gemma4_vit")  # whose classes become others of ours
+LVVIT = {  # of its authors, not in timm: dim, depth, heads, skip_lam, channels of the stem, crop_pct
+    "lvvit_t": (240, 12, 4, 1.0, 64, 0.9),
+    "lvvit_s": (384, 16, 6, 2.0, 64, 0.9),
+    "lvvit_m": (512, 20, 8, 2.0, 64, 1.0),
+    "lvvit_l": (768, 24, 12, 3.0, 128, 1.0),
+}
 FAMILIES = {VisionTransformer: {"weight_init": "skip"}, Eva: {}}  # and what keeps their weights from being drawn
 OURS = {VisionTransformerDistilled: "VarLenViTDistilled", Eva: "VarLenEva"}
 # The fields of timm's pretrained_cfg that preprocessing and fine-tuning read, with their commonest values: these are
@@ -124,6 +134,42 @@ def tag_row(full, kwargs, family):
     return row
 
 
+def neighbour(name, module):
+    """The entry of a name of NEIGHBOURS; None for one that is not built."""
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    try:
+        cls, kwargs, positions = describe_timm(model)
+    except NotImplementedError:
+        return None
+    kwargs.pop("num_classes", None)
+    tags = {}
+    for full in timm_registry._model_with_tags[name]:
+        cfg = timm.get_pretrained_cfg(full)
+        fields = {field: plain(field, getattr(cfg, field)) for field in COMMON}
+        fields["first_conv"] = COMMON["first_conv"]  # by our names
+        row = {field: value for field, value in fields.items() if value != COMMON[field]}
+        statistics = STATISTICS.index(tuple(cfg.mean) + tuple(cfg.std))
+        tags[full.partition(".")[2]] = row | ({"statistics": statistics} if statistics else {})
+    entry = {"parameters": sum(p.numel() for p in model.parameters()), "module": module}
+    usual = {"pos_interpolation": "bicubic", "pos_antialias": True, "pos_align_corners": False, "pos_square": False}
+    positions = {key: value for key, value in positions.items() if value != usual[key]}
+    entry |= {"class": cls.__name__} if cls.__name__ != "VarLenViT" else {}
+    entry |= {"positions": positions} if positions else {}
+    return entry | {"kwargs": kwargs, "tags": tags}
+
+
+def lvvit(name):
+    dim, depth, heads, lam, width, crop = LVVIT[name]
+    kwargs = {"embed_dim": dim, "depth": depth, "num_heads": heads, "mlp_ratio": 3.0, "qkv_bias": False}
+    kwargs |= {"norm_layer": {"name": "layernorm", "eps": 1e-05}, "skip_lam": lam, "stem_width": width}
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in VarLenLVViT(**kwargs, weight_init="skip").parameters())
+    row = {"crop_pct": crop, "statistics": 1, "first_conv": "patch_embed.conv1", "fixed_input_size": False}
+    row = {key: value for key, value in row.items() if value != COMMON.get(key)}
+    return {"parameters": parameters, "module": "lvvit", "class": "VarLenLVViT", "kwargs": kwargs, "tags": {"": row}}
+
+
 def main():
     deprecated = timm_registry._deprecated_models
     models = {}
@@ -139,13 +185,18 @@ def main():
             entry["kwargs"] = kwargs
             entry["tags"] = {full.partition(".")[2]: tag_row(full, kwargs, family) for full in full_names}
             models[name] = entry
+    for module in NEIGHBOURS:
+        for name in sorted(timm_registry._module_to_models[module] - deprecated.keys()):
+            if entry := neighbour(name, module):
+                models[name] = entry
+    models |= {name: lvvit(name) for name in LVVIT}
     renamed = {}
     for old, new in sorted(deprecated.items()):
         base, _, tag = (new or "").partition(".")
         if base in models:
             renamed[old] = new if tag in models[base]["tags"] else base
     others = {
-        module: " ".join(sorted(names - deprecated.keys()))
+        module: " ".join(sorted(names - deprecated.keys() - models.keys()))
         for module, names in sorted(timm_registry._module_to_models.items())
         if module not in MODULES
     }

@@ -67,34 +67,16 @@ Strided<T> strided(const Tensor& x) {
   return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
 }
 
-// cos, sin: (positions, pairs) or (positions, heads, pairs) fp32; row: (tokens,), each below the positions
-Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-                     const std::optional<Tensor>& row, bool half, const Tensor& q, const Tensor& k) {
-  if (!cos) return {};
-  const bool shared = cos->dim() != 3;
-  for (const auto* table : {&cos, &sin}) {
-    REVIT_CHECK(*table && row, "rotary needs cos, sin and row");
-    if (shared)
-      check("a table of rotary", *table, {cos->size(0), cos->size(-1)}, ScalarType::Float);
-    else
-      check("a table of rotary", *table, {cos->size(0), q.size(1), cos->size(2)}, ScalarType::Float);
-  }
-  REVIT_CHECK(2 * cos->size(-1) <= q.size(2), "rotary turns pairs of the ", q.size(2), " channels of a head, got ",
-              cos->size(-1), " pairs");
-  REVIT_CHECK(q.size(0) == k.size(0), "rotary is for queries and keys of the same tokens");
-  check("row of rotary", row, {q.size(0)}, ScalarType::Int);
-  Rotation r;
-  r.cos = static_cast<const float*>(cos->data_ptr()), r.sin = static_cast<const float*>(sin->data_ptr());
-  r.row = static_cast<const int32_t*>(row->data_ptr());
-  r.pairs = cos->size(-1), r.half = half, r.position = cos->stride(0), r.head = cos->dim() == 3 ? cos->stride(1) : 0;
-  const int64_t tokens = row->size(0), positions = cos->size(0);
-  for (int64_t t = 0; t < tokens; ++t)
-    REVIT_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ", r.row[t]);
-  return r;
-}
-
 template <class T>
-void forward_images(const Problem<T>& p, const Boundaries& queries, const Boundaries& keys) {
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
+             float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
+  Problem<T> p{};
+  p.rotation = rotation;
+  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
+  p.lse = static_cast<float*>(lse.data_ptr());
+  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  zero_outside(p.y.data, p.heads * p.dim, queries);
+  zero_outside(p.lse, p.heads, queries);
   const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
   const std::vector<Item> items = items_of(queries, keys, p.heads, 512);
   each_of(items.size(), [&](int64_t i) {
@@ -108,37 +90,49 @@ void forward_images(const Problem<T>& p, const Boundaries& queries, const Bounda
 }
 
 template <class T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
-             float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
-  Problem<T> p{};
-  p.rotation = rotation;
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
-  zero_outside(p.y.data, p.heads * p.dim, queries);
-  zero_outside(p.lse, p.heads, queries);
-  forward_images(p, queries, keys);
-}
-
-template <class T>
-Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, void* y, float* lse) {
+Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, const Rotation& rotation, void* y,
+                      float* lse) {
   const int64_t width = heads * dim;
   const T* q = static_cast<const T*>(qkv);
   Problem<T> p{};
   p.q = {q, 3 * width, dim}, p.k = {q + width, 3 * width, dim}, p.v = {q + 2 * width, 3 * width, dim};
   p.y = {static_cast<T*>(y), width, dim};
-  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale;
+  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale, p.rotation = rotation;
   return p;
 }
 
 }  // namespace
 
+Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+                     const std::optional<Tensor>& row, bool half, int64_t tokens, int64_t heads, int64_t head_dim) {
+  if (!cos) return {};
+  const bool shared = cos->dim() != 3;
+  for (const auto* table : {&cos, &sin}) {
+    REVIT_CHECK(*table && row, "rotary needs cos, sin and row");
+    if (shared)
+      check("a table of rotary", *table, {cos->size(0), cos->size(-1)}, ScalarType::Float);
+    else
+      check("a table of rotary", *table, {cos->size(0), heads, cos->size(2)}, ScalarType::Float);
+  }
+  REVIT_CHECK(2 * cos->size(-1) <= head_dim, "rotary turns pairs of the ", head_dim, " channels of a head, got ",
+              cos->size(-1), " pairs");
+  check("row of rotary", row, {tokens}, ScalarType::Int);
+  Rotation r;
+  r.cos = static_cast<const float*>(cos->data_ptr()), r.sin = static_cast<const float*>(sin->data_ptr());
+  r.row = static_cast<const int32_t*>(row->data_ptr());
+  r.pairs = cos->size(-1), r.half = half, r.position = cos->stride(0), r.head = cos->dim() == 3 ? cos->stride(1) : 0;
+  const int64_t positions = cos->size(0);
+  for (int64_t t = 0; t < tokens; ++t)
+    REVIT_CHECK(r.row[t] < positions, "row of rotary must stay within the ", positions, " positions, got ", r.row[t]);
+  return r;
+}
+
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
-                  void* y, float* lse) {
+                  const Rotation& rotation, void* y, float* lse) {
   if (is_bf16)
-    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
   else
-    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
 }
 
 namespace {
@@ -195,7 +189,8 @@ std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const
                                          bool half) {
   const Boundaries queries("cu_seqlens", cu_seqlens, tokens_of(q)), keys("cu_seqlens_k", cu_seqlens_k, tokens_of(k));
   check_qkv(q, k, v, queries, keys);
-  const Rotation rotation = rotation_of(cos, sin, row, half, q, k);
+  REVIT_CHECK(!cos || q.size(0) == k.size(0), "rotary is for queries and keys of the same tokens");
+  const Rotation rotation = rotation_of(cos, sin, row, half, q.size(0), q.size(1), q.size(2));
   Tensor y = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, torch::headeronly::ScalarType::Float);
   if (q.scalar_type() == torch::headeronly::ScalarType::Float)
@@ -213,7 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(const Tensor& grad, co
                                                           const std::optional<Tensor>& row, bool half) {
   const Boundaries queries("cu_seqlens", cu_seqlens, tokens_of(q)), keys("cu_seqlens_k", cu_seqlens_k, tokens_of(k));
   check_qkv(q, k, v, queries, keys);
-  const Rotation rotation = rotation_of(cos, sin, row, half, q, k);
+  REVIT_CHECK(!cos || q.size(0) == k.size(0), "rotary is for queries and keys of the same tokens");
+  const Rotation rotation = rotation_of(cos, sin, row, half, q.size(0), q.size(1), q.size(2));
   check_rows("grad", grad, {q.size(0), q.size(1), q.size(2)});
   REVIT_CHECK(grad.scalar_type() == q.scalar_type(), "grad must be of the dtype of q");
   check("lse", lse, {q.size(0), q.size(1)}, ScalarType::Float);

@@ -18,15 +18,6 @@ struct Strided {
   T* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
 
-// Angles by which pairs of channels of queries and keys are turned; no cos where none are.
-struct Rotation {
-  const float *cos = nullptr, *sin = nullptr;  // (positions, pairs), or (positions, heads, pairs)
-  const int32_t* row = nullptr;                // (tokens,), negative for a token that stays as it is
-  int64_t position = 0, head = 0;              // strides; that of heads is 0 where they share their angles
-  int64_t pairs = 0;
-  bool half = false;  // channel c belongs to c + pairs, not to its neighbour
-};
-
 template <class T>
 struct Problem {
   Strided<const T> q, k, v, grad;

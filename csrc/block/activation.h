@@ -8,19 +8,31 @@ inline Floats polynomial(Floats x, const float (&coefficients)[N]) {
 }
 
 // 2^x for any x, clamped to [2^-127, 2^126].
+template <bool kShort = false>
 inline Floats power_of_two(Floats x) {
   x = minimum(splat(126), x);
 #if LANES == 16
   x = maximum(splat(-127), x);  // elsewhere exp2 itself does that
 #endif
-  return exp2<false>(x);
+  return exp2<kShort>(x);
+}
+
+// 1 / x, within 2^-14 of it.
+inline Floats short_inverse(Floats x) {
+#if LANES == 16
+  return (Floats)_mm512_rcp14_ps((__m512)x);
+#else
+  return splat(1) / x;
+#endif
 }
 
 constexpr float kToBase2 = 1.44269504088896341f;
 
-// x / (1 + exp(-u)); what a float cannot tell from 0 is 0.
+// x / (1 + exp(-u)); what a float cannot tell from 0 is 0. kShort: for a result that is rounded to bf16 or coarser
+template <bool kShort>
 inline Floats gated(Floats x, Floats u) {
-  const Floats share = splat(1) / (splat(1) + power_of_two(u * splat(-kToBase2)));
+  const Floats sum = splat(1) + power_of_two<kShort>(u * splat(-kToBase2));
+  const Floats share = kShort ? short_inverse(sum) : splat(1) / sum;
   return x * (u < splat(-87) ? splat(0) : share);
 }
 
@@ -47,8 +59,9 @@ inline Floats short_gelu(Floats x) {
 
 template <Activation kind, bool kShort>
 inline Floats activate(Floats x) {
-  if constexpr (kind == Activation::kQuickGelu) return gated(x, x * splat(1.702f));
+  if constexpr (kind == Activation::kSilu) return gated<kShort>(x, x);
+  if constexpr (kind == Activation::kQuickGelu) return gated<kShort>(x, x * splat(1.702f));
   if constexpr (kind == Activation::kGeluTanh)
-    return gated(x, splat(1.5957691216057308f) * x * fma(x * x, splat(0.044715f), splat(1)));
+    return gated<kShort>(x, splat(1.5957691216057308f) * x * fma(x * x, splat(0.044715f), splat(1)));
   return kShort ? short_gelu(x) : gelu(x);
 }

@@ -1,7 +1,6 @@
 // A block for a few rows of tokens, all in cache. No include guard: compiled once per instruction set.
 
 #include "block/activation.h"
-
 #include "cpu/matmul.h"
 
 constexpr int64_t kHiddenBytes = 512 * 1024;  // of the hidden layer of the rows that a thread takes: half of an L2
@@ -92,38 +91,62 @@ struct Rows {
       }
 #endif
       if constexpr (!kQuantized)
-        each_vector(inputs, [&](int64_t i, auto n, int) {
-          store(left + r * inputs + i, load(x + r * inputs + i, n), n);
-        });
+        each_vector(inputs,
+                    [&](int64_t i, auto n, int) { store(left + r * inputs + i, load(x + r * inputs + i, n), n); });
     }
   }
 
-  void normalise(const T* x, const Norm& norm, Span rows) {
-    const int64_t dim = p.dim;
+  // One row of x with its affine: keep_value(column, Full or Part, value). token: whose affine it uses
+  template <class X, class F>
+  void normalise_row(const X* x, int64_t dim, const Norm& norm, int64_t token, F keep_value) {
+    Floats sums[4] = {}, squares[4] = {};
+    each_vector(dim, [&](int64_t i, auto n, int k) { sums[k] += store(line + i, load(x + i, n), n); });
+    const float mean = p.rms ? 0 : total((sums[0] + sums[1]) + (sums[2] + sums[3])) / dim;
+    const Floats shift = splat(-mean);
+    each_vector(dim, [&](int64_t i, auto n, int k) {
+      const Floats centred = keep(load(line + i, n) + shift, n);
+      squares[k] = fma(centred, centred, squares[k]);
+    });
+    const float rstd = 1 / std::sqrt(total((squares[0] + squares[1]) + (squares[2] + squares[3])) / dim + norm.eps);
+    const int64_t affine = p.row ? std::clamp<int64_t>(p.row[token], 0, norm.lengths - 1) * dim : 0;
+    const float *weight = norm.weight + affine, *bias = norm.bias + affine;
+    const Floats inverse = splat(rstd);
+    each_vector(dim, [&](int64_t i, auto n, int) {
+      keep_value(i, n, fma((load(line + i, n) + shift) * inverse, load(weight + i, n), load(bias + i, n)));
+    });
+  }
+
+  // The first `dim` numbers of rows of x as the next product takes them; it takes zeros behind them.
+  // to: (count, stride) as x, for a product that does not take them quantized
+  template <class X>
+  void normalise(const X* x, int64_t stride, int64_t dim, const Norm& norm, Span rows, Unit* to) {
     for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const T* in = x + r * dim;
-      Floats sums[4] = {}, squares[4] = {};
-      each_vector(dim, [&](int64_t i, auto n, int k) { sums[k] += store(line + i, load(in + i, n), n); });
-      const float mean = total((sums[0] + sums[1]) + (sums[2] + sums[3])) / dim;
-      const Floats shift = splat(-mean);
-      each_vector(dim, [&](int64_t i, auto n, int k) {
-        const Floats centred = keep(load(line + i, n) + shift, n);
-        squares[k] = fma(centred, centred, squares[k]);
-      });
-      const float rstd = 1 / std::sqrt(total((squares[0] + squares[1]) + (squares[2] + squares[3])) / dim + norm.eps);
-      const int64_t affine = p.row ? std::clamp<int64_t>(p.row[first + r], 0, norm.lengths - 1) * dim : 0;
-      const float *weight = norm.weight + affine, *bias = norm.bias + affine;
-      const Floats inverse = splat(rstd);
-      each_vector(dim, [&](int64_t i, auto n, int) {
-        const Floats y = fma((load(line + i, n) + shift) * inverse, load(weight + i, n), load(bias + i, n));
-        if constexpr (kQuantized)
-          store(line + i, y, n);
-        else
-          store(left + r * dim + i, y, n);
-      });
 #ifdef BFLOAT16_INSTRUCTIONS
-      if constexpr (kQuantized) quantize(line, dim, r);
+      if constexpr (kQuantized) {
+        normalise_row(x + r * stride, dim, norm, first + r,
+                      [&](int64_t i, auto n, Floats y) { store(line + i, y, n); });
+        std::fill(line + dim, line + stride, 0.f);
+        quantize(line, stride, r);
+        continue;
+      }
 #endif
+      if constexpr (!kQuantized) {
+        Unit* out = to + r * stride;
+        normalise_row(x + r * stride, dim, norm, first + r, [&](int64_t i, auto n, Floats y) { store(out + i, y, n); });
+        std::fill(out + dim, out + stride, Unit{});
+      }
+    }
+  }
+
+  // Queries and keys of each head, where they lie.
+  void normalise_heads(Span rows) {
+    const int64_t head_dim = p.attended_dim / p.heads;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      T* at = qkv() + r * 3 * p.attended_dim;
+      for (const Norm* norm : {&p.q_norm, &p.k_norm})
+        for (int64_t head = 0; head < p.heads; ++head, at += head_dim)
+          if (norm->weight)
+            normalise_row(at, head_dim, *norm, first + r, [&](int64_t i, auto n, Floats y) { store(at + i, y, n); });
     }
   }
 
@@ -177,6 +200,15 @@ struct Rows {
     });
   }
 
+  void gate(Span rows, Span columns, const char* next) {
+    Hidden* out = hidden;
+    const int64_t stride = p.hidden;
+    multiply(p.fc1_x, left, rows, columns, next, near(out, stride), [=](int64_t r, int64_t column, auto n, Floats y) {
+      Hidden* at = out + r * stride + column;
+      store(at, y * load(at, n), n);
+    });
+  }
+
   // before + gamma * (x W^T + bias)
   void add_product(const Linear& weight, const Unit* x, const T* before, Span rows, Span columns, const char* next) {
     const int64_t dim = p.dim;
@@ -194,31 +226,36 @@ struct Rows {
         });
   }
 
+  T* qkv() const { return static_cast<T*>(p.qkv) + (first - p.between_first) * 3 * p.attended_dim; }
   const T* input() const { return static_cast<const T*>(p.x) + first * p.dim; }
   T* output() const { return static_cast<T*>(p.y) + first * p.dim; }
   const T* attended() const { return static_cast<const T*>(p.attended) + (first - p.between_first) * p.attended_dim; }
 
-  // Where a product takes what another step left as it is.
-  const Unit* taken(const void* x) const {
-    return std::is_same_v<T, Unit> ? static_cast<const Unit*>(x) : left;
+  // What the output projection takes: what attention left, or another step made of it.
+  const Unit* projected() const {
+    return std::is_same_v<T, Unit> && !p.attended_norm.weight ? reinterpret_cast<const Unit*>(attended()) : left;
   }
 
   void run(Step step, Span rows, Span columns, const char* next) {
     switch (step) {
       case Step::kNorm1:
-        return normalise(input(), p.norm1, rows);
+        return normalise(input(), p.dim, p.dim, p.norm1, rows, left);
       case Step::kQueriesKeysValues: {
         const int64_t stride = p.to_qkv.out;
-        T* out = static_cast<T*>(p.qkv) + (first - p.between_first) * stride;
+        T* out = qkv();
         return multiply(p.to_qkv, left, rows, columns, next, near(out, stride),
                         [=](int64_t r, int64_t column, auto n, Floats y) { store(out + r * stride + column, y, n); });
       }
+      case Step::kNormQueriesKeys:
+        return normalise_heads(rows);
+      case Step::kNormAttended:
+        return normalise(attended(), p.attended_dim, p.attended_dim, p.attended_norm, rows, left);
       case Step::kStageAttended:
         return stage(attended(), p.attended_dim, rows);
       case Step::kProjection:
-        return add_product(p.proj, taken(attended()), input(), rows, columns, next);
+        return add_product(p.proj, projected(), input(), rows, columns, next);
       case Step::kNorm2:
-        return normalise(output(), p.norm2, rows);
+        return normalise(output(), p.dim, p.dim, p.norm2, rows, left);
       case Step::kUp:
         switch (p.activation) {
           case Activation::kGelu:
@@ -227,9 +264,18 @@ struct Rows {
             return up<Activation::kGeluTanh>(rows, columns, next);
           case Activation::kQuickGelu:
             return up<Activation::kQuickGelu>(rows, columns, next);
+          case Activation::kSilu:
+            return up<Activation::kSilu>(rows, columns, next);
           default:
             return;
         }
+      case Step::kGate:
+        return gate(rows, columns, next);
+      case Step::kNormHidden:
+        if constexpr (kQuantized)
+          return normalise(hidden, p.hidden, p.normed, p.hidden_norm, rows, left);
+        else
+          return normalise(hidden, p.hidden, p.normed, p.hidden_norm, rows, hidden);
       case Step::kStageHidden:
         if constexpr (kQuantized) stage(hidden, p.hidden, rows);
         return;

@@ -7,7 +7,7 @@
 namespace revit {
 
 enum class Kind : int64_t { kFloat, kBfloat16, kInt8 };
-enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu, kNone };
+enum class Activation : int64_t { kGelu, kGeluTanh, kQuickGelu, kNone, kSilu };
 
 struct Span {
   int64_t begin, end;
@@ -21,12 +21,14 @@ inline int64_t aligned(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * k
 
 // y = gamma * (x W^T + bias). The weight lies in panels of a few columns of W^T; see matmul.h.
 struct Linear {
-  char* panels;
-  float *bias, *gamma;
-  float* scale;   // int8: of each output's weights
-  int32_t* sums;  // int8: the sum of each output's weights
-  int64_t in, out, unit;
+  char* panels = nullptr;
+  float *bias = nullptr, *gamma = nullptr;
+  float* scale = nullptr;   // int8: of each output's weights
+  int32_t* sums = nullptr;  // int8: the sum of each output's weights
+  int64_t in = 0, out = 0, unit = 0;
+  char* end = nullptr;
 
+  Linear() = default;
   // out is rounded up to whole vectors, `lanes` long; the parts are as long as that. `unit`: bytes of a weight.
   Linear(char* bytes, int64_t in, int64_t out, int64_t lanes, int64_t unit) : in(in), out(out), unit(unit) {
     const int64_t columns = (out + lanes - 1) / lanes * lanes, part = aligned(columns * 4);
@@ -36,7 +38,6 @@ struct Linear {
     sums = reinterpret_cast<int32_t*>(scale + part / 4);
     end = reinterpret_cast<char*>(sums) + part;
   }
-  char* end;
 };
 
 // How a kind of weights is laid out on this machine.

@@ -104,7 +104,7 @@ Tensor linear_cpu(const Tensor& x, const Tensor& packed, int64_t out, int64_t ac
   constexpr int64_t kMostRows = 128, kFewRows = 24;  // that a thread multiplies at a time
   check_rows("x", x, {kAny, kAny});
   check("x", x, {kAny, kAny}, x.scalar_type());
-  REVIT_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kNone), "there is no activation ",
+  REVIT_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::kSilu), "there is no activation ",
               activation);
   const bool is_bf16 = x.scalar_type() == ScalarType::BFloat16;
   const int64_t kind = is_bf16 ? 1 : 0, rows = x.size(0), in = x.size(1), number = is_bf16 ? 2 : 4;

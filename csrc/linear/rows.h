@@ -47,6 +47,8 @@ inline Floats activated(Activation activation, Floats x) {
       return activate<Activation::kGeluTanh, kShort>(x);
     case Activation::kQuickGelu:
       return activate<Activation::kQuickGelu, kShort>(x);
+    case Activation::kSilu:
+      return activate<Activation::kSilu, kShort>(x);
     default:
       return x;
   }

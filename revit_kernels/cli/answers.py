@@ -8,6 +8,7 @@ import unicodedata
 
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.images import show
+from revit_kernels.grids import grid_text
 from revit_kernels.serving.records import Answer, Columns, short
 
 WIDEST = 24  # columns for the name of a class
@@ -70,7 +71,8 @@ class Rows:
         if answer.error is not None:
             return f"{fit(file, self.file, end=True)}  no answer: {answer.error}"
         share = answer.tokens / self.full if answer.cost is None else answer.cost
-        ends = f"{answer.grid[0]}x{answer.grid[1]}", f"{100 * share:.0f} %"
+        grid = answer.grid if answer.frames is None else (answer.frames, *answer.grid)
+        ends = grid_text(grid), f"{100 * share:.0f} %"
         if answer.features is not None:
             return self._line(file, " ".join(f"{value:+.3f}" for value in answer.features[:4]), "", *ends)
         (best,) = self.columns.best(answer)[:1]

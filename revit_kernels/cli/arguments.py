@@ -15,15 +15,30 @@ def count(text: str) -> int:
     return number
 
 
+def lengths(text: str):
+    """The grids in "14x14,10x10", or of clips in "8x14x14,4x7x7"."""
+    found = _numbers(text)
+    if {len(grid) for grid in found} not in ({2}, {3}):
+        what = "ROWSxCOLUMNS,... such as 14x14,10x10, or of clips FRAMESxROWSxCOLUMNS,... such as 8x14x14,4x7x7"
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+    return found
+
+
+def _numbers(text: str) -> tuple[tuple[int, ...], ...]:
+    """The numbers above 0 in "14x14,10x10"; nothing for another text."""
+    try:
+        found = tuple(tuple(int(n) for n in grid.lower().split("x")) for grid in text.split(","))
+    except ValueError:
+        return ()
+    return found if min(map(min, found)) > 0 else ()
+
+
 def grids(text: str):
     """None for "auto", else the grids in "14x14,10x10"."""
     if text == "auto":
         return None
-    try:
-        found = tuple(tuple(int(n) for n in grid.lower().split("x")) for grid in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or any(len(grid) != 2 or min(grid) < 1 for grid in found):
+    found = _numbers(text)
+    if {len(grid) for grid in found} != {2}:
         raise argparse.ArgumentTypeError(f"must be auto, or ROWSxCOLUMNS,... such as 14x14,10x10, got {text!r}")
     return found
 

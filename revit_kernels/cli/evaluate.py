@@ -7,8 +7,8 @@ from functools import partial
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
+from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
-from revit_kernels.data.datasets import open_set
 from revit_kernels.evaluation import plots, report
 from revit_kernels.evaluation.evaluate import evaluate
 from revit_kernels.models.registry import load_resizable
@@ -52,6 +52,7 @@ def add(commands):
     evaluate.add_argument(
         "--timed", type=count, metavar="N", help="images that are timed, equally many of each class (default: all)"
     )
+    add_clips(evaluate)
     add_batch_tokens(evaluate)
     add_device(evaluate)
     add_dtype(evaluate)
@@ -60,7 +61,7 @@ def add(commands):
 
 
 def run(args) -> int:
-    images = open_set(args.data, args.split, root=args.root)
+    images = open_data(args, args.model)
     if args.limit and args.limit < len(images):
         images = images.split(args.limit, 0)[1]
     model = load_resizable(args.model, args.device, args.dtype)

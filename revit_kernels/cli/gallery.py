@@ -13,6 +13,8 @@ from PIL import Image
 
 from revit_kernels.data.images import show
 from revit_kernels.files import write_whole
+from revit_kernels.grids import grid_text
+from revit_kernels.modules.lengths import cells
 from revit_kernels.serving.infer import Totals, closing_line, full_length
 from revit_kernels.serving.prepare import Prepared
 from revit_kernels.serving.records import Answer, Columns
@@ -45,6 +47,11 @@ figcaption span{display:block;color:var(--dim);overflow:hidden;text-overflow:ell
 """
 
 
+def _length(answer: Answer) -> tuple[int, ...]:
+    """The grid, of a clip with its frames."""
+    return answer.grid if answer.frames is None else (answer.frames, *answer.grid)
+
+
 class Gallery:
     """Collects answers with their images, and writes the page.
 
@@ -60,7 +67,7 @@ class Gallery:
         self.path, self.columns, self.prefix, self.full, self.patch = Path(path), columns, prefix, full, patch
         self.waiting: dict[str, deque[np.ndarray]] = {}
         self.cards: list[tuple[int, str]] = []  # tokens paid, HTML
-        self.lengths: dict[tuple[int, int], list[int]] = {}  # by grid: images, tokens paid
+        self.lengths: dict[tuple[int, ...], list[int]] = {}  # by grid: images, tokens paid
         self.errors: list[tuple[str, str]] = []
         self.kept = 0
 
@@ -81,23 +88,27 @@ class Gallery:
         if answer.error is not None:
             self.errors.append((answer.path, answer.error))
             return
-        paid = self.prefix + answer.tokens if answer.cost is None else round(answer.cost * self.full)
-        of_length = self.lengths.setdefault(answer.grid, [0, 0])
+        paid = self._once(answer) if answer.cost is None else round(answer.cost * self.full)
+        of_length = self.lengths.setdefault(_length(answer), [0, 0])
         of_length[0] += 1
         of_length[1] += paid
         if pixels is not None:
             self.cards.append((paid, self._card(answer, pixels, paid)))
 
+    def _once(self, answer: Answer) -> int:
+        """The tokens of one pass, prefix tokens counted: of a clip, those of each frame."""
+        return answer.tokens + self.prefix * (1 if answer.frames is None else answer.frames // answer.tubelet)
+
     def _card(self, answer: Answer, pixels: np.ndarray, paid: int) -> str:
         rows, columns = answer.grid
-        passes = 1 if paid <= self.prefix + answer.tokens else 2
+        passes = 1 if paid <= self._once(answer) else 2
         if answer.features is not None or not self.columns.top:
             said = f"{self.columns.features:,} features"
         else:
             best = self.columns.best(answer)[0]
             name = best.get("label", f"class {best['class']}")
             said = f"{name}, {100 * best['probability']:.0f} %"
-        cost = f"{rows}x{columns}, {paid} tokens, {passes} pass{'es' if passes > 1 else ''}"
+        cost = f"{grid_text(_length(answer))}, {paid} tokens, {passes} pass{'es' if passes > 1 else ''}"
         height, width = rows * self.patch[0], columns * self.patch[1]
         scale = BOX / max(height, width)
         gap = "1.5px" if max(rows, columns) <= 10 else "0.8px"
@@ -126,9 +137,9 @@ class Gallery:
     def _lengths(self) -> str:
         """A row for each grid, longest first: images, and the tokens that they paid."""
         images = sum(n for n, _ in self.lengths.values())
-        ordered = sorted(self.lengths.items(), key=lambda item: -item[0][0] * item[0][1])
+        ordered = sorted(self.lengths.items(), key=lambda item: -cells(item[0]))
         shown, rest = ordered[:12], ordered[12:]
-        rows = [(f"{h}x{w}", n, paid) for (h, w), (n, paid) in shown]
+        rows = [(grid_text(length), n, paid) for length, (n, paid) in shown]
         if rest:
             rows.append((f"{len(rest)} other grids", *map(sum, zip(*(found for _, found in rest)))))
         lines = []

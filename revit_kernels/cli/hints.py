@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from revit_kernels.grids import Grid
-from revit_kernels.serving.infer import full_length
+from revit_kernels.grids import Grid, grid_text
+from revit_kernels.modules.lengths import cells
 from revit_kernels.serving.prepare import Prepared
 
 
 def _text(grids) -> str:
-    return ", ".join(f"{h}x{w}" for h, w in grids)
+    return ", ".join(map(grid_text, grids))
 
 
 def hints(args, prepared: Prepared) -> list[str]:
     """A sentence for each. args: of `revit infer`"""
     menu = getattr(prepared.model, "menu", None)
-    found = lengths(args.grids, args.max_tokens, menu, full_length(prepared.model))
+    frames = getattr(prepared.model, "per_frame", None) is not None
+    of_frames = tuple(dict.fromkeys(grid[-2:] for grid in menu)) if menu else None
+    full = cells(prepared.model.patch_embed.grid_size)
+    found = lengths(args.grids, args.max_tokens, of_frames if frames else menu, full)
     if menu is not None and prepared.answerer is prepared.model:
         given = {"--grids": args.grids, "--max-tokens": args.max_tokens, "--compare": args.compare}
         otherwise = [name for name, value in given.items() if value]
@@ -30,8 +33,8 @@ def lengths(
     known = _text(menu) if menu else f"{full} patches"
     if menu and grids and (others := [grid for grid in grids if grid not in menu]):
         return [f"the model was not trained at {_text(others)}, but at {known}: expect worse answers there"]
-    least = min((h * w for h, w in grids or ()), default=max_tokens or full)
-    if least < (menu[-1][0] * menu[-1][1] if menu else full // 8):
+    least = min(map(cells, grids or ()), default=max_tokens or full)
+    if least < (min(map(cells, menu)) if menu else full // 8):
         return [f"{least} patches an image are few for a model trained at {known}: expect worse answers"]
     return []
 

@@ -15,10 +15,13 @@ from revit_kernels import dispatch
 from revit_kernels.cli import hints
 from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.clips import add_clips, takes_clips
 from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
+from revit_kernels.data.images import SUFFIXES as IMAGES
 from revit_kernels.data.images import find_images, left_out_text, printable, show
 from revit_kernels.devices import choose_device
+from revit_kernels.serving.clips import SUFFIXES
 from revit_kernels.serving.compare import Sample, compare, table
 from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
 from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
@@ -39,7 +42,8 @@ examples:
 
 A PATH is an image, a folder, an archive (.tar, .zip, a .parquet with a column of images), a pattern such as
 "photos/**/*.jpg", a data URL, or a list (@FILE or a .txt file, a path a line, no patterns, # begins a comment; "-"
-reads one from standard input). An image that is missing or broken becomes a record with its error; the others are
+reads one from standard input). With a model of clips it is a video (mp4, webm, mkv, avi, mov, GIF, ...), or an image,
+which is a clip in which nothing moves. What is missing or broken becomes a record with its error; the others are
 unharmed.
 
 exit status: 0 all images answered, 1 some could not be, or the run failed, 2 the command was wrong, 130 interrupted
@@ -105,6 +109,7 @@ def add(commands):
         "the image's size must then be a whole multiple of the grid",
     )
     add_batch_tokens(tokens, 8192)
+    add_clips(infer, several=True)
 
     adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
     adaptive.add_argument(
@@ -183,14 +188,16 @@ def run(args) -> int:
             _say(f"revit: {args.output} is finished: there is nothing to go on with")
             return 0
     settings = Settings.of(args)
-    paths, empty, problems, left_out = find_images(args.paths, args.recursive, inside=args.ray is None)
+    clips = _takes_clips(args)
+    suffixes, what = (SUFFIXES, "videos or images") if clips else (IMAGES, "images")
+    paths, empty, problems, left_out = find_images(args.paths, args.recursive, suffixes, inside=args.ray is None)
     _check_overwritten(args, paths)
-    others = left_out_text(left_out)
+    others = left_out_text(left_out, what)
     if not paths:
-        none = [f"there are no images in {', '.join(show(path) for path in empty)}"] if empty else []
-        raise ValueError("; ".join(problems + none + ([others] if others else [])) or "no images")
+        none = [f"there are no {what} in {', '.join(show(path) for path in empty)}"] if empty else []
+        raise ValueError("; ".join(problems + none + ([others] if others else [])) or f"no {what}")
     for path in empty:
-        _say(f"revit: warning: there are no images in {show(path)}")
+        _say(f"revit: warning: there are no {what} in {show(path)}")
     if args.ray is not None:
         return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
@@ -326,6 +333,17 @@ def _check_overwritten(args, paths: list[str]) -> None:
         real = os.path.realpath(path)
         if real.lower().endswith(suffix) and os.path.exists(real) and os.path.samefile(real, args.output):
             raise ValueError(f"--output {args.output} is an input: it would be overwritten")
+
+
+def _takes_clips(args) -> bool:
+    """Whether the model is one of clips. Raises ValueError for options that such a model does not go with."""
+    try:
+        clips = args.model is not None and takes_clips(args.model)
+    except ValueError:  # what is wrong with the model is said where it is loaded
+        return False
+    if clips and (args.compare or args.ray is not None):
+        raise ValueError(f"{'--compare' if args.compare else '--ray'} is for models of images, and {args.model} is not")
+    return clips
 
 
 def _cores() -> int:

@@ -11,8 +11,8 @@ import numpy as np
 
 from revit_kernels.adaptive.outcomes import name_of
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
+from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
-from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
 from revit_kernels.grids import grid_text
 from revit_kernels.models.registry import load_resizable, model_file
@@ -73,6 +73,7 @@ def add(commands):
         help="full: right is what the longest length says; the truth is not needed",
     )
     label.add_argument("--probabilities", action="store_true", help="keep those of all classes: an assigner needs them")
+    add_clips(label)
     add_batch_tokens(label)
     add_device(label)
     add_dtype(label)
@@ -87,7 +88,7 @@ def run(args) -> int:
         raise ValueError(f"--output must end in .parquet, got {args.output}")
     if not output.resolve().parent.is_dir():
         raise ValueError(f"the folder of --output {output} does not exist")
-    images = open_set(args.data, args.split, root=args.root)
+    images = open_data(args, args.model)
     files = [args.model, *args.fold_models]
     parts = [images]
     if len(files) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from revit_kernels.cli.arguments import add_device, add_images, count, grids
+from revit_kernels.cli.arguments import add_device, add_images, count, lengths
+from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
-from revit_kernels.data.datasets import open_set
 from revit_kernels.data.division import folds
 from revit_kernels.devices import choose_device
 from revit_kernels.grids import grid_text
@@ -24,7 +25,7 @@ from revit_kernels.modules.lengths import cells
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
-from revit_kernels.training.run_folder import RunFolder
+from revit_kernels.training.run_folder import SETTINGS, RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
 INTERRUPTED = "interrupted: the same command with --resume goes on from the state that was saved last"
@@ -114,19 +115,25 @@ def add(commands):
     data.add_argument("--cutmix", type=float, default=0.0, metavar="ALPHA")
     data.add_argument("--workers", type=int, default=0, help="processes that augment (default: none but this one)")
 
-    lengths = train.add_argument_group("lengths")
-    lengths.add_argument("--menu", type=grids, metavar="HxW,...", help="longest first (default: the model's own)")
-    lengths.add_argument("--embedding", choices=("resize", "patch", "per_length"), default="resize")
-    lengths.add_argument("--positions", choices=("interpolate", "per_length"), default="interpolate")
-    lengths.add_argument("--norms", choices=("per_length", "shared"), default="per_length")
-    lengths.add_argument(
+    add_clips(train)
+    menu = train.add_argument_group("lengths")
+    menu.add_argument(
+        "--menu",
+        type=lengths,
+        metavar="HxW,...",
+        help="longest first, of clips FRAMESxHxW,... (default: the model's own)",
+    )
+    menu.add_argument("--embedding", choices=("resize", "patch", "per_length"), default="resize")
+    menu.add_argument("--positions", choices=("interpolate", "per_length"), default="interpolate")
+    menu.add_argument("--norms", choices=("per_length", "shared"), default="per_length")
+    menu.add_argument(
         "--distillation",
         type=float,
         default=0.5,
         metavar="SHARE",
         help="of a shorter length's loss that is the divergence from the longest's answer (default: 0.5; 0: none)",
     )
-    lengths.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of that divergence (default: 1)")
+    menu.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of that divergence (default: 1)")
 
     recipe = train.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, default=10.0, metavar="N", help="may be a fraction (default: 10)")
@@ -144,6 +151,12 @@ def add(commands):
     recipe.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast); weights stay float32")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument(
+        "--fsdp",
+        action="store_true",
+        help="under torchrun: share weights, gradients and moments out among the processes (FSDP2); --resume then goes "
+        "on with any number of processes that divides a step's images",
+    )
     add_device(recipe)
     recipe.add_argument("--save-every", type=float, default=300, metavar="SECONDS", help="default: 300")
     recipe.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard (needs tensorboard)")
@@ -155,25 +168,29 @@ def run(args) -> int:
     """`revit train`; returns the exit status. Raises ValueError for what the user got wrong."""
     device = _distributed() or choose_device(args.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    images = open_set(args.data, args.split, root=args.root)
+    images = open_data(args, args.model, args.menu)
     images, held = _divide(images, args.held_out, args.fold, args.seed)
     torch.manual_seed(args.seed)
     model = _model(args, images.classes).to(device)
     model.set_grad_checkpointing(args.checkpointing)
     size = _size(images, args.size, model)
-    longest = tuple(g * p for g, p in zip(model.menu[0], model.patch_embed.patch_size))
+    longest = tuple(g * p for g, p in zip(model.menu[0][-2:], model.patch_embed.patch_size))
     images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
     augment = augmentation(size, args.crop, args.flip, args.rand, args.erase)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if args.fsdp:
+        args.batch = _share(args, world)
     recipe = Recipe(
         **{name: getattr(args, name) for name in ("epochs", "batch", "accumulate", "lr", "least_lr", "warmup")},
         **{name: getattr(args, name) for name in ("weight_decay", "layer_decay", "clip", "ema", "seed")},
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
-    world = dist.get_world_size() if dist.is_initialized() else 1
     Order(len(images), recipe.batch, recipe.seed, 0, rank, world)  # what cannot be trained leaves no folder behind
     settings = {k: v for k, v in vars(args).items() if k not in UNSETTLED}
     settings |= {"images": images.fingerprint(), "world": world}
+    if args.fsdp:
+        settings |= {"batch": args.batch * world, "world": "any"}
     if rank:  # one process makes the folder, the others find it
         dist.barrier()
     folder = RunFolder(args.output, settings, args.resume or bool(rank))
@@ -187,6 +204,7 @@ def run(args) -> int:
         mix=mixing(len(images.classes), args.mixup, args.cutmix),
         score=(lambda weights: score_lengths(weights, held, autocast=args.bf16)) if held is not None else None,
         workers=args.workers,
+        fsdp=args.fsdp,
     )
     with Progress(unit="steps", quiet=args.quiet or bool(rank)) as bar:
         if held is None and not bar.quiet:
@@ -212,7 +230,7 @@ def _progress(bar: Progress, menu):
             bar.go_on_from(step - 1)
         bar.total = steps
         if not bar.quiet and step % 10 == 0:  # reading the loss waits for the device
-            bar.note = "loss " + ", ".join(f"{h}x{w} {loss:.3f}" for (h, w), loss in zip(menu, losses.tolist()))
+            bar.note = "loss " + ", ".join(f"{grid_text(g)} {loss:.3f}" for g, loss in zip(menu, losses.tolist()))
         bar.update(step - bar.n)
 
     return show
@@ -227,6 +245,19 @@ def epoch_text(row: dict, epochs: float) -> str:
         said = f"{length} loss {row[f'loss_{length}']:.3f}"
         parts.append(said if right is None else f"{said}, right on {right:.1%}")
     return f"epoch {row['epoch']} of {epochs:g}: {'; '.join(parts)}"
+
+
+def _share(args, world: int) -> int:
+    """The images of a step in each process; a run that goes on shares out those that a step took when it began."""
+    try:
+        step = json.loads((Path(args.output) / SETTINGS).read_text())["batch"] if args.resume else None
+    except (OSError, ValueError, KeyError):  # no run yet, or RunFolder says what is wrong with it
+        step = None
+    if step is None:
+        return args.batch
+    if step % world:
+        raise ValueError(f"a step of this run takes {step} images, which {world} processes cannot share out evenly")
+    return step // world
 
 
 def _distributed() -> torch.device | None:
@@ -270,6 +301,8 @@ def _model(args, classes: tuple[str, ...]):
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": list(classes), "trained_on": args.data}
+    if args.stride:
+        model.pretrained_cfg["stride"] = args.stride
     if model.menu is None:
         if not args.menu:
             raise ValueError("--menu must name the lengths, such as 14x14,10x10,7x7: the model has none of its own")
@@ -288,9 +321,9 @@ def _from_checkpoint(args, options):
 def _size(images, side: int | None, model) -> tuple[int, int]:
     """(height, width) of the images in training. Raises ValueError where the longest length has more patches than
     the images have pixels for."""
-    first = np.asarray(images.pixels(0)).shape[:2]
-    last = np.asarray(images.pixels(len(images) - 1)).shape[:2]
-    longest = model.menu[0]
+    first = np.asarray(images.pixels(0)).shape[-3:-1]
+    last = np.asarray(images.pixels(len(images) - 1)).shape[-3:-1]
+    longest = model.menu[0][-2:]
     if side is not None:
         size = (side, side)
     elif first == last and max(first) <= SMALL:

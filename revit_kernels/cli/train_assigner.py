@@ -7,8 +7,8 @@ from pathlib import Path
 from revit_kernels.adaptive.costs import measure_costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count
+from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
-from revit_kernels.data.datasets import open_set
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
 from revit_kernels.training.labels import fit_images
@@ -44,6 +44,7 @@ def add(commands):
     )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--resume", action="store_true", help="go on where a run with this --output was killed")
+    add_clips(train)
     add_device(train)
     add_dtype(train)
     train.add_argument("--quiet", "-q", action="store_true", help="no progress")
@@ -58,7 +59,7 @@ def run(args) -> int:
         raise ValueError(f"the folder of --output {output} does not exist")
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
-    images = fit_images(open_set(args.data, args.split, root=args.root), model)
+    images = fit_images(open_data(args, args.model), model)
     recipe = AssignerRecipe(args.epochs, args.batch, args.lr, folds=args.folds, seed=args.seed)
     state = output.with_name(f".{output.name}.state")
     if not args.resume:

@@ -15,6 +15,7 @@ import torch
 from revit_kernels.data import hubs, sets
 from revit_kernels.data.image_set import ArraySet, EncodedSet, ImageSet, check_classes, pick_split, plain_split
 from revit_kernels.data.images import SUFFIXES, find_images, left_out_text, show
+from revit_kernels.data.shards import shard_set
 from revit_kernels.data.tables import csv_set, options_of, parquet_set
 
 __all__ = ["ArraySet", "EncodedSet", "ImageSet", "open_set", "read_batches"]
@@ -27,7 +28,8 @@ def open_set(source: str, split: str = "train", *, root=None) -> ImageSet:
 
     source: a known set (see data.sets); a folder with a folder per class, or with train/, test/ or val/ above them;
             a .csv with the columns path, label and perhaps split; a .parquet, with "#image_column=...,label_column=..."
-            behind it where the columns are not found; "torchvision:NAME" or "hf:NAME"
+            behind it where the columns are not found; WebDataset's shards, as "shards/*.tar"; "torchvision:NAME" or
+            "hf:NAME"
     split:  "train", "test" or "all"; "val" of a set that has both. A validation split alone is also "test"; a set
             without splits is "train" and "all"
     root:   the folder of the known sets' files; $REVIT_DATA, or data/, if not given
@@ -50,9 +52,11 @@ def open_set(source: str, split: str = "train", *, root=None) -> ImageSet:
         return csv_set(path, split)
     if path.suffix.lower() == ".parquet":
         return parquet_set(path, split, **options_of(source, options))
+    if path.suffix.lower() == ".tar":
+        return shard_set(text, split)
     raise ValueError(
         f"there is no set of images {source!r}: name {', '.join(sets.KNOWN)}, a folder of classes, a .csv, a .parquet, "
-        "torchvision:NAME or hf:NAME"
+        "tar shards (shards/*.tar), torchvision:NAME or hf:NAME"
     )
 
 

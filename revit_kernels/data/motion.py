@@ -71,8 +71,11 @@ def fetch(root=None) -> Path:
     return data_root(root)
 
 
-def open_motion(split: str, frames: int, root=None) -> MotionSet:
-    """A split of the set, train or test. Raises ValueError where a package is missing or another one."""
+def open_motion(split: str, frames: int, root=None, clips: int | None = None) -> MotionSet:
+    """A split of the set, train or test, or the first `clips` of it.
+
+    Raises ValueError where a package is missing or another one.
+    """
     (part,) = pick_split(NAME, split, ("train", "test")) if split != "all" else ("all",)
     if part == "all":
         raise ValueError(f"{NAME} has the splits train and test, whose sources are apart: open them one by one")
@@ -81,7 +84,8 @@ def open_motion(split: str, frames: int, root=None) -> MotionSet:
     for one in PHOTOGRAPHS[part]:
         photographs += list(sets.open_known("groceries", one, root).sources)
     footage = [_member(files.locate(name, ARCHIVES[name], root), file) for name, file in FOOTAGE[part]]
-    return MotionSet(f"{NAME}/{part}", photographs, footage, COUNTS[part], frames, SEEDS[part])
+    count = min(COUNTS[part], clips or COUNTS[part])
+    return MotionSet(f"{NAME}/{part}", photographs, footage, count, frames, SEEDS[part])
 
 
 def _member(wheel: Path, name: str) -> bytes:

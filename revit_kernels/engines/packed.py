@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from threading import Lock
 
@@ -14,6 +15,7 @@ from revit_kernels.modules.layer_norm import PER_LENGTH, _PerLength, _rows
 from revit_kernels.modules.lengths import cells, exact_rows, weights
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.modules.patch_dropout import PatchDropout
+from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.ops.linear.panels import pack_weight
 from revit_kernels.packing import Packing
 
@@ -21,7 +23,9 @@ MOST_MENUS = 64  # whose positions and affines are kept: those of native aspects
 NORMS = ("LayerNorm", PER_LENGTH["LayerNorm"].__name__)
 TRAINING = "the model is in training mode"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed", "embed", "run_blocks", "finish")
+METHODS = ("forward", "forward_features", "forward_head", "pool", "_pos_embed", "_block_positions", "embed")
+METHODS += ("run_blocks", "finish")
+BLOCKS = ("Block", "EvaBlock")
 
 
 def refusal(model: nn.Module, kind: str | None = None) -> str | None:
@@ -37,6 +41,9 @@ def refusal(model: nn.Module, kind: str | None = None) -> str | None:
         own = module.__dict__
         if not name.startswith("blocks.") and ("forward" in own or any(own[hooks] for hooks in HOOKS)):
             return f"{name or 'the model'} is hooked, or its forward replaced"
+    rope = getattr(model, "rope", None)
+    if rope is not None and not type(rope).__module__.startswith("revit_kernels."):
+        return f"its rope, a {type(rope).__name__}, is somebody's own"
     if not model._embeds() or not isinstance(model.patch_drop, nn.Identity | PatchDropout):
         return "its patch embedding or patch dropout is somebody's own"
     if not is_plain(model.blocks, "Sequential", "ModuleList") or not len(model.blocks):
@@ -45,11 +52,11 @@ def refusal(model: nn.Module, kind: str | None = None) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {dtype}"
     for i, block in enumerate(model.blocks):
-        if not is_plain(block, "Block"):
-            return f"blocks.{i}, a {type(block).__name__}, is no plain Block"
+        if not is_plain(block, *BLOCKS):
+            return f"blocks.{i}, a {type(block).__name__}, is no plain {' or '.join(BLOCKS)}"
         if (why := whole_block.unable(block, dtype, kind)) is not None:
             return f"blocks.{i}: {why}"
-        same = whole_block.options(block), whole_block.widths(block)
+        same = whole_block.form(block), [t is None for t in whole_block.weights(block)]
         shared = same if shared is None else shared
         if same != shared:
             return f"blocks.{i} is of another form than blocks.0"
@@ -61,8 +68,9 @@ class Table:
 
     def __init__(self, norm: nn.Module):
         self.menu = norm.menu if isinstance(norm, _PerLength) else None
-        pair = norm.table() if self.menu else (norm.weight[None], norm.bias[None])
-        self.own = [t.detach().clone() for t in pair]
+        pair = norm.table() if self.menu else (norm.weight[None], getattr(norm, "bias", None))
+        weight, bias = pair[0], torch.zeros_like(pair[0]) if pair[1] is None else pair[1].view(pair[0].shape)
+        self.own = [t.detach().clone() for t in (weight, bias)]
         self.wide = [t.float() for t in self.own]
 
     def of(self, menu) -> list[Tensor]:
@@ -85,12 +93,12 @@ class PackedBlocks:
 
     def __init__(self, model: nn.Module, kind: str | None):
         backend = load("block", "cpu")
-        self.options, self.widths = whole_block.options(model.blocks[0]), whole_block.widths(model.blocks[0])
-        self._run, self._kind = backend.run, kind
-        self._norms = [(Table(block.norm1), Table(block.norm2)) for block in model.blocks]
-        self._products = [backend.pack(whole_block.weights(block, _own), kind) for block in model.blocks]
+        self.form, self._run, self._list = whole_block.form(model.blocks[0]), backend.run, backend.listed
+        self._norms = [{name: Table(norm) for name, norm in whole_block.norms(block).items()} for block in model.blocks]
+        self._kind, self._packed = kind, [backend.pack(whole_block.weights(block), kind) for block in model.blocks]
+        self._rope = copy.deepcopy(getattr(model, "rope", None))
         self.patch, self.head = _packed_patch(model), _packed_head(model)
-        tables = [table for pair in self._norms for table in pair] + ([self.head[0]] if self.head else [])
+        tables = [table for norms in self._norms for table in norms.values()] + ([self.head[0]] if self.head else [])
         self._per_length = any(table.menu for table in tables)
         self._kept, self._lock = OrderedDict(), Lock()
 
@@ -112,27 +120,39 @@ class PackedBlocks:
         with torch.inference_mode(False), torch.no_grad():
             return self._keep(("positions", menu), lambda: running._positions(menu))
 
-    def _weights(self, menu) -> tuple[list[Tensor], list[Tensor]]:
+    def _rotary(self, packing: Packing) -> list[Rotary]:
+        """The angles of the blocks' queries and keys."""
+        if self._rope is None:
+            return []
+        with torch.inference_mode(False), torch.no_grad():
+            tables = self._keep(("rotary", packing.menu), lambda: self._rope.tables(packing.menu, packing.device))
+            return self._rope.of(tables, packing)
+
+    def _weights(self, menu) -> tuple[tuple[list[Tensor], list[int]], list[Tensor]]:
         """Of all blocks, and of the head, with the norms' rows in the order of this menu."""
 
         def make():
-            of_blocks = [
-                t
-                for (first, second), products in zip(self._norms, self._products)
-                for t in (*first.of(menu), *second.of(menu), *products)
-            ]
-            return of_blocks, [] if self.head is None else [*self.head[0].of(menu), self.head[1]]
+            of_blocks = []
+            for norms, packed in zip(self._norms, self._packed):
+                rows = {}
+                for name, table in norms.items():
+                    rows[name], rows[f"{name}_bias"] = table.of(menu)
+                of_blocks.append(packed._replace(**rows))
+            return self._list(of_blocks), [] if self.head is None else [*self.head[0].of(menu), self.head[1]]
 
         with torch.inference_mode(False), torch.no_grad():
             return self._keep(("weights", menu if self._per_length else None), make)
 
-    def _call(self, x, packing: Packing, start, stop, *head) -> Tensor:
-        of_blocks, _ = self._weights(packing.menu)
+    def _call(self, x, packing: Packing, start: int, stop: int | None, *head) -> Tensor:
+        (tensors, fields), _ = self._weights(packing.menu)
         row = _rows(x, packing) if self._per_length and len(packing.menu) > 1 else None
-        heads, eps1, eps2, scale, activation = self.options
-        how = (self.widths, heads, eps1, eps2, scale, activation, self._kind)
-        chosen = of_blocks if start == 0 and stop is None else of_blocks[8 * start : None if stop is None else 8 * stop]
-        return self._run(x, packing.cu_seqlens, row, chosen, *how, *head) if chosen else x
+        rotary = self._rotary(packing)
+        if (start, stop) != (0, None):
+            each = len(fields)
+            tensors = tensors[each * start : None if stop is None else each * stop]
+            rotary = rotary if len(rotary) < 2 else rotary[start:stop]
+        how = (fields, self.form, self._kind, rotary)
+        return self._run(x, packing.cu_seqlens, row, tensors, *how, *head) if tensors else x
 
     def run(self, x: Tensor, packing: Packing, start: int, stop: int | None) -> Tensor:
         """(capacity, dim) after the blocks from `start` to before `stop`. x: (capacity, dim)"""
@@ -141,10 +161,6 @@ class PackedBlocks:
     def answers(self, x: Tensor, packing: Packing) -> Tensor:
         """(images, classes) of x (capacity, dim), by all blocks, the final norm and the head."""
         return self._call(x, packing, 0, None, self._weights(packing.menu)[1], *self.head[2:])
-
-
-def _own(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    return norm.weight, norm.bias
 
 
 def _packed_patch(model: nn.Module) -> Tensor | None:

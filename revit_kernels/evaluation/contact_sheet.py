@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from revit_kernels.evaluation.evaluate import Evaluation
 from revit_kernels.grids import grid_text
+from revit_kernels.models.video import sampled
 
 SIDE, GAP, LINE, ACROSS = 128, 36, 16, 6  # pixels, and images in a row
 RIGHT, WRONG = "#0072B2", "#B34700"  # told apart by the colour-blind too; what is wrong is also marked
@@ -32,6 +33,23 @@ def hardest(e: Evaluation, count: int) -> np.ndarray:
     return np.concatenate([only[: count - share], never[:share]])
 
 
+def needed(e: Evaluation, count: int) -> list[tuple[str, np.ndarray]]:
+    """(what is said of them, images) for each length that some images need, the shortest first; the surest first."""
+    o, found = e.outcomes, []
+    for row in reversed(range(len(e.menu))):
+        there = np.flatnonzero(o.correct.any(1) & (o.label == row))
+        there = there[np.argsort(-o.confidence[there, row], kind="stable")]
+        found.append((f"Needed {grid_text(e.menu[row])}: {len(there):,} of {len(o):,}", there[:count]))
+    never = np.flatnonzero(~o.correct.any(1))
+    return [*found, (f"Never right: {len(never):,}", never[np.argsort(-o.confidence[never, 0], kind="stable")][:count])]
+
+
+def mosaic(clip: np.ndarray) -> Image.Image:
+    """Four frames of a clip (frames, height, width, 3), the middles of its quarters, in the order of reading."""
+    first, second, third, last = (clip[i] for i in sampled(len(clip), 4))
+    return Image.fromarray(np.concatenate([np.concatenate([first, second], 1), np.concatenate([third, last], 1)]))
+
+
 def _font(size: int):
     try:
         return ImageFont.load_default(size)
@@ -49,13 +67,18 @@ def _fit(text: str, font, width: int) -> str:
 
 
 def draw(e: Evaluation, images, path: Path, count: int = 12) -> None:
-    """Write the picture. images: the ImageSet that was evaluated; count: of easy ones, and of hard ones"""
+    """Write the picture: the easiest and the hardest images; of clips, some for each length that they needed.
+
+    images: the ImageSet that was evaluated; count: of easy ones, and of hard ones
+    """
     o, grids = e.outcomes, list(map(grid_text, e.menu))
     plain, head = _font(12), _font(15)
     groups = [
         (f"Easiest: right at the shortest length, {grids[-1]}, and surest there", easiest(e, count)),
         (f"Hardest: right at the longest length only, {grids[0]}, or never", hardest(e, count)),
     ]
+    if len(e.menu[0]) == 3:
+        groups = needed(e, ACROSS)
     cell = SIDE + LINE * (len(grids) + 1) + 14
     lines = [-(-len(members) // ACROSS) for _, members in groups]
     height = sum(30 + max(1, n) * cell if n else 30 + LINE for n in lines) + LINE + 16
@@ -69,7 +92,9 @@ def draw(e: Evaluation, images, path: Path, count: int = 12) -> None:
             top += LINE
         for i, member in enumerate(members):
             x, y = 10 + i % ACROSS * (SIDE + GAP), top + i // ACROSS * cell
-            picture = ImageOps.contain(Image.fromarray(images.pixels(int(member))), (SIDE, SIDE), Image.BICUBIC)
+            pixels = images.pixels(int(member))
+            picture = Image.fromarray(pixels) if pixels.ndim == 3 else mosaic(pixels)
+            picture = ImageOps.contain(picture, (SIDE, SIDE), Image.BICUBIC)
             sheet.paste(picture, (x, y))
             label = grids[o.label[member]] if o.correct[member].any() and o.label[member] >= 0 else "none"
             truth = _fit(f"{e.classes[o.targets[member]]}, label {label}", plain, SIDE + GAP - 8)

@@ -23,6 +23,10 @@ COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too
 OTHERS = ("#D55E00", "#56B4E9", "#F0E442")  # of configurations of the user's own
 MARKERS = {"fixed": "o", "random": "x", "assigner": "s", "cascade": "^", "assigner+cascade": "D", "oracle": "*"}
 SAID = {"fixed": "one length for all", "random": "random lengths", "oracle": "oracle (true labels)"}
+IMAGES_SHEET = "The easiest and the hardest images, with the answer and the confidence at each length"
+CLIPS_SHEET = (
+    "Clips by the length that they needed, four frames each, with the answer and the confidence at each length"
+)
 SHOWN = 10  # images that a bin of the reliability diagram must hold
 DPI = 110
 
@@ -174,7 +178,8 @@ def draw(e: Evaluation, images, folder: Path) -> list[tuple[str, str]]:
         write(e, folder / name)
         drawn[name] = what
     contact_sheet.draw(e, images, folder / "images.png")
-    drawn["images.png"] = "The easiest and the hardest images, with the answer and the confidence at each length"
+    clips = len(e.menu[0]) == 3
+    drawn["images.png"] = CLIPS_SHEET if clips else IMAGES_SHEET
     return list(drawn.items())
 
 

@@ -110,6 +110,7 @@ def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
 
 def from_timm(model: nn.Module) -> VarLenViT:
     """See VarLenViT.from_timm."""
+    from revit_kernels.models import timm_layouts
     from revit_kernels.models.distilled import VarLenViTDistilled
     from revit_kernels.models.eva import VarLenEva
     from revit_kernels.models.vit import VarLenViT
@@ -117,9 +118,12 @@ def from_timm(model: nn.Module) -> VarLenViT:
     classes = {"VisionTransformer": VarLenViT, "VisionTransformerDistilled": VarLenViTDistilled, "Eva": VarLenEva}
     if isinstance(model, VarLenViT):
         return model
-    cls = classes.get(type(model).__name__)
-    if cls is None or not type(model).__module__.startswith("timm."):
-        raise NotImplementedError(f"from_timm takes timm's {', '.join(classes)}, got {type(model).__name__}")
+    name, timms = type(model).__name__, type(model).__module__.startswith("timm.")
+    if timms and name in timm_layouts.TAKEN:
+        return timm_layouts.from_timm(model)
+    cls = classes.get(name)
+    if cls is None or not timms:
+        raise NotImplementedError(f"from_timm takes timm's {', '.join([*classes, *timm_layouts.TAKEN])}, got {name}")
     new = _adopt(model, cls)
     new._set_preprocessing()
     return new

@@ -59,7 +59,7 @@ def constructor_arguments(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
     for base in cls.__mro__:
         if "__init__" in vars(base) and base not in (object, nn.Module):
             parameters = list(inspect.signature(base.__init__).parameters.values())[1:]
-            found = {p.name: p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD} | found
+            found = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} | found
             if not any(p.kind == p.VAR_KEYWORD for p in parameters):
                 break
     return {name: parameter for name, parameter in found.items() if name not in PLACES}

@@ -14,16 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
-from revit_kernels.models import hugging_face
+from revit_kernels.models import clip_layout, hugging_face, timm_layouts
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
+from revit_kernels.models.patches import projection
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
-HEADS = ("head.", "head_dist.")
-FC_NORM = {"VarLenEva": "use_fc_norm"}  # what a class calls the argument that says whether there is such a norm
+HEADS = ("head.", "head_dist.", "aux_head.")
+FC_NORM = dict.fromkeys(
+    ("VarLenEva", "VarLenTower", "VarLenGemma4"), "use_fc_norm"
+)  # what a class calls the argument that says whether there is such a norm
 UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
 AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
-CFG = ("mean", "std", "label_names", "trained_on")  # fields of pretrained_cfg that a file keeps
+CFG = ("mean", "std", "label_names", "trained_on", "stride")  # fields of pretrained_cfg that a file keeps
 
 
 def resample_positions(
@@ -100,6 +103,9 @@ def _to_timm(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     wanted = model.state_dict().keys()
     if hugging_face.is_hugging_face(state):
         state = {k: v for k, v in hugging_face.timm_state(state).items() if not k.startswith("pooler.")}
+        if state["patch_embed.proj.weight"].ndim == 2:
+            weight = projection(state["patch_embed.proj.weight"], model.patch_embed.patch_size)
+            state["patch_embed.proj.weight"] = weight
     scale = r".gamma_\1" if any(k.endswith(".gamma_1") for k in wanted) else r".ls\1.gamma"
     known = {re.sub(r"\.gamma_([12])$", scale, k): v for k, v in state.items() if not k.startswith(UNUSED)}
     if body(known) != body(wanted):
@@ -176,9 +182,10 @@ def load_checkpoint(
 ):
     """Load the weights of a file into the model, all or nothing.
 
-    path:          .safetensors, .pth, .pt, .bin, .ckpt or .npz (timm's keys or Google's layout), see `read_checkpoint`.
-                   Facebook's DeiT III, MAE and DINOv2 files load as they are; other layouts (OpenAI's CLIP, ...) need
-                   timm, whose converter is used
+    path:          .safetensors, .pth, .pt, .bin, .ckpt or .npz (timm's keys or Google's layout), an index of several
+                   such files, or a folder of transformers', see `read_checkpoint`. Facebook's DeiT III, MAE and DINOv2
+                   files load as they are, as do OpenAI's CLIP, open_clip's and transformers'; other layouts need timm,
+                   whose converter is used
     strict:        every key must be there and no other; otherwise only shapes must agree
     prefix:        where in the file the model is, as "student.backbone."; if not given, what all its keys begin with is
                    found, and of several models an average or a teacher is taken
@@ -190,7 +197,12 @@ def load_checkpoint(
     load_state_dict does: the missing and unexpected keys. Raises ValueError, naming keys and shapes, before anything is
     copied.
     """
-    state = _to_timm(_of_model(read_checkpoint(path, prefix), model, path), model)
+    state = read_checkpoint(path, prefix)
+    if timm_layouts.is_timms(state, model):
+        state = timm_layouts.our_state(state, model)
+    elif clip_layout.is_clip(state):
+        state = clip_layout.timm_state(state)
+    state = _to_timm(_of_model(state, model, path), model)
     _fit_positions(state, model, path, _grid_of(path), interpolation, antialias)
     if new_head and model.num_classes:
         _begin_head(state, model, path)
@@ -254,7 +266,7 @@ def _describe(model: nn.Module) -> dict:
         "global_pool": model.global_pool,
         FC_NORM.get(type(model).__name__, "fc_norm"): not isinstance(model.fc_norm, nn.Identity),
         "depth": len(model.blocks),
-        "num_frames": getattr(model, "num_frames", None),
+        "num_frames": None if model.per_frame is None else model.num_frames * model.tubelet,
     }
     changes = {name: value for name, value in changes.items() if name in constructor_arguments(type(model))}
     kwargs = {name: value for name, value in created["kwargs"].items() if name not in PLACES} | changes
@@ -287,7 +299,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps([model.menu, model.resizable]).encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
-        digest.update(value.detach().cpu().to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().to(torch.bfloat16).flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Union
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from revit_kernels.grids import native_grid
+from revit_kernels.models.patches import images_of
 from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_plain, takes_packing, traced
@@ -22,8 +23,8 @@ from revit_kernels.packing import Packing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a model takes: a batch of one size, or images of any sizes.
-Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]]]  # noqa: UP007
+# What a model takes: a batch of one size, images of any sizes, or images cut into patches (see `patches.images_of`).
+Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]], Mapping[str, Tensor]]  # noqa: UP007
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
 
@@ -79,6 +80,12 @@ class Embedding:
 
     def _inputs(self, x, grids, packing, max_tokens, channels_last) -> tuple[Tensor | list[Tensor], Packing, bool]:
         """The images, their packing, and whether the result is a dense batch, as timm gives it."""
+        if isinstance(x, Mapping):
+            if grids is not None or packing is not None or channels_last:
+                raise ValueError(
+                    "a dictionary of patches says its own grids: leave out grids, packing and channels_last"
+                )
+            x, grids = images_of(x, self.patch_embed.patch_size, self.in_chans)
         if isinstance(x, Proxy):
             x = x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
             grids = packing = max_tokens = None
@@ -167,6 +174,8 @@ class Embedding:
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
         """Position rows for every cell of the menu's grids, and the prefix tokens with theirs added."""
+        if self.pos_axes is not None:
+            return self.pos_axes(menu, self.pos_square), self._prefix(None)
         if self.pos_embed is None:
             return None, self._prefix(None)
         return self._position_rows(menu), self._prefix(self._table()[1])
@@ -198,7 +207,7 @@ class Embedding:
         else:
             x = self._embed(images, packing, channels_last, positions, packed)
             x = x.view(packing.images, packing.max_seqlen, -1) if dense else x
-            x = x if self.pos_embed is None else self.pos_drop(x)
+            x = x if self.pos_embed is None and self.pos_axes is None else self.pos_drop(x)
         if dense or isinstance(self.patch_drop, nn.Identity):
             x = self.patch_drop(x)
         elif self.patch_drop.training and self.patch_drop.prob:
@@ -259,6 +268,7 @@ class Embedding:
         if flat:  # of the table's own grid
             skip = 0 if self.no_embed_class else self.num_prefix_tokens
             pos = None if self.pos_embed is None else self.pos_embed[0, skip:]
+            pos = pos if self.pos_axes is None else self._positions((tuple(self.patch_embed.grid_size),))[0]
             prefix = self._prefix(self.pos_embed[0, :skip] if skip and pos is not None else None)
         else:
             grid = x.shape[1], x.shape[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import OrderedDict
 from typing import NamedTuple
@@ -11,17 +12,19 @@ from torch import Tensor, nn
 
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
+from revit_kernels.models.patches import projection
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 STATISTICS = {"deit": IMAGENET, "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET}
-STATISTICS |= {"vit": HALF, "clip_vision_model": CLIP, "siglip_vision_model": HALF}  # what its image processors take
+STATISTICS |= {"vit": HALF, "clip_vision_model": CLIP, "siglip_vision_model": HALF, "siglip2_vision_model": HALF}
+BILINEAR = ("vit", "dinov3_vit", "siglip2_vision_model")  # how their image processors resize; the others bicubically
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 TAKEN = (
     *("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"),
     *("DeiTForImageClassificationWithTeacher", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"),
-    *("CLIPVisionModel", "CLIPVisionModelWithProjection", "SiglipVisionModel"),
+    *("CLIPVisionModel", "CLIPVisionModelWithProjection", "SiglipVisionModel", "Siglip2VisionModel"),
 )
 
 # Keys of one block and around the blocks, as transformers 4 and 5 write them, and timm's for them.
@@ -177,7 +180,7 @@ def _dinov3(config) -> VarLenEva:
         raise NotImplementedError("proj_bias and mlp_bias must be True")
     if (config.hidden_act, config.use_gated_mlp) not in (("gelu", False), ("silu", True)):
         raise NotImplementedError(f"hidden_act must be 'gelu', or 'silu' with use_gated_mlp, got {config.hidden_act!r}")
-    kwargs = _common(config if not config.use_gated_mlp else _Gelu(config))
+    kwargs = _common(config if not config.use_gated_mlp else _With(config, hidden_act="gelu"))  # it has its own
     del kwargs["act_layer"]
     kwargs |= {"qkv_bias": config.query_bias, "attn_type": "rope" if config.key_bias else "eva"}
     kwargs |= {"swiglu_mlp": config.use_gated_mlp, "swiglu_align_to": 1, "init_values": config.layerscale_value}
@@ -187,12 +190,11 @@ def _dinov3(config) -> VarLenEva:
     return VarLenEva(**kwargs, rope_temperature=config.rope_theta)
 
 
-class _Gelu:
-    """A configuration whose activation is taken for GELU: a gated MLP has its own."""
+class _With:
+    """A configuration with some of its entries replaced."""
 
-    hidden_act = "gelu"
-
-    def __init__(self, config):
+    def __init__(self, config, **entries):
+        self.__dict__ |= entries
         self._config = config
 
     def __getattr__(self, name):
@@ -201,6 +203,13 @@ class _Gelu:
 
 def _siglip(config) -> VarLenViT:
     return _plain(config, class_token=False, global_pool="map" if config.vision_use_head else "", fc_norm=False)
+
+
+def _siglip2(config) -> VarLenViT:
+    side = math.isqrt(config.num_patches)
+    new = _siglip(_With(config, image_size=side * config.patch_size))
+    new.pos_interpolation = "bilinear"
+    return new
 
 
 def _build(name: str, config) -> VarLenViT:
@@ -215,6 +224,8 @@ def _build(name: str, config) -> VarLenViT:
         return _dinov2(config)
     if name.startswith("CLIP"):
         return _plain(config, pre_norm=True, fc_norm=True)
+    if name.startswith("Siglip2"):
+        return _siglip2(config)
     return _siglip(config) if name.startswith("Siglip") else _plain(config)
 
 
@@ -226,12 +237,13 @@ def from_transformers(model: nn.Module) -> VarLenViT:
     VivitForVideoClassification and VJEPA2Model (its encoder, whose tokens are averaged) a VarLenVideoViT.
 
     Of images are taken ViTModel, DeiTModel, Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, CLIPVisionModel,
-    SiglipVisionModel, and those of them with a linear head on the first token. `forward_features` gives its
-    `last_hidden_state`, and `encode` both by name. Positions are interpolated as that model interpolates them. uint8
-    images are normalised with the constants of its image processor.
+    SiglipVisionModel, Siglip2VisionModel (its processor's batches are taken as they are), and those of them with a
+    linear head on the first token. `forward_features` gives its `last_hidden_state`, and `encode` both by name.
+    Positions are interpolated as that model interpolates them. uint8 images are normalised with the constants of its
+    image processor.
 
     Parameters are shared where only their names differ; copied are q, k and v, joined to one `qkv`, a class token of
-    another shape or with its position added, and what attention pooling joins.
+    another shape or with its position added, what attention pooling joins, and SigLIP 2's patch projection.
     Raises NotImplementedError for another class, or for an option of it that has no counterpart, by name.
     """
     from revit_kernels.models import hugging_face_video as video  # which is built on this file
@@ -248,6 +260,9 @@ def from_transformers(model: nn.Module) -> VarLenViT:
         state |= {f"fc_norm.{key}": state.pop(f"norm.{key}") for key in ("weight", "bias")}
     if name.startswith("DeiT") and not isinstance(new, VarLenViTDistilled):
         state["reg_token"] = state.pop("dist_token")
+    if state["patch_embed.proj.weight"].ndim == 2:
+        weight = state["patch_embed.proj.weight"]
+        state["patch_embed.proj.weight"] = projection(weight, new.patch_embed.patch_size)
     if "head.weight" in state and isinstance(new.head, nn.Identity):
         new.num_classes = len(state["head.weight"])
         new.head = nn.Linear(config.hidden_size, new.num_classes, device="meta")
@@ -257,8 +272,10 @@ def from_transformers(model: nn.Module) -> VarLenViT:
     statistics = STATISTICS[config.model_type]
     if len(statistics[0]) == new.in_chans:
         size = (new.in_chans, *new.patch_embed.img_size)
-        new.pretrained_cfg = new.default_cfg = dict(zip(("mean", "std"), statistics), input_size=size)
-    new.pos_antialias = config.model_type == "dinov2_with_registers"
+        how = "bilinear" if config.model_type in BILINEAR else "bicubic"
+        cfg = dict(zip(("mean", "std"), statistics), input_size=size, interpolation=how)
+        new.pretrained_cfg = new.default_cfg = cfg
+    new.pos_antialias = config.model_type in ("dinov2_with_registers", "siglip2_vision_model")
     return new.train(model.training)
 
 

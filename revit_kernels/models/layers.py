@@ -39,6 +39,7 @@ BLOCKS = {
     )
 }
 STREAMING = (*(name for name, block in BLOCKS.items() if hasattr(block, "stream")), "EvaBlock", "EvaBlockPostNorm")
+STREAMING += ("SandwichBlock",)
 EMBEDS = {"PatchEmbed": modules.PatchEmbed}
 
 

@@ -80,7 +80,9 @@ def takes(model, x) -> bool:
     embed = model.patch_embed
     return (
         len(x) > 0
-        and model.menu is model.attn_pool is None
+        and model.menu is model.attn_pool is model.pos_axes is None
+        and not (model.pos_align_corners or model.pos_square)
+        and getattr(model, "rope", None) is None  # which turns by the sizes
         and model.global_pool != ""
         and model.patch_method == "resize"
         and model._own("_pos_embed", "pool", "forward_head")

@@ -20,12 +20,16 @@ from revit_kernels.models.checkpoints import check_shapes, description, fingerpr
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.hub import hub_or_cache
+from revit_kernels.models.lvvit import VarLenLVViT
+from revit_kernels.models.towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
-CLASSES = {"VarLenViT": VarLenViT, "VarLenViTDistilled": VarLenViTDistilled, "VarLenEva": VarLenEva}
+CLASSES = {
+    cls.__name__: cls for cls in (VarLenViT, VarLenViTDistilled, VarLenEva, VarLenTower, VarLenGemma4, VarLenLVViT)
+}
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
-MODULES = "vision_transformer.py, deit.py or eva.py"
+MODULES = "vision_transformer.py, deit.py or eva.py, NaFlexVit, nor a classifier of a language model's tower"
 MODEL_FILE = "model.safetensors"  # in the folder of a run
 
 
@@ -136,7 +140,7 @@ def create_model(
 ) -> Any:
     """The model that timm knows by this name, or the one that a file holds. Arguments as of timm.create_model.
 
-    model_name:      a name of timm's vision_transformer.py, deit.py or eva.py, with or without a tag; a name of
+    model_name:      a name of list_models(), which are timm's and LV-ViT's, with or without a tag; a name of
                      clip_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
                      of a run that has it
     pretrained:      load timm's weights for this name; needs timm
@@ -185,11 +189,15 @@ def create_model(
     if pretrained and base in clip_names.MODELS:
         raise ValueError(f"{base} has no weights to download: give a checkpoint_path, of clips or of images")
     if pretrained:
+        if registry()["models"].get(base, {}).get("module") == "lvvit":
+            raise ValueError(f"timm has no weights of {base}: pass checkpoint_path")
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
         source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
+    for attribute, value in registry()["models"].get(base, {}).get("positions", {}).items():
+        setattr(model, attribute, value)
     model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
     if checkpoint_path is not None and base in clip_names.MODELS:

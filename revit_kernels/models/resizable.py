@@ -26,6 +26,7 @@ POSITIONS = ("interpolate", "per_length")
 NORMS = ("per_length", "shared")
 # The norms that are told the packing: those of the stream, of queries and keys, and around attention pooling.
 NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "pre_norm", "post_norm")
+NORM_NAMES += ("norm3", "norm4")
 NORM_NAMES += ("temporal_norm1",)
 NORM_OWNERS = (
     "Attention",
@@ -39,8 +40,13 @@ NORM_OWNERS = (
     "EvaBlockPostNorm",
     "ParallelScalingBlock",
     "ResPostBlock",
+    "SandwichAttention",
+    "SandwichBlock",
     "Sequential",
     "VarLenEva",
+    "VarLenGemma4",
+    "VarLenLVViT",
+    "VarLenTower",
     "VarLenTimeSformer",
     "VarLenVideoViT",
     "VarLenViT",
@@ -114,6 +120,8 @@ class Resizable:
         if self.menu is not None:
             raise ValueError(f"the model is resizable already, with the menu {self.menu}")
         menu = check_menu(menu)
+        if len(menu[0]) != 2:
+            raise ValueError(f"a model of images has a menu of grids (rows, columns), got {menu}")
         options = {"embedding": (embedding, EMBEDDINGS), "positions": (positions, POSITIONS), "norms": (norms, NORMS)}
         for name, (value, known) in options.items():
             if value not in known:
@@ -189,7 +197,16 @@ class Resizable:
             return table.new_empty(sum(map(cells, grids)), table.shape[-1])
         if traced(table):
             return torch.cat([self._by_torch(table, grid) for grid in grids])
-        return ops.pos_embed(table, grids, interpolation=self.pos_interpolation, antialias=self.pos_antialias)
+        how = {"interpolation": self.pos_interpolation, "antialias": self.pos_antialias}
+        how["align_corners"] = self.pos_align_corners
+        own = tuple(table.shape[:2])
+        if not self.pos_square or all(grid in ((max(grid),) * 2, own) for grid in grids):
+            return ops.pos_embed(table, grids, **how)
+        squares = tuple(grid if grid == own else (max(grid),) * 2 for grid in grids)
+        rows = ops.pos_embed(table, squares, **how).split([cells(grid) for grid in squares])
+        return torch.cat(
+            [part.view(*square, -1)[:h, :w].flatten(0, 1) for part, square, (h, w) in zip(rows, squares, grids)]
+        )
 
     def _by_torch(self, table: Tensor, grid: Grid) -> Tensor:
         """(cells, dim), by torch's ops alone. grid: of numbers that a tracer may know by name only"""
@@ -197,11 +214,11 @@ class Resizable:
         if is_grid(grid, own):
             return table.flatten(0, 1)
         mode, antialias = self.pos_interpolation, self.pos_antialias
-        if isinstance(table, Proxy):
-            how = {"mode": mode, "antialias": antialias, "align_corners": False}
-            return (
-                F.interpolate(table.permute(2, 0, 1)[None].float(), size=grid, **how)[0].flatten(1).t().to(table.dtype)
-            )
+        if isinstance(table, Proxy) or self.pos_align_corners or self.pos_square:
+            how = {"mode": mode, "antialias": antialias, "align_corners": self.pos_align_corners}
+            size = (max(grid),) * 2 if self.pos_square else grid
+            maps = F.interpolate(table.permute(2, 0, 1)[None].float(), size=size, **how)[0]
+            return maps[:, : grid[0], : grid[1]].flatten(1).t().to(table.dtype)
         wide = table.to(torch.promote_types(table.dtype, torch.float32))
         down, across = (_weights(n, m, mode, antialias, wide) for n, m in zip(own, grid))
         maps = across @ (down @ wide.flatten(1)).unflatten(1, (own[1], -1))  # (rows, columns, dim)

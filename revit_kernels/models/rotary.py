@@ -19,6 +19,9 @@ def rows(packing: Packing) -> Tensor:
 
     -1 for prefix tokens, and for rows of no image.
     """
+    if len(packing.menu) == 1 and packing.full:  # by few ops, of which Inductor of torch 2.11 compiles all
+        cell = torch.arange(-packing.prefix, packing.max_seqlen - packing.prefix, dtype=torch.int32)
+        return cell.clamp(min=-1).to(packing.device).repeat(packing.images)
     image = packing.image.clamp(min=0).long()
     tokens = torch.arange(packing.capacity, dtype=torch.int32, device=packing.device)
     if not packing.images:
@@ -143,11 +146,18 @@ class RotaryPositions(nn.Module):
             return (2 * math.pi * at[:, :, None] / periods).flatten(1)
         return (at[:, :, None] * (1.0 / (self.temperature ** (steps / count)))).flatten(1)
 
+    def tables(self, menu: tuple[Grid, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """Cos and sin of every cell of the menu's grids: a pair for each block ("mixed"), or one for all."""
+        with torch.autocast(device.type, enabled=False):
+            angles = self.angles(menu, device)
+            cos, sin = angles.cos(), angles.sin()
+        return list(zip(cos.unbind(), sin.unbind())) if self.kind == "mixed" else [(cos, sin)]
+
+    def of(self, tables: list[tuple[Tensor, Tensor]], packing: Packing) -> list[Rotary]:
+        """What `tables` gave for the packing's menu, as `ops.attention` takes it."""
+        row = rows(packing)
+        return [Rotary(cos, sin, row, self.half) for cos, sin in tables]
+
     def forward(self, packing: Packing) -> list[Rotary]:
-        """For each block its own table ("mixed"), or one for all: as `ops.attention` takes them."""
-        with torch.autocast(packing.device.type, enabled=False):
-            angles = self.angles(packing.menu, packing.device)
-            cos, sin, row = angles.cos(), angles.sin(), rows(packing)
-        if self.kind != "mixed":
-            return [Rotary(cos, sin, row, self.half)]
-        return [Rotary(c, s, row, self.half) for c, s in zip(cos.unbind(), sin.unbind())]
+        """For each block its own angles ("mixed"), or those of all."""
+        return self.of(self.tables(packing.menu, packing.device), packing)

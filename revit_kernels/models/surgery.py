@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 
-from revit_kernels import ops
 from revit_kernels.models import initialise
 from revit_kernels.modules.patch_embed import pair
 
@@ -99,12 +98,7 @@ class Surgery:
             return
         prefix = 0 if self.no_embed_class else self.num_prefix_tokens
         table = self.pos_embed.detach()[0]
-        cells = ops.pos_embed(
-            table[prefix:].view(*old_grid, -1),
-            [grid],
-            interpolation=self.pos_interpolation,
-            antialias=self.pos_antialias,
-        )
+        cells = self._interpolated(table[prefix:].view(*old_grid, -1), grid)
         self.pos_embed = nn.Parameter(
             torch.cat([table[:prefix], cells])[None], requires_grad=self.pos_embed.requires_grad
         )

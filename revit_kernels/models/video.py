@@ -415,6 +415,13 @@ class ClipModel(nn.Module):
         tables = {"pos_embed", "cls_token", "time_embed"}
         return tables | {name for name, _ in self.named_parameters() if _is_affine(name)}
 
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Regular expressions of parameter groups, for optimisers with layer decay."""
+        return {
+            "stem": r"^cls_token|pos_embed|time_embed|patch_embed",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward, instead of keeping what it computed."""
         self.grad_checkpointing = enable

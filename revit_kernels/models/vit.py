@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from revit_kernels import modules, ops
 from revit_kernels.grids import Grid
 from revit_kernels.models import adopt, listed
+from revit_kernels.models.axis_positions import AxisPositions
 from revit_kernels.models.embedding import Embedding, Images
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, Layer, layer
@@ -128,8 +129,8 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         super().__init__()
         kwargs = {"device": device, "dtype": dtype}
         self._check_pool(global_pool, class_token)
-        if pos_embed not in ("", "none", "learn"):
-            raise ValueError(f"pos_embed must be '', 'none' or 'learn', got {pos_embed!r}")
+        if pos_embed not in ("", "none", "learn", "factorized"):
+            raise ValueError(f"pos_embed must be '', 'none', 'learn' or 'factorized', got {pos_embed!r}")
         use_fc_norm = global_pool in ("avg", "avgmax", "max") if fc_norm is None else fc_norm
         norm_layer = layer("norm_layer", norm_layer, NORMS, modules.LayerNorm)
         act_layer = layer("act_layer", act_layer, ACTIVATIONS, nn.GELU)
@@ -169,6 +170,8 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.reg_token = tokens(reg_tokens)
         embed_len = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = tokens(embed_len if pos_embed == "learn" else 0)
+        if pos_embed == "factorized":
+            self.pos_axes = AxisPositions(self.patch_embed.grid_size, embed_dim, **kwargs)
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.patch_drop = PatchDropout(patch_drop_rate, self.num_prefix_tokens) if patch_drop_rate else nn.Identity()
         self.norm_pre = norm_layer(embed_dim, **kwargs) if pre_norm else nn.Identity()
@@ -234,6 +237,10 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.patch_method = "resize"  # or "patch": the patch kernel is resized (FlexiViT), the image is not
         self.pos_interpolation = "bicubic"
         self.pos_antialias = True
+        self.pos_align_corners = False
+        self.pos_square = False  # resampled to as many rows as columns, the larger number, of which the first are used
+        if "pos_axes" not in self._modules:
+            self.pos_axes = None  # or AxisPositions, instead of a table
         self.menu = self.resizable = None  # of make_resizable
         self.register_load_state_dict_pre_hook(_start_lengths)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import io
+import json
 import pickle
 import re
 import tarfile
@@ -21,6 +23,7 @@ WRAPPERS += ("state_dict", "model_state_dict", "model_state", "model", "module",
 ASIDE = ("optim", "sched", "scaler", "callbacks", "loops", "rng")  # parts of a run's state that are no model's weights
 # Parts of a key that DistributedDataParallel, torch.compile, FSDP, activation checkpointing and Fabric add.
 ADDED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 LISTED = 4  # how many keys of each kind an error names
 
 
@@ -34,6 +37,7 @@ def some(items) -> str:
 def read_checkpoint(path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt, .bin, .ckpt, .tar or .npz file by key, on the CPU.
 
+    path:   such a file; an index of several, as model.safetensors.index.json; or a folder that has one of FILES
     prefix: take the tensors whose keys begin with this, without it; keys in nested dictionaries are joined by dots
 
     Dictionaries around the weights (state_dict, model, ema, teacher, ...) are taken off, an average of the weights
@@ -43,9 +47,12 @@ def read_checkpoint(path, prefix: str = "") -> dict[str, Tensor]:
     Raises ValueError for a file that cannot be read, and for one without weights, with what it holds.
     """
     path = Path(path)
+    if path.is_dir():
+        path = next((path / name for name in FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
     readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
+    readers[".json"] = _read_index
     readers |= dict.fromkeys((".pth", ".pt", ".bin", ".tar", ".ckpt"), _read_torch)
     if path.suffix.lower() not in readers:
         raise ValueError(f"{path} is none of {', '.join(readers)}")
@@ -60,6 +67,23 @@ def read_checkpoint(path, prefix: str = "") -> dict[str, Tensor]:
         return from_flax(state) if any(key.endswith("embedding/kernel") for key in state) else state
     except Exception as error:  # each reader has its own, and none names the file
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_index(path: Path) -> dict[str, Tensor]:
+    """Of several files, in the same folder, of which the index says which tensor lies where."""
+    try:
+        places = json.loads(path.read_text())["weight_map"]
+        names = dict.fromkeys(places.values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"it is no index of files of weights: {error!r}") from None
+    found = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix == ".json":
+            raise ValueError(f"it names {name!r}, which is no file of weights beside it")
+        found |= read_checkpoint(path.with_name(name))
+    if missing := [key for key in places if key not in found]:
+        raise ValueError(f"its files lack {some(missing)}")
+    return {key: found[key] for key in places}
 
 
 def _read_safetensors(path):
@@ -151,13 +175,45 @@ def _read_torch(path):
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                raise ValueError("it is a TorchScript program: save the model's state_dict() instead")
+                return _read_script(archive)
     elif tarfile.is_tarfile(path):
         raise ValueError("it is a tar archive, not a file of torch.save")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the sources of pickled modules, which are not there
         # _Unpickler makes fewer objects than PyTorch's own of weights alone, and goes on where that one stops.
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
+
+
+class _ScriptUnpickler(_Unpickler):
+    """Of the data of a TorchScript program, whose tensors lie in files of their own in the archive."""
+
+    def __init__(self, archive: zipfile.ZipFile, start: str):
+        super().__init__(io.BytesIO(archive.read(f"{start}data.pkl")))
+        self.archive, self.start = archive, start
+
+    def find_class(self, module: str, name: str):
+        if module == "torch" and name.endswith("Storage") and hasattr(torch, name):
+            return getattr(torch, name)
+        return super().find_class(module, name)
+
+    def persistent_load(self, saved):
+        _, kind, key, *_ = saved
+        data = bytearray(self.archive.read(f"{self.start}data/{key}"))
+        untyped = torch.frombuffer(data, dtype=torch.uint8).untyped_storage() if data else torch.UntypedStorage(0)
+        return torch.storage.TypedStorage(wrap_storage=untyped, dtype=kind.dtype, _internal=True)
+
+
+def _read_script(archive: zipfile.ZipFile) -> dict[str, Tensor]:
+    """The parameters and buffers of a TorchScript program, as of OpenAI's CLIP; the program itself is not read."""
+
+    def tensors(module, start: str) -> dict[str, Tensor]:
+        found = {}
+        for name, value in (module.state if isinstance(getattr(module, "state", None), dict) else {}).items():
+            found |= {f"{start}{name}": value} if isinstance(value, Tensor) else tensors(value, f"{start}{name}.")
+        return found
+
+    start = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
+    return tensors(_ScriptUnpickler(archive, start).load(), "")
 
 
 # ---------------------------------------------------------------------- what is around the weights

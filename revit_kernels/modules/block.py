@@ -76,6 +76,23 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+class FixedScale(nn.Module):
+    """A scale per channel that is not learned, and not in the state_dict."""
+
+    gamma: Tensor
+
+    def __init__(self, dim: int, value: float, device=None, dtype=None):
+        super().__init__()
+        self.value = value
+        self.register_buffer("gamma", torch.full((dim,), value, device=device, dtype=dtype), persistent=False)
+
+    def reset_parameters(self) -> None:
+        self.gamma.fill_(self.value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, leaves out the branch of an image with probability `drop_prob`.
 
@@ -107,8 +124,8 @@ def drop_path(module: nn.Module, x: Tensor, packing: Packing) -> Tensor:
 
 
 def scaled(scale: nn.Module, path: nn.Module, x: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None]:
-    """path(scale(x)) as (branch, gamma): a plain LayerScale is left to be applied where the branch is added."""
-    if is_plain(scale, "LayerScale") and is_plain(path, "DropPath", "Identity") and not traced(x):
+    """path(scale(x)) as (branch, gamma): a plain scale is left to be applied where the branch is added."""
+    if is_plain(scale, "LayerScale", "FixedScale") and is_plain(path, "DropPath", "Identity") and not traced(x):
         return drop_path(path, x, packing), scale.gamma
     return drop_path(path, scale(x), packing), None
 

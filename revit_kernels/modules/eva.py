@@ -4,10 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
+from revit_kernels.modules import whole_block
 from revit_kernels.modules.attention import Attention, fitting
 from revit_kernels.modules.block import DropPath, Stream, drop_path, run_attention, take
 from revit_kernels.modules.layer_norm import LayerNorm, add, normalise
-from revit_kernels.modules.linear import is_plain, linear
+from revit_kernels.modules.linear import is_plain, linear, traced
 from revit_kernels.modules.mlp import GluMlp, Mlp, SwiGLU
 from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.packing import Packing
@@ -226,6 +227,9 @@ class EvaBlock(_EvaBlock):
 
     def stream(self, stream: Stream, packing: Packing, *, rope: Rotary | None = None, **mask) -> Stream:
         x, branch, gamma = take(stream)
+        reason = "takes no mask" if mask or traced(x) else whole_block.refusal(self, x)
+        if reason is None:
+            return [whole_block.run(self, add(x, branch, gamma), packing, rope), None, None]
         y, x = normalise(self.norm1, x, packing, branch, gamma)
         branch = drop_path(self.drop_path1, run_attention(self.attn, y, packing, mask, rope), packing)
         y, x = normalise(self.norm2, x, packing, branch, self.gamma_1)

@@ -140,7 +140,7 @@ class PatchEmbed(nn.Module):
         fused = (
             is_plain(conv, "Conv2d")
             and is_plain(self.norm, "Identity")
-            and is_plain(self, "PatchEmbed")
+            and is_plain(self, "PatchEmbed", "CentredPatchEmbed")
             and conv.stride == conv.kernel_size == self.patch_size
             and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
         )
@@ -149,10 +149,16 @@ class PatchEmbed(nn.Module):
         if fused:
             # Under autocast too in the weight's own dtype: it is a hundredth of the work, and starts the fp32 stream.
             with torch.autocast(conv.weight.device.type, enabled=False):
+                images, mean, std = self._prepared(images, mean, std)
+                options |= {"mean": mean, "std": std}
                 return ops.patch_embed(images, conv.weight, conv.bias, packing, **how, **options)
         if method != "resize":
             raise ValueError(f"method {method!r} needs a patch projection that is neither wrapped nor hooked")
         return self._pack_stepwise(images, packing, pos, prefix, **options)
+
+    def _prepared(self, images, mean, std) -> tuple:
+        """Images, and what uint8 ones are normalised with, as the projection takes them."""
+        return images, mean, std
 
     def _pack_stepwise(self, images, packing, pos, prefix, mean, std, channels_last) -> Tensor:
         """`pack` through the submodules' own forward, for a wrapped projection, a norm, or image gradients."""

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 import revit_kernels.ops.attention
-import revit_kernels.ops.block
 import revit_kernels.ops.linear
 import revit_kernels.ops.patch_embed
 import revit_kernels.ops.temporal_attention  # noqa: F401  (they define the ops)
 from revit_kernels.dispatch import FORMULAS
+from revit_kernels.ops.block import PRODUCTS, BlockWeights
 
 _ops = torch.ops.revit_kernels
 
@@ -90,9 +90,8 @@ def linear_backward(
 
 
 @_counts(_ops.block_forward)
-def block_forward(
-    x, cu_seqlens, row, norm1, bias1, qkv, qkv_bias, proj, proj_bias, gamma1, norm2, bias2, fc1, fc1_bias, fc2, *_, **__
-) -> int:
+def block_forward(x, cu_seqlens, row, *rest, out_val=None, **__) -> int:
+    w = BlockWeights(*rest[: len(BlockWeights._fields)])
     length = x.shape[0]  # the longest an image can be, where the boundaries have no values
-    products = 2 * length * sum(weight.numel() for weight in (qkv, proj, fc1, fc2))
-    return products + 4 * _pairs(cu_seqlens, length, cu_seqlens, length) * proj.shape[1]
+    products = 2 * length * sum(getattr(w, name).numel() for name in PRODUCTS if getattr(w, name) is not None)
+    return products + 4 * _pairs(cu_seqlens, length, cu_seqlens, length) * w.proj.shape[1]

@@ -12,8 +12,9 @@ import torch
 
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.images import Decoded, ImageError, show
-from revit_kernels.engines import Engine
+from revit_kernels.engines import ClipEngine, Engine
 from revit_kernels.grids import Grid, largest_grid, native_grid
+from revit_kernels.modules.lengths import cells, tokens_of
 from revit_kernels.serving.batching import token_batches
 from revit_kernels.serving.loading import Loaded, Pace, load_all
 from revit_kernels.serving.records import Answer
@@ -56,16 +57,29 @@ class GridRule:
 
     def cut(self, decoded: Decoded) -> np.ndarray:
         """The part of the image that is used: a view (height, width, 3)."""
-        pixels = decoded.pixels
+        return self.part(decoded.pixels, decoded.size)
+
+    def part(self, pixels: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
+        """The part that is used of an image (..., height, width, 3) that was of this size: a view.
+
+        place: where it is along the longer side: 0 at its beginning, 1 at its end
+        """
         if not self.grids or not self.crop:
             return pixels
-        height, width = pixels.shape[:2]
-        rows, columns = self.grid(decoded.size)
+        height, width = pixels.shape[-3:-1]
+        rows, columns = self.grid(size)
         aspect = (rows * self.patch_size[0]) / (columns * self.patch_size[1])
         h = min(height, max(1, round(width * aspect)))
         w = min(width, max(1, round(height / aspect)))
-        top, left = (height - h) // 2, (width - w) // 2
-        return pixels[top : top + h, left : left + w]
+        top, left = int((height - h) * place), int((width - w) * place)
+        return pixels[..., top : top + h, left : left + w, :]
+
+    views = 1  # of an image
+
+    @property
+    def least(self) -> Grid:
+        """A grid of the fewest patches that an image can have, as far as is known."""
+        return min(self.grids, key=cells) if self.grids else (1, self.max_tokens)
 
     def check(self, size: tuple[int, int], grid: Grid) -> None:
         """Raise ImageError where the image may not be resized, and a patch would not be a whole number of pixels, or
@@ -114,19 +128,36 @@ class Results(NamedTuple):
 def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> Results:
     """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors."""
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
+    views = [len(pixels) if pixels.ndim == 5 else 1 for pixels in images]
+    if max(views) > 1:
+        images = [view for pixels in images for view in (pixels.unbind() if pixels.ndim == 5 else (pixels,))]
+    found = _answered(model, images, [loaded.grid for loaded, n in zip(batch, views) for _ in range(n)], features)
+    return found if max(views) == 1 else _averaged(found, views)
+
+
+def _answered(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> Results:
     if isinstance(model, AdaptiveViT) and features:
         values, row, tokens = model.features(images, channels_last=True)
         return Results(values.float(), row, tokens)
     if isinstance(model, AdaptiveViT):
         found = model.predict(images, channels_last=True)
         return Results(found.logits.float().softmax(-1), found.choice, found.tokens)
-    return Results(_answer(model, images, [loaded.grid for loaded in batch], features))
+    return Results(_answer(model, images, grids, features))
+
+
+def _averaged(found: Results, views: list[int]) -> Results:
+    """The mean answer of each clip's views, the longest of their lengths, and the tokens of all."""
+    values = torch.stack([part.mean(0) for part in found.values.split(views)])
+    if found.row is None:
+        return Results(values)
+    row = torch.stack([part.min() for part in found.row.split(views)])
+    return Results(values, row, torch.stack([part.sum() for part in found.tokens.split(views)]))
 
 
 def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
     with torch.inference_mode():
         if features:
-            found = model.features if isinstance(model, Engine) else model.forward_features
+            found = model.features if isinstance(model, Engine | ClipEngine) else model.forward_features
             packed = found(images, grids=grids, channels_last=True)
             return model.forward_head(packed, pre_logits=True).float()
         return model(images, grids=grids, channels_last=True).float().softmax(-1)
@@ -164,10 +195,9 @@ def infer(
     """
     device = next(model.parameters()).device
     plain = model.model if isinstance(model, AdaptiveViT) else model
-    prefix = plain.num_prefix_tokens
-    totals = Totals(full=len(paths) * full_length(model))
-    smallest = prefix + min((h * w for h, w in rule.grids or ()), default=rule.max_tokens)
-    ahead = min(256, max(2 * workers, 2 * batch_tokens // smallest))
+    views, full = rule.views, full_length(model) * rule.views
+    totals = Totals(full=len(paths) * full)
+    ahead = min(256, max(2 * workers, 2 * batch_tokens // (views * tokens_of(plain, rule.least))))
     start = time.perf_counter()
 
     def write(batch: list[Loaded], results: Results | None) -> None:
@@ -176,20 +206,22 @@ def infer(
         for loaded in batch:
             if loaded.error is not None:
                 totals.errors.append((loaded.path, loaded.error))
-                totals.full -= full_length(model)
+                totals.full -= full
                 writer.write(Answer(show(loaded.path), error=loaded.error))
                 continue
             row = next(rows)
             grid, tokens = next(chosen, (loaded.grid, None))
             if not np.isfinite(row).all():
                 totals.errors.append((loaded.path, NOT_FINITE))
-                totals.full -= full_length(model)
+                totals.full -= full
                 writer.write(Answer(show(loaded.path), error=NOT_FINITE))
                 continue
-            cost = None if tokens is None else tokens / full_length(model)
-            totals.tokens += grid[0] * grid[1] if tokens is None else tokens
+            cost = None if tokens is None else tokens / full
+            totals.tokens += views * cells(grid) if tokens is None else tokens
             kind = {"features": row} if features else {"probabilities": row}
-            writer.write(Answer(show(loaded.path), loaded.size, grid, cost=cost, **kind))
+            if plain.per_frame is not None:
+                kind |= {"frames": views * grid[0] * plain.tubelet, "tubelet": plain.tubelet}
+            writer.write(Answer(show(loaded.path), loaded.size, grid[-2:], cost=cost, **kind))
         totals.images += len(batch)
         totals.seconds = time.perf_counter() - start
         if progress is not None:
@@ -218,7 +250,7 @@ def infer(
         batches = token_batches(
             images,
             batch_tokens,
-            lambda loaded: 1 if loaded.error else prefix + loaded.grid[0] * loaded.grid[1],
+            lambda loaded: 1 if loaded.error else views * tokens_of(plain, loaded.grid),
             max_bytes=BATCH_BYTES,
             bytes_of=lambda loaded: loaded.bytes,
         )
@@ -261,10 +293,11 @@ def _choices(model: AdaptiveViT, results: Results) -> list[tuple[Grid, int]]:
 
 def full_length(model) -> int:
     """The patches of an image at the model's full length; for an AdaptiveViT, whose tokens count them, with prefix."""
-    if isinstance(model, AdaptiveViT):
-        return model.model.num_prefix_tokens + full_length(model.model)
-    rows, columns = model.patch_embed.grid_size
-    return rows * columns
+    plain = model.model if isinstance(model, AdaptiveViT) else model
+    longest = tuple(plain.patch_embed.grid_size)
+    if plain.per_frame is not None:
+        longest = (plain.num_frames, *longest)
+    return tokens_of(plain, longest) if isinstance(model, AdaptiveViT) else cells(longest)
 
 
 def images_text(count: int) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from revit_kernels.data.images import ImageError, decode
 from revit_kernels.grids import Grid
+from revit_kernels.serving.clips import ClipRule
 
 AHEAD_BYTES = 512 << 20  # decoded images that may wait for the model
 
@@ -23,7 +24,8 @@ class Loaded:
     """An image ready for the model, or the reason why there is none."""
 
     path: str
-    pixels: torch.Tensor | None = None  # (height, width, 3) uint8
+    # (height, width, 3) uint8; of a clip (frames, height, width, 3), of several views (views, frames, ...)
+    pixels: torch.Tensor | None = None
     size: tuple[int, int] | None = None
     grid: Grid | None = None
     error: str | None = None
@@ -141,8 +143,10 @@ class Pace:
 
 
 def load(path: str, rule, hold=None) -> Loaded:
-    """Decode one image; whatever is wrong with it becomes its error. hold: see `decode`."""
+    """Decode one image, or clip; whatever is wrong with it becomes its error. hold: see `decode`."""
     try:
+        if isinstance(rule, ClipRule):
+            return Loaded(path, *rule.take(path, hold))
         decoded = decode(path, rule.pixels if rule.resize else None, hold)
         pixels, grid = rule.cut(decoded), rule.grid(decoded.size)
         rule.check(pixels.shape[:2], grid)

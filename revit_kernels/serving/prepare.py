@@ -16,7 +16,9 @@ from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import description
 from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER, create_model, model_file, resolve
-from revit_kernels.serving.infer import GridRule, full_length
+from revit_kernels.modules.lengths import cells
+from revit_kernels.serving.clips import ClipRule, sampling
+from revit_kernels.serving.infer import GridRule
 from revit_kernels.serving.records import Columns
 
 MOST_TOKENS = 16  # times the model's own: attention grows with the square
@@ -37,6 +39,8 @@ class Settings:
     features:   features instead of classes
     top:        classes of a record
     labels:     a file of class names
+    frames, stride, clips: of videos: frames of a clip, frames of the video from one to the next ("uniform": spread over
+                all of it), and "VIEWS" or "VIEWSxCROPS", clips of a video whose answers are averaged
     """
 
     model: str | None = None
@@ -57,6 +61,9 @@ class Settings:
     features: bool = False
     top: int = 5
     labels: str | None = None
+    frames: int | None = None
+    stride: str | None = None
+    clips: tuple[int, int] | None = None
 
     @classmethod
     def of(cls, namespace) -> Settings:
@@ -96,7 +103,7 @@ class Prepared:
 
     answerer: object
     model: object
-    rule: GridRule
+    rule: GridRule | ClipRule
     columns: Columns
     features: bool
 
@@ -131,16 +138,32 @@ def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
     )
     model.patch_method = settings.method
     model = make_engine(model, settings.quantize)
-    _check_tokens(settings, full_length(model))
+    _check_tokens(settings, cells(model.patch_embed.grid_size))
     adaptive = _adaptive(settings, model, always_plain)
     rule = GridRule(
         model.patch_embed.patch_size,
-        settings.max_tokens or full_length(model),
-        settings.grids if adaptive is None else (model.menu[0],),
+        settings.max_tokens or cells(model.patch_embed.grid_size),
+        settings.grids if adaptive is None else (model.menu[0][-2:],),
         crop=settings.fit != "squash",
         resize=settings.method == "resize",
     )
+    rule = _of_clips(settings, name, model, rule)
     return Prepared(adaptive or model, model, rule, _columns(settings, model, adaptive is not None), settings.features)
+
+
+def _of_clips(settings: Settings, name: str, model, rule: GridRule) -> GridRule | ClipRule:
+    """The rule of a model of clips, or the same of one of images. Raises ValueError for options that are for clips."""
+    options = {"--frames": settings.frames, "--stride": settings.stride, "--clips": settings.clips}
+    if model.per_frame is None:
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option} is of videos, and {name} is a model of images")
+        return rule
+    if settings.method == "patch":
+        raise ValueError("--method patch is for models of images")
+    views, crops = settings.clips or (1, 1)
+    own = settings.frames or model.num_frames * model.tubelet, settings.stride or model.pretrained_cfg.get("stride")
+    return ClipRule(sampling(*own, views), rule, crops, model.tubelet)
 
 
 def _check_tokens(settings: Settings, full: int) -> None:
@@ -155,7 +178,8 @@ def _check_tokens(settings: Settings, full: int) -> None:
 
 def _columns(settings: Settings, model, adaptive: bool) -> Columns:
     if settings.features:
-        return Columns(features=model.num_features, adaptive=adaptive)
+        frames = model.per_frame is not None
+        return Columns(features=model.num_features, adaptive=adaptive, frames=frames)
     if model.num_classes < 1:
         raise ValueError(f"{settings.model} has no classes: ask for --features")
     return Columns(
@@ -163,6 +187,7 @@ def _columns(settings: Settings, model, adaptive: bool) -> Columns:
         top=min(settings.top, model.num_classes),
         labels=read_labels(settings.labels, model),
         adaptive=adaptive,
+        frames=model.per_frame is not None,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import zipfile
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ class Answer:
     features:      (features,) float32, or None where classes were asked for
     cost:          tokens of all passes, in parts of a full-length pass's, where a policy chose the length
     error:         what was wrong with the file, or None
+    frames:        of a clip: how many were seen, in all views; None for an image
+    tubelet:       frames that one token sees
     """
 
     path: str
@@ -43,22 +45,26 @@ class Answer:
     features: np.ndarray | None = None
     cost: float | None = None
     error: str | None = None
+    frames: int | None = None
+    tubelet: int = 1
 
     @property
     def tokens(self) -> int:
-        return self.grid[0] * self.grid[1] if self.grid else 0
+        steps = 1 if self.frames is None else self.frames // self.tubelet
+        return self.grid[0] * self.grid[1] * steps if self.grid else 0
 
 
 @dataclass
 class Columns:
     """What every record of a run holds: `features` numbers, or the `top` of `classes` classes, which `labels` name;
-    and what the image cost, where a policy chose its length (`adaptive`)."""
+    what the image cost, where a policy chose its length (`adaptive`); and the frames of a clip (`frames`)."""
 
     features: int = 0
     classes: int = 0
     top: int = 0
     labels: list[str] | None = None
     adaptive: bool = False
+    frames: bool = False
 
     def best(self, answer: Answer) -> list[dict]:
         """The most probable classes, best first; of equally probable ones, the first."""
@@ -91,6 +97,7 @@ class JsonLines:
             record["error"] = answer.error
         else:
             record |= {"width": answer.size[1], "height": answer.size[0]}
+            record |= {"frames": answer.frames} if self.columns.frames else {}
             record |= {"grid": list(answer.grid), "tokens": answer.tokens}
             record |= {SHARE: round(answer.cost, 4)} if self.columns.adaptive else {}
             if answer.features is not None:
@@ -131,7 +138,7 @@ class Csv:
         self.columns = columns
         self.file = open(path, "w", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file, lineterminator="\n")
-        names = ["path", "width", "height", "rows", "columns", "tokens"]
+        names = ["path", "width", "height", *(["frames"] if columns.frames else []), "rows", "columns", "tokens"]
         names += [SHARE] if columns.adaptive else []
         names += [f"feature_{i}" for i in range(columns.features)]
         fields = ("class", "label", "probability") if columns.labels else ("class", "probability")
@@ -143,7 +150,8 @@ class Csv:
         if answer.error is not None:
             self.writer.writerow([_cell(answer.path), *[""] * (len(self.names) - 2), answer.error])
             return
-        row = [_cell(answer.path), answer.size[1], answer.size[0], *answer.grid, answer.tokens]
+        row = [_cell(answer.path), answer.size[1], answer.size[0]]
+        row += [*([answer.frames] if self.columns.frames else []), *answer.grid, answer.tokens]
         row += [round(answer.cost, 4)] if self.columns.adaptive else []
         if answer.features is not None:
             row += [short(value) for value in answer.features]
@@ -180,7 +188,8 @@ class Parquet:
         pyarrow = self.require()
         self.pyarrow, self.columns, self.rows = pyarrow, columns, []
         fields = [("path", pyarrow.string())]
-        fields += [(name, pyarrow.int32()) for name in ("width", "height", "rows", "columns", "tokens")]
+        names = ("width", "height", *(["frames"] if columns.frames else []), "rows", "columns", "tokens")
+        fields += [(name, pyarrow.int32()) for name in names]
         fields += [(SHARE, pyarrow.float32())] if columns.adaptive else []
         if columns.features:
             fields.append(("features", pyarrow.list_(pyarrow.float32())))
@@ -196,6 +205,7 @@ class Parquet:
         row = {"path": answer.path, "error": answer.error}
         if answer.error is None:
             row |= {"height": answer.size[0], "width": answer.size[1]}
+            row |= {"frames": answer.frames} if self.columns.frames else {}
             row |= {"rows": answer.grid[0], "columns": answer.grid[1], "tokens": answer.tokens}
             if self.columns.adaptive:
                 row[SHARE] = answer.cost
@@ -225,13 +235,13 @@ class Parquet:
 
 class Npz:
     """Arrays paths, sizes (height, width), grids (rows, columns), tokens, errors ("" for none), and features, or
-    probabilities of all classes (NaN for an image with an error), and share_of_full_pass where a policy chose. Needs
-    no pickle to load."""
+    probabilities of all classes (NaN for an image with an error), share_of_full_pass where a policy chose, and frames
+    of clips. Needs no pickle to load."""
 
     def __init__(self, path: Path, columns: Columns):
         self.path, self.width = path, columns.features or columns.classes
         self.name = "features" if columns.features else "probabilities"
-        self.adaptive = columns.adaptive
+        self.adaptive, self.frames = columns.adaptive, columns.frames
         self.answers: list[Answer] = []
         # The wide array waits on disk, in the output's folder: for a large archive it may not fit in memory.
         self.body = tempfile.TemporaryFile(dir=path.parent)
@@ -240,7 +250,7 @@ class Npz:
         values = answer.features if answer.features is not None else answer.probabilities
         values = np.full(self.width, np.nan) if values is None else values
         self.body.write(np.ascontiguousarray(values, dtype="<f4").tobytes())
-        self.answers.append(Answer(answer.path, answer.size, answer.grid, cost=answer.cost, error=answer.error))
+        self.answers.append(replace(answer, probabilities=None, features=None))
 
     def close(self) -> None:
         answers = self.answers
@@ -252,6 +262,8 @@ class Npz:
             "tokens": np.array([a.tokens for a in answers], np.int32),
             "errors": text([a.error or "" for a in answers]),
         }
+        if self.frames:
+            arrays["frames"] = np.array([a.frames or 0 for a in answers], np.int32)
         if self.adaptive:
             arrays[SHARE] = np.array([np.nan if a.cost is None else a.cost for a in answers], np.float32)
         with zipfile.ZipFile(self.path, "w", zipfile.ZIP_STORED) as archive:

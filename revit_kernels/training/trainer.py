@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.vit import VarLenViT
+from revit_kernels.training import sharded
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented, Order, load, seed_of
@@ -76,7 +78,11 @@ class Trainer:
     mix:     of augmentation.mixing, or None
     score:   called with a model, gives {"name": number, ...} for the log; run at the end of every epoch
 
-    With torch.distributed initialised, the gradients are averaged over the processes.
+    fsdp:    share weights, gradients and moments out among the processes; the state is then written by all of them, and
+             any number of processes goes on from it
+
+    With torch.distributed initialised, the gradients are averaged over the processes. Raises ValueError in the first
+    step where it leaves a parameter without a gradient.
     """
 
     def __init__(
@@ -89,14 +95,23 @@ class Trainer:
         mix: Callable | None = None,
         score: Callable | None = None,
         workers: int = 0,
+        fsdp: bool = False,
     ):
         if model.menu is None:
             raise ValueError("the model must be made resizable first")
+        if fsdp and recipe.ema:
+            raise NotImplementedError("an average of the weights is not kept with FSDP: leave out ema")
         self.model, self.images, self.recipe, self.folder = model, images, recipe, folder
         self.mix, self.score, self.workers = mix, score, workers
         self.device = next(model.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.forward = DistributedDataParallel(model) if self.world > 1 else model
+        self.fsdp, self.forward, self.whole = fsdp, model, None
+        if fsdp:
+            self.whole = copy.deepcopy(model).cpu() if self.rank == 0 else None  # scored and written
+            if self.world > 1:
+                sharded.shard(model, recipe.autocast)
+        elif self.world > 1:
+            self.forward = DistributedDataParallel(model)
         self.optimiser = adamw(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
         average = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
@@ -105,10 +120,14 @@ class Trainer:
         self.step = 0
         self.losses: Tensor | None = None  # each length's, added up over the steps since the log's last row
         self.logged = 0  # those steps
+        self.checked = False  # that a step touches every parameter, as averaging over processes needs
 
     @property
     def best_weights(self) -> VarLenViT:
-        """The model to use: the average of the weights where there is one."""
+        """The model to use: the average of the weights where there is one; with FSDP, in the first process, the whole
+        one as it was at the end of the last epoch."""
+        if self.whole is not None:
+            return self.whole
         return self.model if self.average is None else self.average.module
 
     # ------------------------------------------------------------------ one step
@@ -132,13 +151,17 @@ class Trainer:
         parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)))
         for i, (part, target) in enumerate(parts):
             last = i == len(parts) - 1
-            wait = nullcontext() if last or self.world == 1 else self.forward.no_sync()
+            wait = nullcontext() if last or self.world == 1 or self.fsdp else self.forward.no_sync()
+            if self.fsdp and self.world > 1:
+                self.model.set_requires_gradient_sync(last)
             with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
                 layout = self.model.menu, self.model.num_prefix_tokens, self.model.per_frame
                 logits = packed_logits(self.forward, part, *layout, channels_last=True)
                 loss, own = recipe.objective(logits, target)
                 (loss / len(parts)).backward()
             losses.append(own)
+        if self.world > 1 and not self.checked:
+            self._check_gradients()
         if recipe.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         self.optimiser.step()
@@ -169,8 +192,7 @@ class Trainer:
         Raises RuntimeError where the loss is not finite any more; the folder keeps the state from before.
         """
         first = self.rank == 0 and self.folder is not None
-        if self.folder is not None and (state := self.folder.state()) is not None:
-            self.load_state(state)
+        self._load()
         if first:
             lengths = list(map(grid_text, self.model.menu))
             names = [f"loss_{length}" for length in lengths] + [f"accuracy_{length}" for length in lengths]
@@ -193,9 +215,9 @@ class Trainer:
                     began = time.monotonic()
                 if self.step == end:  # what ends the epoch is written in one: its scores, then the state
                     break
-                if first and time.monotonic() - saved > save_every:
+                if self._agreed(time.monotonic() - saved > save_every):
                     self._check_finite()
-                    self.folder.save_state(self.state())
+                    self._save()
                     saved = time.monotonic()
                 if self.step >= stop:
                     return self.best_weights
@@ -220,24 +242,65 @@ class Trainer:
     def _check_finite(self) -> None:
         """Raise RuntimeError where a loss since the log's last row was not finite."""
         if self.losses is not None and not bool(self.losses.isfinite().all()):
-            lengths = [f"{h}x{w}" for (h, w), loss in zip(self.model.menu, self.losses.tolist()) if not isfinite(loss)]
+            lengths = [
+                grid_text(grid) for grid, loss in zip(self.model.menu, self.losses.tolist()) if not isfinite(loss)
+            ]
             kept = "" if self.folder is None else f"; {self.folder.path} keeps what was there before"
             raise RuntimeError(
                 f"the training diverged by step {self.step:,}: the loss at {', '.join(lengths)} is not finite. Try a "
                 f"smaller lr, a longer warmup or clip{kept}"
             )
 
-    def _end_epoch(self, row: dict, first: bool) -> None:
-        if not first:
+    def _check_gradients(self) -> None:
+        """Raise ValueError for parameters that a step does not touch: the processes would wait for one another."""
+        without = [name for name, p in self.model.named_parameters() if p.requires_grad and p.grad is None]
+        if without:
+            names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+            raise ValueError(f"a step touches {len(without)} parameters not at all ({names}): freeze them")
+        self.checked = True
+
+    def _agreed(self, due: bool) -> bool:
+        """What the first process says, where all of them are to do it."""
+        if not self.fsdp or self.world == 1:
+            return due and self.rank == 0 and self.folder is not None
+        said = torch.tensor([int(due and self.folder is not None)], device=self.device)
+        dist.broadcast(said, 0)
+        return bool(said)
+
+    def _save(self) -> None:
+        if self.fsdp:
+            losses = None if self.losses is None else self.losses.tolist()
+            numbers = {"step": self.step, "logged": self.logged, "losses": losses}
+            sharded.save(self.folder.path, self.model, self.optimiser, numbers)
+        elif self.rank == 0:
+            self.folder.save_state(self.state())
+
+    def _load(self) -> None:
+        if self.folder is None:
             return
-        if self.score is not None:
-            weights = self.best_weights
-            weights.eval()
+        if not self.fsdp:
+            if (state := self.folder.state()) is not None:
+                self.load_state(state)
+        elif (numbers := sharded.load(self.folder.path, self.model, self.optimiser)) is not None:
+            self.step, self.logged = numbers["step"], numbers["logged"]
+            self.losses = None if numbers["losses"] is None else torch.tensor(numbers["losses"], device=self.device)
+
+    def _end_epoch(self, row: dict, first: bool) -> None:
+        if self.fsdp:
+            weights = sharded.gather(self.model)
+            if self.whole is not None:
+                self.whole.load_state_dict(weights)
+        if first and self.score is not None:
+            weights = self.best_weights.to(self.device).eval()
             row |= self.score(weights)
+            if self.fsdp:
+                self.whole.cpu()
             self.model.train()
-        self.folder.log(row)
-        self.folder.save_state(self.state())
-        if hasattr(self.model, "created_from"):
+        if first:
+            self.folder.log(row)
+        if self.folder is not None:
+            self._save()
+        if first and hasattr(self.model, "created_from"):
             save_checkpoint(self.best_weights, self.folder.path / "model.safetensors")
 
     # ------------------------------------------------------------------ its state

@@ -229,7 +229,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     images, outcomes = labelled()
     checkpoints.save_checkpoint(trained(), tmp_path / "revit.safetensors")
     outcomes.save(tmp_path / "labels.parquet")
-    monkeypatch.setattr("revit_kernels.cli.train_assigner.open_set", lambda *args, **kwargs: images)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: images)
     model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
     command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32", "--epochs", "2"]
     assert cli.main([*command, "--output", output]) == 0
@@ -249,7 +249,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
         (str(tmp_path / "a.pt"), "must end in"),
         (str(tmp_path / "no" / "a.safetensors"), "not exist"),
     ):
-        done = "revit_kernels.cli.train_assigner.open_set"
+        done = "revit_kernels.cli.clips.open_set"
         monkeypatch.setattr(done, lambda *args, **kwargs: pytest.fail("work was done for nothing"))
         assert cli.main([*command, "--output", wrong]) == 2
         assert match in capsys.readouterr().err

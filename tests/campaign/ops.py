@@ -128,7 +128,7 @@ def pack_cpu(m):
 def linear_cpu(m):
     weight, bias, gamma, _ = pack_cpu(m)
     packed = _packed(weight, bias, gamma, int(m.dtype == torch.bfloat16))
-    return [m.normal(m.tokens, weight.shape[1]), packed, weight.shape[0], m.random.randrange(4)]
+    return [m.normal(m.tokens, weight.shape[1]), packed, weight.shape[0], m.random.randrange(5)]
 
 
 def _packed(weight, bias, gamma, kind):
@@ -168,44 +168,66 @@ def temporal_attention_backward_cpu(m):
 
 
 def _block_weights(m):
-    dim, heads = m.width(), m.random.choice((1, 2))
-    width, hidden = heads * m.random.choice((4, 8)), m.width()
+    dim, heads, head_dim = m.width(), m.random.choice((1, 2)), m.random.choice((4, 8))
+    width, hidden, fields = heads * head_dim, m.random.choice((m.width(), 7)), {}
 
-    def norm():
-        return m.normal(dim), m.normal(dim)
+    def norm(name, size, needed=False):
+        if needed or m.random.random() < 0.3:
+            fields[name], fields[f"{name}_bias"] = m.normal(size), m.maybe(m.normal(size))
 
-    def product(out, inputs):
-        return m.normal(out, inputs), m.maybe(m.normal(out))
+    def product(name, out, inputs, needed=True):
+        if needed or m.random.random() < 0.3:
+            fields[name], fields[f"{name}_bias"] = m.normal(out, inputs), m.maybe(m.normal(out))
 
-    weights = BlockWeights(
-        *norm(), *product(3 * width, dim), *product(dim, width), m.maybe(m.normal(dim)),
-        *norm(), *product(hidden, dim), *product(dim, hidden), m.maybe(m.normal(dim)),
-    )  # fmt: skip
-    return dim, heads, width, hidden, weights
+    norm("norm1", dim, True), product("qkv", 3 * width, dim), norm("q_norm", head_dim), norm("k_norm", head_dim)
+    norm("attended_norm", width), product("proj", dim, width), norm("norm2", dim, True)
+    product("fc1", hidden, dim), product("fc1_x", hidden, dim, False), norm("hidden_norm", hidden)
+    product("fc2", dim, hidden)
+    fields |= {name: m.maybe(m.normal(dim)) for name in ("gamma1", "gamma2")}
+    return dim, heads, width, hidden, BlockWeights(**fields)
+
+
+def _rotary(m, heads, head_dim):
+    if m.random.random() < 0.5:
+        return None
+    table = (5, head_dim // 2) if m.random.random() < 0.5 else (5, heads, head_dim // 2)
+    angles = m.normal(*table, dtype=torch.float32)
+    return Rotary(angles.cos(), angles.sin(), m.rows(5), m.random.random() < 0.5)
 
 
 def _kind(m):
     return 2 if m.random.random() < 0.3 else int(m.dtype == torch.bfloat16)
 
 
+def _form(m, heads, width, hidden):
+    return [[1e-6] * 6, m.random.random() < 0.3, heads, width, hidden, 0.3, m.random.choice((0, 1, 2, 4)), _kind(m)]
+
+
 @kernel
 def block_cpu(m):
-    dim, heads, _, _, weights = _block_weights(m)
-    options = [1e-6, 1e-6, heads, 0.3, m.random.randrange(3), _kind(m)]
-    return [m.normal(m.tokens, dim), m.cu_seqlens(), m.maybe(m.rows(1)), *weights, *options]
+    dim, heads, width, hidden, w = _block_weights(m)
+    backend, rotary = dispatch.load("block", "cpu"), _rotary(m, heads, width // heads)
+    w = backend.padded(w)
+    return [
+        *(m.normal(m.tokens, dim), m.cu_seqlens(), m.maybe(m.rows(1))),
+        *backend.listed([w]),
+        *_form(m, heads, width, hidden),
+        *(rotary or (None, None, None, False)),
+    ]
 
 
 @kernel
 def blocks_cpu(m):
     dim, heads, width, hidden, w = _block_weights(m)
-    backend, kind, lengths, classes = dispatch.load("block", "cpu"), _kind(m), m.random.randrange(1, 4), 5
-    norms = [m.normal(lengths, dim, dtype=torch.float32) for _ in range(4)]
-    weights = [*norms, *backend.pack(w, "int8" if kind == 2 else None)] * m.random.randrange(1, 3)
+    backend, form, classes = dispatch.load("block", "cpu"), _form(m, heads, width, hidden), 5
+    weights, fields = backend.listed([backend.pack(w, "int8" if form[-1] == 2 else None)])
+    head = m.normal(3, dim, dtype=torch.float32)
     packed = _packed(m.normal(classes, dim), None, None, int(m.dtype == torch.bfloat16))
-    head = m.maybe([*norms[:2], packed]) or []
-    shape = [heads, width // heads, hidden, 0.3, m.random.randrange(3), kind]
-    x, row = m.normal(m.tokens, dim), m.maybe(m.rows(lengths))
-    return [x, m.cu_seqlens(), row, weights, 1e-6, 1e-6, *shape, head, 1e-6, classes]
+    head, rotary = m.maybe([head, head.clone(), packed]) or [], _rotary(m, heads, width // heads)
+    angles = ([], [], None, False) if rotary is None else ([rotary.cos], [rotary.sin], rotary.row, rotary.half)
+    x, row = m.normal(m.tokens, dim), m.maybe(m.rows(3))
+    blocks = m.random.randrange(1, 3)
+    return [x, m.cu_seqlens(), row, weights * blocks, fields, *form, *angles, head, 1e-6, classes]
 
 
 def _images(m):
@@ -332,9 +354,9 @@ def temporal_attention(m):
 
 @public
 def block(m):
-    dim, heads, _, _, weights = _block_weights(m)
+    dim, heads, width, _, weights = _block_weights(m)
     row = m.maybe(m.rows(1))
-    how = dict(heads=heads, activation=m.random.choice(ACTIVATIONS))
+    how = dict(heads=heads, activation=m.random.choice(ACTIVATIONS), rotary=_rotary(m, heads, width // heads))
     return ops.block, dict(x=m.normal(m.tokens, dim), cu_seqlens=m.cu_seqlens(), weights=weights, row=row, **how)
 
 

@@ -72,7 +72,9 @@ def test_an_engine_answers_as_its_model(calls, menu, dtype, grids):
 @pytest.mark.parametrize(
     "options",
     [{"global_pool": "avg"}, {"global_pool": ""}, {"global_pool": "map"}, {"num_classes": 0}, {"qk_norm": True}]
-    + [{"pre_norm": True}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}],
+    + [{"pre_norm": True}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}]
+    + [{"norm_layer": "rmsnorm", "scale_mlp_norm": True}, {"mlp_layer": "GluMlp", "act_layer": "silu"}]
+    + [{"mlp_layer": "SwiGLU", "act_layer": "silu", "scale_attn_norm": True, "block_fn": "Block"}],
     ids=str,
 )
 def test_every_kind_of_head_and_block(options):
@@ -318,8 +320,8 @@ def test_int8():
 
 
 def test_what_cannot_be_quantized_says_so():
-    with pytest.raises(NotImplementedError, match=r"int8.*(q_norm|AVX512|CPU)"):
-        made(qk_norm=True).engine(quantize="int8")
+    with pytest.raises(NotImplementedError, match=r"int8.*(ResPostBlock|AVX512|CPU)"):
+        made(block_fn="ResPostBlock").engine(quantize="int8")
     with pytest.raises(ValueError, match=r"quantize must be one of .*got 'int3'"):
         made().engine(quantize="int3")
     with pytest.raises(ValueError, match=r"stale must be one of .*got 'never'"):

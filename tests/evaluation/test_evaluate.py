@@ -264,7 +264,7 @@ def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):
     save_checkpoint(trained(), tmp_path / "model.safetensors")
     assigner.save(tmp_path / "assigner.safetensors")
     test = make_images(90, seed=2, name="test")
-    monkeypatch.setattr("revit_kernels.cli.evaluate.open_set", lambda *args, **kwargs: test)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: test)
     command = ["evaluate", str(tmp_path / "model.safetensors"), "--assigner", str(tmp_path / "assigner.safetensors")]
     command += ["--data", "test", "--output", str(tmp_path / "report"), "--budgets", "1.5x,1.501x,99x", "--rounds", "2"]
     (tmp_path / "report").mkdir()
@@ -327,7 +327,7 @@ def test_wrong_use(tmp_path, monkeypatch, capsys):
     save_checkpoint(trained(), tmp_path / "model.safetensors")
     test = make_images(9, name="test")
     test.classes = ("a", "b")
-    monkeypatch.setattr("revit_kernels.cli.evaluate.open_set", lambda *args, **kwargs: test)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: test)
     command = ["evaluate", str(tmp_path / "model.safetensors"), "--data", "test", "--output", str(tmp_path)]
     assert cli.main(command) == 2
     assert "has 3 classes, test has 2" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import argparse
 import collections
 import datetime
 import decimal
+import json
 import os
 import pathlib
 import re
@@ -289,16 +290,17 @@ def test_layouts_of_facebook_need_no_timm(tmp_path, monkeypatch):
     assert_same(create_model("vit_small_patch14_dinov2", checkpoint_path=tmp_path / "weights.pth", **kwargs), source)
 
 
-def test_foreign_layouts_go_through_timm(tmp_path, monkeypatch):
-    """OpenAI's CLIP, whose keys are built here from timm's."""
-    pytest.importorskip("timm")
-    name, kwargs = "vit_base_patch32_clip_quickgelu_224", {"depth": 1, "num_classes": 512}
-    source = tiny(name, **kwargs)
+CLIP = "vit_base_patch32_clip_quickgelu_224", {"depth": 1, "num_classes": 512}
+
+
+def clip_keys(source):
+    """The state_dict of a whole CLIP with this vision tower, in its authors' layout."""
     renames = [("patch_embed.proj", "conv1"), ("norm_pre", "ln_pre"), ("blocks.", "transformer.resblocks.")]
     renames += [(".norm1", ".ln_1"), (".norm2", ".ln_2"), (".mlp.fc1", ".mlp.c_fc"), (".mlp.fc2", ".mlp.c_proj")]
     renames += [(".attn.qkv.", ".attn.in_proj_"), (".attn.proj", ".attn.out_proj"), ("cls_token", "class_embedding")]
     renames += [("pos_embed", "positional_embedding"), ("head.weight", "proj")]
-    state = {}
+    state = {"logit_scale": torch.ones(()), "positional_embedding": torch.zeros(7, 4), "ln_final.weight": torch.ones(4)}
+    state["transformer.resblocks.0.attn.in_proj_weight"] = torch.zeros(12, 4)
     for key, value in source.state_dict().items():
         if key.startswith("norm."):
             key = key.replace("norm.", "ln_post.")
@@ -306,17 +308,133 @@ def test_foreign_layouts_go_through_timm(tmp_path, monkeypatch):
             key = key.replace(old, new)
         if key in ("class_embedding", "positional_embedding"):
             value = value.flatten(0, -2).squeeze(0)
-        state[f"visual.{key}"] = value.T if key == "proj" else value
+        state[f"visual.{key}"] = value.T.contiguous() if key == "proj" else value
+    state.pop("visual.head.bias")
+    return state
+
+
+@pytest.mark.parametrize("which", ["open_clip", "vision tower", "wrapped", "half"])
+def test_clip_in_its_authors_layout(tmp_path, monkeypatch, which):
+    """Without timm."""
+    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    name, kwargs = CLIP
+    source = tiny(name, **kwargs)
     with torch.no_grad():
         source.head.bias.zero_()  # CLIP's projection has none
-    state.pop("visual.head.bias")
+    source = source.half() if which == "half" else source
+    state = clip_keys(source)
+    if which == "vision tower":
+        state = {key.removeprefix("visual."): x for key, x in state.items() if key.startswith("visual.")}
+    if which == "wrapped":
+        state = {"epoch": 1, "state_dict": {f"module.{key}": x for key, x in state.items()}}
     torch.save(state, tmp_path / "clip.pt")
     target = create_model(name, checkpoint_path=tmp_path / "clip.pt", **TINY | kwargs)
+    assert_same(target, source.float())
+    with pytest.warns(UserWarning, match="the head of .* has 512 classes: the model's of 7 begins anew"):
+        create_model(name, checkpoint_path=tmp_path / "clip.pt", **TINY | kwargs | {"num_classes": 7})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_openais_file_is_read_as_data(tmp_path):
+    """A TorchScript program, of which the tensors are taken and nothing is run."""
+    name, kwargs = CLIP
+    source = tiny(name, **kwargs)
+    with torch.no_grad():
+        source.head.bias.zero_()
+
+    class Whole(torch.nn.Module):
+        def forward(self, x: torch.Tensor):
+            return x
+
+    whole = Whole()
+    for key, x in clip_keys(source).items():
+        *path, leaf = key.split(".")
+        module = whole
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(leaf, torch.nn.Parameter(x.clone()))
+    torch.jit.save(torch.jit.trace(whole, torch.zeros(1)), tmp_path / "ViT-B-32.pt")
+    read = read_checkpoint(tmp_path / "ViT-B-32.pt")
+    assert read.keys() == whole.state_dict().keys()
+    assert_same(create_model(name, checkpoint_path=tmp_path / "ViT-B-32.pt", **TINY | kwargs), source)
+
+
+def test_a_modified_resnet_is_refused(tmp_path):
+    state = {"visual.conv1.weight": torch.zeros(1), "visual.layer1.0.conv1.weight": torch.zeros(1)}
+    torch.save(state | {"visual.attnpool.c_proj.weight": torch.zeros(1)}, tmp_path / "RN50.pt")
+    with pytest.raises(ValueError, match="this CLIP's vision tower is a ModifiedResNet"):
+        load_checkpoint(tiny(), tmp_path / "RN50.pt")
+
+
+def test_foreign_layouts_go_through_timm(tmp_path, monkeypatch):
+    """AIMv2, whose keys are built here from timm's."""
+    pytest.importorskip("timm")
+    name, kwargs = "aimv2_large_patch14_224", {"depth": 1, "embed_dim": 64, "num_heads": 2, "num_classes": 0}
+    source = create_model(name, **kwargs)
+    renames = [(".norm1", ".norm_1"), (".norm2", ".norm_2"), ("mlp.fc1_g", "mlp.fc1"), ("mlp.fc1_x", "mlp.fc3")]
+    renames += [("patch_embed.", "preprocessor.patchifier."), ("pos_embed", "preprocessor.pos_embed")]
+    state = {}
+    for key, value in source.state_dict().items():
+        key = key.replace("norm.", "post_trunk_norm.") if key.startswith("norm.") else key
+        for new, old in renames:
+            key = key.replace(new, old)
+        state[f"trunk.{key}" if key.startswith(("blocks.", "post_trunk")) else key] = value
+    torch.save(state, tmp_path / "aim.pt")
+    target = create_model(name, **kwargs)
+    load_checkpoint(target, tmp_path / "aim.pt")
     assert_same(target, source)
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     monkeypatch.setitem(__import__("sys").modules, "timm.models.vision_transformer", None)
-    with pytest.raises(ValueError, match=r"missing: .*unexpected: visual\."):
-        load_checkpoint(target, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"missing: .*unexpected: preprocessor\."):
+        load_checkpoint(target, tmp_path / "aim.pt")
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["index", "folder"])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards(tmp_path, kind, folder):
+    source = tiny()
+    items = list(source.state_dict().items())
+    names = [f"model-{i:05d}-of-00003.{kind}" for i in (1, 2, 3)]
+    places = {}
+    for i, name in enumerate(names):
+        part = dict(items[i::3])
+        places |= dict.fromkeys(part, name)
+        save_file(part, tmp_path / name) if kind == "safetensors" else torch.save(part, tmp_path / name)
+    index = tmp_path / f"{'model' if kind == 'safetensors' else 'pytorch_model'}.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    where = tmp_path if folder else index
+    assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=where, **TINY), source)
+
+    def refused(message, change):
+        index.write_text(json.dumps({"weight_map": places | change}))
+        with pytest.raises(ValueError, match=message):
+            read_checkpoint(where)
+
+    refused("names '../secret.bin', which is no file of weights beside it", {"x": "../secret.bin"})
+    refused("its files lack x", {"x": names[0]})
+    refused("there is no checkpoint at .*missing", {"x": f"missing.{kind}"})
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="it is no index of files of weights"):
+        read_checkpoint(where)
+
+
+def test_a_checkpoint_of_another_family(tmp_path):
+    """One sentence, and nothing is changed."""
+    target = tiny()
+    before = {key: x.clone() for key, x in target.state_dict().items()}
+    for name, state in {
+        "DINOv3": create_model("vit_tiny_patch16_dinov3_qkvb", depth=1).state_dict(),
+        "a convolutional network": {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(3)},
+        "Swin": {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(169, 3)},
+    }.items():
+        save_file(state, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match=r"does not fit the model: .*missing: ") as error:
+            load_checkpoint(target, tmp_path / "other.safetensors")
+        assert "\n" not in str(error.value), name
+    for key, x in target.state_dict().items():
+        assert torch.equal(x, before[key])
 
 
 @pytest.mark.parametrize("prefix, no_embed_class", [(1, False), (5, False), (5, True)])
@@ -434,8 +552,8 @@ def test_code_in_a_file_is_not_run(tmp_path, protocol):
 
 
 def test_programs_and_archives_are_refused(tmp_path):
-    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
-    with pytest.raises(ValueError, match="it is a TorchScript program"):
+    torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "program.pt")
+    with pytest.raises(ValueError, match="it holds no weights"):
         read_checkpoint(tmp_path / "program.pt")
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         archive.add(tmp_path / "program.pt")

@@ -1,16 +1,19 @@
 """Models with rotary positions, beside what test_timm_zoo.py compares with timm."""
 
+import copy
+
 import pytest
 import torch
-from contract import DEVICE, same
+from contract import DEVICE, assert_close, same
 from timm_pairs import assert_near, batch, gradients, liven, make_timm, mixed, pair
 
 import revit_kernels
+from revit_kernels.engines import StaleEngine
 from revit_kernels.models import adopt
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.registry import create_model
-from revit_kernels.models.rotary import rows
+from revit_kernels.models.rotary import RotaryPositions, rows
 from revit_kernels.packing import Packing
 
 timm = pytest.importorskip("timm")
@@ -158,10 +161,69 @@ def test_features_masks_and_engines():
     assert_near("mask", ours(x, mask), theirs(x, mask))
     images = mixed(theirs)
     engine = ours.engine()
-    assert "EvaBlock" in engine.refusal
     assert torch.equal(engine(images), ours(images))
     stream = ours.run_blocks([ours.embed(images, packing := packing_of(ours, images)), None, None], packing, 0, 1)
     same(ours.finish(ours.run_blocks(stream, packing, 1), packing), ours(images))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_an_engine_runs_every_option(options, dtype):
+    """In one call on a CPU, but for post-norm blocks; in parts and at lengths of a menu as well."""
+    ours = liven(VarLenEva(**SMALL | options)).to(DEVICE, dtype).eval()
+    images = [image.to(dtype) for image in mixed(ours)]
+    if options.get("global_pool") != "avgmax":
+        ours.make_resizable([(5, 4), (2, 3)])
+    engine = ours.engine()
+    assert engine.refusal is None or "use_post_norm" in options or DEVICE != "cpu"
+    wanted = ours(images)
+    exact = copy.deepcopy(ours).double()([image.double() for image in images])
+    assert_close("answers", engine(images), exact, wanted)
+    alone = torch.cat([engine([image]) for image in images])
+    same(alone, engine(images))
+    packing = packing_of(ours, images)
+    stream = engine.run_blocks([engine.embed(images, packing), None, None], packing, 0, 1)
+    same(engine.finish(engine.run_blocks(stream, packing, 1), packing), engine(images))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE != "cpu", reason="packed engines are for CPUs")
+def test_an_engine_keeps_tables_until_it_is_refreshed():
+    _, ours = pair("vit_small_patch16_rope_mixed_224", dynamic_img_size=True)
+    images, made = mixed(ours), []
+    engine = ours.engine()
+    tables = RotaryPositions.tables
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RotaryPositions, "tables", lambda *args: made.append(args[1]) or tables(*args))
+        before = engine(images)
+        assert torch.equal(engine(images), before) and len(made) == 1
+        engine([images[0]])
+        assert len(made) == 2
+        engine.refresh()
+        engine(images)
+        assert len(made) == 3
+        ours.rope.freqs.mul_(1.5)
+        with pytest.raises(StaleEngine):
+            engine(images)
+        engine.refresh()
+        assert not torch.equal(engine(images), before) and torch.equal(engine(images), ours(images))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(DEVICE != "cpu", reason="packed engines are for CPUs")
+@pytest.mark.parametrize("name", [*NAMES, "eva02_base_patch14_224", "vit_base_patch16_sapiens2"])
+def test_int8(name):
+    ours = pair(name, dynamic_img_size=True)[1].to(torch.bfloat16)
+    images = [image.to(torch.bfloat16) for image in mixed(ours)]
+    try:
+        engine = ours.engine(quantize="int8")
+    except NotImplementedError as why:
+        assert "AVX512" in str(why)
+        pytest.skip(str(why))
+    plain, answers = ours(images).float(), engine(images).float()
+    assert not torch.equal(answers, plain) and (answers - plain).norm() <= 0.1 * plain.norm()
+    assert torch.equal(engine(images[:1]), engine(images)[:1])
 
 
 def packing_of(model, images):
@@ -221,10 +283,13 @@ def test_saved_and_read_again(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
-def test_compiles_whole(name):
-    _, ours = pair(name)
-    x = batch(ours)
-    torch.testing.assert_close(torch.compile(ours, fullgraph=True, backend="aot_eager")(x), ours(x))
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole(name, backend):
+    if backend == "inductor" and name != NAMES[0]:
+        pytest.skip("one model shows it: compiling takes long")
+    _, ours = pair(name, dynamic_img_size=True)
+    x, compiled = batch(ours), torch.compile(ours, fullgraph=True, backend=backend)
+    torch.testing.assert_close(compiled(x), ours(x))
 
 
 @torch.no_grad()

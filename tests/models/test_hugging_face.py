@@ -95,6 +95,58 @@ def test_parameters_are_shared_where_only_their_names_differ(name):
     assert shared and all(any(part in key for part in joined) for key in copied), copied
 
 
+def patches_of(images, patch, size):
+    """The images as SigLIP 2's processor gives them."""
+    batch = {"pixel_values": torch.zeros(len(images), size, 3 * patch * patch)}
+    batch["pixel_attention_mask"] = torch.zeros(len(images), size, dtype=torch.int32)
+    batch["spatial_shapes"] = torch.zeros(len(images), 2, dtype=torch.long)
+    for i, image in enumerate(images):
+        cells = image.unflatten(1, (-1, patch)).unflatten(3, (-1, patch)).permute(1, 3, 2, 4, 0)
+        count = cells.shape[0] * cells.shape[1]
+        batch["pixel_values"][i, :count] = cells.reshape(count, -1).cpu()
+        batch["pixel_attention_mask"][i, :count] = 1
+        batch["spatial_shapes"][i] = torch.tensor(cells.shape[:2])
+    return {key: x.to(DEVICE) for key, x in batch.items()}
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["pooled", "no head"])
+@pytest.mark.parametrize("dim, heads, depth, patch", [(48, 2, 2, 8), (96, 3, 3, 14)], ids=["small", "larger"])
+def test_siglip2_takes_its_processors_batches(tmp_path, dim, heads, depth, patch, head):
+    """The same outputs by name, image by image, and gradients; from its file too."""
+    from safetensors.torch import save_file
+
+    sizes = {"hidden_size": dim, "num_hidden_layers": depth, "num_attention_heads": heads, "patch_size": patch}
+    config = transformers.Siglip2VisionConfig(**sizes, intermediate_size=100, num_patches=25, vision_use_head=head)
+    model = liven(transformers.Siglip2VisionModel(config)).to(DEVICE).eval()
+    ours = revit_kernels.from_transformers(model)
+    grids = [(5, 5), (3, 4), (1, 7), (6, 4)]
+    images = [torch.randn(3, h * patch, w * patch, device=DEVICE) for h, w in grids]
+    batch = patches_of(images, patch, 30)
+    expected, actual = model(**batch), hugging_face.encode(ours, batch)
+    for i, (h, w) in enumerate(grids):
+        assert_near("hidden", actual.last_hidden_state[i], expected.last_hidden_state[i, : h * w])
+    assert ours.pretrained_cfg["interpolation"] == "bilinear" and ours.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    if not head:
+        return
+    assert_near("pooled", actual.pooler_output, expected.pooler_output)
+    assert_near("images", ours(images, grids=grids), expected.pooler_output)
+    expected.pooler_output.square().sum().backward()
+    theirs = model.embeddings.patch_embedding.weight.grad.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+    ours(batch).square().sum().backward()
+    assert_near("gradient", ours.patch_embed.proj.weight.grad, theirs, scale=theirs.abs().max().item())
+    save_file(
+        {f"vision_model.{key}": x.contiguous() for key, x in model.state_dict().items()}, tmp_path / "w.safetensors"
+    )
+    made = VarLenViT(5 * patch, patch, embed_dim=dim, depth=depth, num_heads=heads, mlp_ratio=100.5 / dim, **SIGLIP2)
+    made.pos_interpolation = "bilinear"
+    load_checkpoint(made.to(DEVICE).eval(), tmp_path / "w.safetensors")
+    made.apply(lambda m: setattr(m, "eps", 1e-6) if isinstance(m, torch.nn.LayerNorm) else None)
+    assert_near("from its file", made(batch), expected.pooler_output)
+
+
+SIGLIP2 = dict(class_token=False, global_pool="map", fc_norm=False, num_classes=0, act_layer="gelu_tanh")
+
+
 def test_gradients():
     """Through what was joined, as through what is shared."""
     model = make("DINOv3ViTModel")
@@ -170,6 +222,12 @@ def test_wrong_use():
     with pytest.raises(NotImplementedError, match=r"hidden_act must be one of .*, got 'relu'"):
         config = transformers.ViTConfig(**SMALL, intermediate_size=100, hidden_act="relu")
         revit_kernels.from_transformers(transformers.ViTModel(config))
+    config = transformers.BeitConfig(**SMALL, intermediate_size=100)
+    with pytest.raises(NotImplementedError, match="got BeitModel"):  # its positions are biases of attention
+        revit_kernels.from_transformers(transformers.BeitModel(config))
+    config = transformers.SwinConfig(image_size=32, patch_size=4, embed_dim=12, depths=[1], num_heads=[2])
+    with pytest.raises(NotImplementedError, match="got SwinModel"):
+        revit_kernels.from_transformers(transformers.SwinModel(config))
     config = transformers.DINOv3ViTConfig(**SMALL, intermediate_size=100, value_bias=False)
     with pytest.raises(NotImplementedError, match=r"biases of q, k and v .*, got \(True, False, False\)"):
         revit_kernels.from_transformers(transformers.DINOv3ViTModel(config))

@@ -28,10 +28,11 @@ from revit_kernels.models.vit import VarLenViT
 
 def architectures():
     """One name for each distinct computation."""
+    entries = {name: entry for name, entry in registry()["models"].items() if "module" not in entry}
     if WHOLE:
-        return sorted(name for name, entry in registry()["models"].items() if entry["parameters"] <= 130_000_000)
+        return sorted(name for name, entry in entries.items() if entry["parameters"] <= 130_000_000)
     names = {}
-    for name, entry in registry()["models"].items():
+    for name, entry in entries.items():
         kwargs = {k: v for k, v in entry["kwargs"].items() if k not in ("depth", "img_size", "dynamic_img_size")}
         kwargs |= {k: v for k, v in small_kwargs(name).items() if k in ("num_heads", "embed_dim", "num_kv_heads")}
         names.setdefault(json.dumps([kwargs, entry.get("class")], sort_keys=True), name)

@@ -4,6 +4,7 @@ That an op gives the same bits twice is part of `contract.check`.
 """
 
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,20 +57,27 @@ def attention(images, tail, dtype, rotary=False):
     return inputs
 
 
-def block(images, tail, dtype):
-    def linear(salt, out, inputs):
-        return shared(dtype, salt, out, inputs), shared(dtype, salt + 1, out)
+def block(images, tail, dtype, every_part=False):
+    fields, salts = {}, count()
 
-    def norm(salt):
-        return 1 + shared(dtype, salt, ROWS, DIM), shared(dtype, salt + 1, ROWS, DIM)
+    def linear(name, out, inputs):
+        fields[name], fields[f"{name}_bias"] = shared(dtype, next(salts), out, inputs), shared(dtype, next(salts), out)
 
-    gamma = shared(dtype, 20, DIM)
-    weights = ops.BlockWeights(
-        *norm(0), *linear(2, 3 * DIM, DIM), *linear(4, DIM, DIM), gamma,
-        *norm(6), *linear(8, 2 * DIM, DIM), *linear(10, DIM, 2 * DIM), gamma,
-    )  # fmt: skip
-    x, row = packed(images, tail, dtype, 0, DIM), menu_rows(images, tail)
-    return {"x": x, "cu_seqlens": boundaries(images), "weights": weights, "heads": 2, "row": row}
+    def norm(name, size):
+        fields[name] = 1 + shared(dtype, next(salts), ROWS, size)
+        fields[f"{name}_bias"] = shared(dtype, next(salts), ROWS, size)
+
+    norm("norm1", DIM), linear("qkv", 3 * DIM, DIM), linear("proj", DIM, DIM)
+    norm("norm2", DIM), linear("fc1", 2 * DIM, DIM), linear("fc2", DIM, 2 * DIM)
+    fields["gamma1"] = fields["gamma2"] = shared(dtype, next(salts), DIM)
+    x, row, options = packed(images, tail, dtype, 0, DIM), menu_rows(images, tail), {}
+    if every_part:
+        norm("q_norm", DIM // 2), norm("k_norm", DIM // 2), norm("attended_norm", DIM)
+        linear("fc1_x", 2 * DIM, DIM), norm("hidden_norm", 2 * DIM)
+        angles = numbers(7, ROWS, 2, DIM // 4).to(DEVICE)
+        options = {"activation": "silu", "rotary": Rotary(angles.cos(), angles.sin(), row, True)}
+    weights = ops.BlockWeights(**fields)
+    return {"x": x, "cu_seqlens": boundaries(images), "weights": weights, "heads": 2, "row": row, **options}
 
 
 def layer_norm(images, tail, dtype, whole=True):
@@ -150,6 +158,7 @@ SUBJECTS = {
         ops.attention, with_options(attention, rotary=True), token=("q", "k", "v"), whole=("reference",)
     ),
     "block": Subject(ops.block, block, whole=("reference",), trained=False),
+    "block-every part": Subject(ops.block, with_options(block, every_part=True), whole=("reference",), trained=False),
     "layer_norm": Subject(ops.layer_norm, layer_norm, token=("x", "branch")),
     "layer_norm-rms": Subject(ops.layer_norm, with_options(layer_norm, whole=False)),
     "linear": Subject(ops.linear, linear, whole=("reference", *INTERPRETER), tail=False),

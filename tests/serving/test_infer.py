@@ -32,6 +32,7 @@ class StandIn(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.patch_embed = SimpleNamespace(patch_size=(16, 16), grid_size=(14, 14), img_size=(224, 224))
+        self.per_frame = None  # it is of images
         self.num_prefix_tokens, self.num_classes, self.num_features = 1, classes, 3
         self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
         self.calls = []

@@ -236,7 +236,7 @@ def test_command(tmp_path, monkeypatch, capsys):
 
     images, outcomes = held_out()
     monkeypatch.setattr(datasets, "open_set", lambda *args, **kwargs: images)
-    monkeypatch.setattr("revit_kernels.cli.label.open_set", lambda *args, **kwargs: images)
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: images)
     command = ["label", str(tmp_path / "revit.safetensors"), "--data", "held", "--dtype", "float32"]
     assert cli.main([*command, "--output", str(tmp_path / "labels.parquet")]) == 0
     assert "4x4 is right on" in capsys.readouterr().err

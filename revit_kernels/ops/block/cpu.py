@@ -5,11 +5,13 @@ products: dim 384 1.2x to 1.7x, dim 768 1.1x to 1.2x in bf16; 1.1x to 1.25x, and
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from revit_kernels import native
-from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
-from revit_kernels.ops.linear.panels import KINDS, has_kernel, pack_weight
+from revit_kernels.ops.attention.rotary import Rotary
+from revit_kernels.ops.block import NORMS, PRODUCTS, BlockWeights, Form
+from revit_kernels.ops.linear.panels import ACTIVATIONS, KINDS, has_kernel, pack_weight
 
 native.load("cpu")
 _block = torch.ops.revit_kernels.block_cpu.default
@@ -21,57 +23,99 @@ def refusal(step, args):
         return f"needs CPU tensors, got one on {args.x.device}"
     if args.x.dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {args.x.dtype}"
-    for name in ("norm1", "norm2", "qkv", "proj", "fc1", "fc2"):
-        if (found := getattr(args, name).dtype) != args.x.dtype:
-            return f"needs weights of x's dtype, {args.x.dtype}, got {name} of {found}"
-    return unable((*args.proj.shape, args.fc1.shape[0]), args.kind)
+    for name in (*NORMS, *PRODUCTS):
+        if (weight := getattr(args, name)) is not None and weight.dtype != args.x.dtype:
+            return f"needs weights of x's dtype, {args.x.dtype}, got {name} of {weight.dtype}"
+    if args.cos is not None and args.cos.dtype != torch.float32:
+        return f"a rotary table must be of float32, got {args.cos.dtype}"
+    return unable(args.proj.shape, args.kind)
 
 
 def unable(widths, kind):
-    """Why there is no kernel for these widths of activations, whatever x may be; None if there is one."""
+    """Why there is no kernel for these widths, of x and of what is attended; None if there is one."""
     if any(width % 4 for width in widths):
-        return "needs widths that are multiples of 4"
+        return f"needs widths that are multiples of 4, got {tuple(widths)}"
     if kind == "int8" and not has_kernel("int8"):
         return "int8 needs a CPU with AVX512-VNNI and AVX512-BF16"
     return None
 
 
-def affine(*tensors: Tensor) -> list[Tensor]:
+def affine(weight: Tensor, bias: Tensor | None) -> list[Tensor]:
     """A norm's weight and bias as the kernel reads them: (lengths, dim) float32."""
-    return [t.detach().float().contiguous().view(-1, t.shape[-1]) for t in tensors]
+    pair = weight, torch.zeros_like(weight) if bias is None else bias
+    return [t.detach().float().contiguous().view(-1, t.shape[-1]) for t in pair]
 
 
-def pack(w: BlockWeights, kind: str | None) -> list[Tensor]:
-    """The block's four products, packed for `run`."""
-    kind = kind or w.qkv.dtype
-    parts = (w.qkv, w.qkv_bias, None), (w.proj, w.proj_bias, w.gamma1), (w.fc1, w.fc1_bias, None)
-    return [pack_weight(*part, kind) for part in (*parts, (w.fc2, w.fc2_bias, w.gamma2))]
+def padded(w: BlockWeights) -> BlockWeights:
+    """With zeros beyond a hidden layer that is no multiple of 4: the kernel multiplies 4 numbers at a time."""
+    if not (beyond := -w.fc1.shape[0] % 4):
+        return w
+    fields = {"fc2": F.pad(w.fc2, (0, beyond))}
+    for name, at in (("fc1", (0, 0, 0, beyond)), ("fc1_x", (0, 0, 0, beyond)), ("fc1_bias", (0, beyond))):
+        fields[name] = None if getattr(w, name) is None else F.pad(getattr(w, name), at)
+    fields["fc1_x_bias"] = None if w.fc1_x_bias is None else F.pad(w.fc1_x_bias, (0, beyond))
+    return w._replace(**fields)
+
+
+def pack(w: BlockWeights, kind: str | None) -> BlockWeights:
+    """The weights as `run` takes them: norms as their `affine`, products packed, with what belongs to them."""
+    w, kind, packed = padded(w), kind or w.qkv.dtype, dict.fromkeys(BlockWeights._fields)
+    for norm in NORMS:
+        if (weight := getattr(w, norm)) is not None:
+            packed[norm], packed[f"{norm}_bias"] = affine(weight, getattr(w, f"{norm}_bias"))
+    for product, gamma in zip(PRODUCTS, (None, w.gamma1, None, None, w.gamma2)):
+        if (weight := getattr(w, product)) is not None:
+            packed[product] = pack_weight(weight, getattr(w, f"{product}_bias"), gamma, kind)
+    return BlockWeights(**packed)
+
+
+def listed(weights: list[BlockWeights]) -> tuple[list[Tensor], list[int]]:
+    """The tensors of blocks of one form one after the other, and which fields of BlockWeights they are."""
+    fields = [i for i, t in enumerate(weights[0]) if t is not None]
+    return [w[i] for w in weights for i in fields], fields
 
 
 def run(
-    x, cu_seqlens, row, weights, widths, heads, eps1, eps2, scale, activation, kind, head=(), head_eps=0.0, classes=0
+    x: Tensor,
+    cu_seqlens: Tensor,
+    row: Tensor | None,
+    weights: list[Tensor],
+    fields: list[int],
+    form: Form,
+    kind: str | None,
+    rotary: list[Rotary] = (),
+    head=(),
+    head_eps: float = 0.0,
+    classes: int = 0,
 ) -> Tensor:
     """Blocks one after the other, equal in all but their weights.
 
-    weights: of each block norm1's and norm2's `affine`, then what `pack` gave: 8 tensors
-    widths:  of x, of what is attended, and of the hidden layer
-    head:    none; or the final norm's `affine` and the packed weight to `classes`: then (images, classes) come back,
-             of each image's first token
+    weights, fields: `listed`, of what `pack` gave for each block
+    rotary:          none; one for all blocks, or one for each, of the same rows
+    head:            none; or the final norm's `affine` and the packed weight to `classes`: then (images, classes) come
+                     back, of each image's first token
     """
-    _, width, hidden = widths
+    _, width, hidden = form.widths
+    cos, sin, rotary_row, half = [], [], None, False
+    if rotary:
+        cos, sin, rotary_row, half = [r.cos for r in rotary], [r.sin for r in rotary], rotary[0].row, rotary[0].half
     return _blocks(
-        x.contiguous(),
-        cu_seqlens.contiguous(),
-        row if row is None else row.contiguous(),
-        weights,
-        *(eps1, eps2, heads, width // heads, hidden, scale),
-        *(ACTIVATIONS.index(activation), KINDS[kind or x.dtype]),
+        *(x.contiguous(), cu_seqlens.contiguous(), row if row is None else row.contiguous()),
+        *(weights, fields, form.eps, form.rms, form.heads, width, hidden, form.scale),
+        *(ACTIVATIONS.index(form.activation), KINDS[kind or x.dtype]),
+        *(cos, sin, rotary_row, half),
         *(head, head_eps, classes),
     )
 
 
 def forward(x, cu_seqlens, row, *rest):
-    *parameters, heads, eps1, eps2, scale, activation, kind = rest
-    tensors = x, cu_seqlens, row, *parameters
-    tensors = (t if t is None else t.detach().contiguous() for t in tensors)
-    return _block(*tensors, eps1, eps2, heads, scale, ACTIVATIONS.index(activation), KINDS[kind or x.dtype])
+    parameters, rest = BlockWeights(*rest[: len(BlockWeights._fields)]), rest[len(BlockWeights._fields) :]
+    heads, eps, rms, scale, activation, cos, sin, rotary_row, half, kind = rest
+    x, cu_seqlens, row, cos, sin, rotary_row = (
+        t if t is None else t.detach().contiguous() for t in (x, cu_seqlens, row, cos, sin, rotary_row)
+    )
+    weights, fields = listed([padded(parameters)])
+    weights = [t.detach().contiguous() for t in weights]
+    widths = (parameters.proj.shape[1], parameters.fc1.shape[0])
+    how = (eps, rms, heads, *widths, scale, ACTIVATIONS.index(activation), KINDS[kind or x.dtype])
+    return _block(x, cu_seqlens, row, weights, fields, *how, cos, sin, rotary_row, half)

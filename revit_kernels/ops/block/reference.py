@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from revit_kernels.ops.block import BlockWeights
+from revit_kernels.ops.attention.rotary import rotate
+from revit_kernels.ops.block import BlockWeights, Eps
 
 
 def refusal(*_):
@@ -29,15 +30,22 @@ def _linear(x, weight, bias, kind):
     return y if bias is None else y + bias
 
 
-def _norm(x, weight, bias, row, eps):
-    y = F.layer_norm(x, x.shape[1:], eps=eps)
+def _norm(x, weight, bias, row, eps, rms):
+    """x (tokens, ..., dim), over its last dimension."""
+    if weight is None:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = wide if rms else wide - wide.mean(-1, keepdim=True)
+    y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     if weight.ndim == 2:
-        weight, bias = (t[row.clamp(0, len(t) - 1).long()] for t in (weight, bias))
-    return (y * weight + bias).to(x.dtype)
+        at = row.clamp(0, len(weight) - 1).long()
+        weight, bias = (None if t is None else t[at].view(-1, *[1] * (x.ndim - 2), t.shape[1]) for t in (weight, bias))
+    return (y * weight if bias is None else y * weight + bias).to(x.dtype)
 
 
-def _attend(qkv, cu_seqlens, heads, scale):
-    q, k, v = qkv.unflatten(1, (3, heads, -1)).permute(1, 2, 0, 3)
+def _attend(q, k, v, cu_seqlens, scale):
+    """q, k, v: (tokens, heads, head_dim)"""
+    q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     y = torch.zeros_like(q)
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist()):
         own = slice(start, end)
@@ -49,26 +57,35 @@ def _attend(qkv, cu_seqlens, heads, scale):
 def _activate(x, activation):
     if activation == "quick_gelu":
         return x * torch.sigmoid(1.702 * x)
+    if activation == "silu":
+        return F.silu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 def forward(x, cu_seqlens, row, *rest):
-    *parameters, heads, eps1, eps2, scale, activation, kind = rest
-    w = BlockWeights(*parameters)
+    w = BlockWeights(*rest[: len(BlockWeights._fields)])
+    heads, eps, rms, scale, activation, cos, sin, rotary_row, half, kind = rest[len(w) :]
     used = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
     used[cu_seqlens[0] : cu_seqlens[-1]] = True
     x = x.masked_fill(~used, 0)
-    dtype = x.dtype
+    dtype, eps = x.dtype, Eps(*eps)
 
-    def linear(x, weight, bias):
-        return _linear(x, weight, bias, kind).to(dtype)
+    def linear(x, name):
+        return _linear(x, getattr(w, name), getattr(w, f"{name}_bias"), kind).to(dtype)
+
+    def norm(x, name):
+        return _norm(x, getattr(w, name), getattr(w, f"{name}_bias"), row, getattr(eps, name), rms)
 
     def add(x, branch, gamma):
-        return x + (branch if gamma is None else branch * gamma)
+        return (x + (branch if gamma is None else branch * gamma)).to(dtype)
 
-    y = _norm(x, w.norm1, w.norm1_bias, row, eps1)
-    y = _attend(linear(y, w.qkv, w.qkv_bias), cu_seqlens, heads, scale)
-    x = add(x, linear(y, w.proj, w.proj_bias), w.gamma1).to(dtype)
-    y = _norm(x, w.norm2, w.norm2_bias, row, eps2)
-    y = _activate(linear(y, w.fc1, w.fc1_bias), activation)
-    return add(x, linear(y, w.fc2, w.fc2_bias), w.gamma2).to(dtype).masked_fill(~used, 0)
+    q, k, v = linear(norm(x, "norm1"), "qkv").unflatten(1, (3, heads, -1)).unbind(1)
+    q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    if cos is not None:
+        q, k = (rotate(t, cos, sin, rotary_row, half).to(dtype) for t in (q, k))
+    y = norm(_attend(q, k, v, cu_seqlens, scale), "attended_norm")
+    x = add(x, linear(y, "proj"), w.gamma1)
+    y = norm(x, "norm2")
+    hidden = _activate(linear(y, "fc1"), activation)
+    hidden = hidden if w.fc1_x is None else hidden * linear(y, "fc1_x")
+    return add(x, linear(norm(hidden, "hidden_norm"), "fc2"), w.gamma2).masked_fill(~used, 0)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
-ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None)  # of the epilogue
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None, "silu")  # of the epilogue, as csrc/cpu/packed.h counts them
 
 
 def has_kernel(kind) -> bool:
