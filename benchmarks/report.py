@@ -37,6 +37,8 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images at one length: packing saves nothing here",
     "bench_block::bench_block": "Four blocks at once, 32 images at those grids or one at 14x14",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
+    "bench_video::bench_video": "TimeSformer-S, 8 clips of 8 frames, grids 14x14, 10x10, 7x7",
+    "bench_temporal_attention::bench_temporal_attention": "Temporal attention alone, forward, 8 clips, 6 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
@@ -59,6 +61,8 @@ RIVALS = {
     "compiled": "timm, torch.compile",
     "ours_bf16": "ours in bf16",
     "padded": "padded, with a mask",
+    "sdpa": "torch's SDPA, on rearranged tensors",
+    "sdpa_rearranging": "torch's SDPA, and rearranging",
     "convolve": "F.conv2d",
     "unfold": "F.unfold and a product",
 }
