@@ -104,15 +104,14 @@ def run(args) -> int:
         import ray
         from ray import serve
 
+        from revit_kernels.serving.batcher import Batcher
         from revit_kernels.serving.prepare import Settings, prepare
         from revit_kernels.serving.ray_serve import app
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
-    names = Settings.__dataclass_fields__
-    prepare(
-        Settings(**{name: value for name, value in arguments.items() if name in names})
-    )  # what is wrong is said here
+    of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
+    Batcher(prepare(Settings(**of_the_model))).close()  # what is wrong with it is said here, not in a worker
     made = app(arguments)
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -92,6 +92,8 @@ class Batcher:
     ):
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        if not isinstance(prepared.rule, GridRule):
+            raise NotImplementedError("a model of clips is not served over HTTP: use `revit infer`")
         self.prepared, self.batch_tokens = prepared, batch_tokens
         self.waiting_tokens, self.waiting_bytes = waiting_tokens, waiting_bytes
         self.device = next(prepared.model.parameters()).device

@@ -9,7 +9,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -249,8 +249,9 @@ class Run:
     def leave(self) -> None:
         """Keep what there is."""
         if not self.journal.file.closed:
-            if self.journal.count:
-                self.journal.sync()
+            with suppress(OSError):  # the disk itself may be gone: what went wrong first is what is told
+                if self.journal.count:
+                    self.journal.sync()
             self.journal.close(remove=not self.journal.count)
         if self.folder:
             if not self.kept:

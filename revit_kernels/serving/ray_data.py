@@ -20,7 +20,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from revit_kernels import dispatch
 from revit_kernels.data.archives import IMAGE_COLUMNS, Archive, Member, encoded
 from revit_kernels.data.images import find_images
-from revit_kernels.serving.infer import Totals, infer
+from revit_kernels.serving.infer import GridRule, Totals, infer
 from revit_kernels.serving.journal import finish_settings, open_settings
 from revit_kernels.serving.prepare import Settings, prepare
 from revit_kernels.serving.records import Answer, Columns, open_records
@@ -59,6 +59,8 @@ class Predictor:
         **settings,
     ):
         self.prepared = prepare(Settings(**settings))
+        if not isinstance(self.prepared.rule, GridRule):
+            raise NotImplementedError("Predictor answers images, and this is a model of clips: use `revit infer`")
         self.column, self.batch_tokens, self.prefix = column, batch_tokens, prefix
         self.workers = workers or _cores()
 
@@ -190,11 +192,12 @@ class Worker:
         for number, names, is_archive in zip(batch["unit"], batch["paths"], batch["archive"]):
             found = find_images([*names]) if is_archive else None
             images, problems = (list(names), []) if found is None else (found.paths, found.problems)
-            totals = Totals()
+            totals, tries = Totals(), self._begun(int(number), names[0])
             if images:
                 with dispatch.use_backend(self.backend):
                     with open_records(str(shard(self.output, int(number))), self.prepared.columns) as writer:
                         totals = _run(self.prepared, images, writer, self.batch_tokens, self.workers)
+            tries.unlink()
             yield {
                 "unit": [number],
                 "images": [totals.images],
@@ -205,6 +208,17 @@ class Worker:
                 "problems": ["\n".join(problems)],
                 "left_out": ["\n".join(f"{count}\t{kind}" for kind, count in found.left_out.items()) if found else ""],
             }
+
+    def _begun(self, number: int, name: str) -> Path:
+        """A file with a byte for each time that the piece of work was begun. Raises RuntimeError after RETRIES: Ray
+        would begin it for ever."""
+        tries = self.output / f"_part-{number:06d}.tries"
+        with open(tries, "ab") as file:
+            file.write(b".")
+            count = file.tell()
+        if count > RETRIES + 1:
+            raise RuntimeError(f"the shard that begins with {name} has ended its actor {count - 1} times")
+        return tries
 
 
 def shard(output: Path, number: int) -> Path:
@@ -248,6 +262,8 @@ class Cluster:
         sources = hashlib.sha256("\0".join(paths).encode("utf-8", "surrogateescape")).hexdigest()
         self.lock = open_settings(self.output, _contents(settings) | {"ray": sources})
         self.left = [i for i in range(len(self.units)) if not shard(self.output, i).exists()]
+        for tries in self.output.glob("_part-*.tries"):  # of the run before
+            tries.unlink()
         self.all, self.done = len(self.units), len(self.units) - len(self.left)
 
     def run(self) -> Iterator[Totals]:
@@ -283,7 +299,6 @@ class Cluster:
             batch_size=1,
             compute=ActorPoolStrategy(size=min(actors, len(rows))),
             num_cpus=self.cpus,
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": RETRIES},
             **options,
         )
         try:

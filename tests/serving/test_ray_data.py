@@ -18,7 +18,8 @@ from test_images import noise
 
 from revit_kernels import cli
 from revit_kernels.data.archives import Archive
-from revit_kernels.serving.ray_data import Predictor, units
+from revit_kernels.serving.prepare import Settings
+from revit_kernels.serving.ray_data import Predictor, Worker, units
 
 SIZES = ((64, 48), (200, 30), (28, 28), (90, 120), (33, 47))
 
@@ -186,7 +187,7 @@ def test_an_actor_killed_in_mid_run_loses_no_row(cluster, expected, tmp_path):
     thread.join()
     assert killed and status == 1  # an image is broken
     assert rows(tmp_path / "out") == single
-    assert not list((tmp_path / "out").glob(".*"))
+    assert not list((tmp_path / "out").glob(".*")) + list((tmp_path / "out").glob("_*.tries"))
 
 
 def test_what_is_written_is_not_done_again(cluster, expected, tmp_path, capsys):
@@ -217,6 +218,20 @@ def test_a_broken_archive_is_told_and_tried_again(cluster, shards, tmp_path, cap
     assert "the archive" in capsys.readouterr().err and len(rows(output)) == 5
     (tmp_path / "bad.tar").write_bytes((shards / "shard-0.tar").read_bytes())
     assert revit(sources, "-o", output, "--ray", "--resume") == 0 and len(rows(output)) == 30
+
+
+def test_a_piece_that_ends_its_actors_is_not_begun_for_ever(shards, tmp_path):
+    worker = Worker(".", str(tmp_path), Settings(dtype="float32", device="cpu"), None, 8192, 1)
+
+    piece = {"unit": np.array([7]), "paths": [[str(shards / "photos" / "0.png")]], "archive": [False]}
+    answerer, worker.prepared = worker.prepared, None
+    for _ in range(4):
+        with pytest.raises(AttributeError):
+            list(worker(piece))
+    worker.prepared = answerer
+    with pytest.raises(RuntimeError, match=r"the shard that begins with .*0\.png has ended its actor 4 times"):
+        list(worker(piece))
+    assert [path.name for path in tmp_path.iterdir()] == ["_part-000007.tries"]
 
 
 @pytest.mark.parametrize(

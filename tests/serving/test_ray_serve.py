@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -100,6 +101,26 @@ def test_4xx_through_the_proxy(service):
     assert status == 400 and json.loads(text)["error"]["message"] == "input[0] has damaged base64"
     status, text = ask("/v1/classify", {"input": "x" * 2_000_000})
     assert status == 413 and "larger than the limit of 1,000,000 bytes" in text
+
+
+def raw(*parts):
+    """The first line that comes back for bytes that are sent piece by piece."""
+    with socket.create_connection(("127.0.0.1", PORT), timeout=60) as connection:
+        for part in parts:
+            try:
+                connection.sendall(part)
+            except OSError:  # it has answered, and closed
+                break
+        return connection.makefile("rb").readline().decode().strip()
+
+
+def test_slow_and_endless_clients_through_the_proxy(service):
+    head = "POST /v1/classify HTTP/1.1\r\nhost: a\r\ncontent-type: image/png\r\n"
+    assert "408" in raw(f"{head}content-length: 1000\r\n\r\nx".encode())
+    assert "413" in raw(f"{head}content-length: 100000000\r\n\r\nx".encode())
+    chunk = b"80000\r\n" + b"x" * 0x80000 + b"\r\n"
+    assert "413" in raw(f"{head}transfer-encoding: chunked\r\n\r\n".encode(), *[chunk] * 8)
+    assert ask("/healthz")[0] == 200
 
 
 def workers_of_ours(name):
