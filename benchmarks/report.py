@@ -30,6 +30,7 @@ HEADLINE = {  # the rows that README.md shows
 }
 BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit": "A batch of 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
+    "bench_vit::bench_rotary": "The same batch, models with rotary positions",
     "bench_cpu::bench_traffic": "200 batches, each image's grid drawn from those four at random",
     "bench_cpu::bench_one_image": "One image at a time: milliseconds per image",
     "bench_cpu::bench_int8": "A batch of 32 images in int8; the peak is int8's",
@@ -45,6 +46,7 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_loading::bench_loading": "Preparing the images of a training step in one process, against the step itself",
 }
 MODELS = {"vit_small_patch16_224": "ViT/S", "vit_base_patch16_224": "ViT/B"}  # a slash, as dashes part parameters
+MODELS |= {"vit_small_patch16_dinov3": "DINOv3/S", "eva02_small_patch14_224": "EVA/02/S"}
 RIVALS = {
     "bucketed": "one dense batch per length",
     "loop": "one image at a time",
@@ -60,6 +62,7 @@ RIVALS = {
     "eager": "timm, eager",
     "compiled": "timm, torch.compile",
     "ours_bf16": "ours in bf16",
+    "unrotated": "ours without rotation",
     "padded": "padded, with a mask",
     "sdpa": "torch's SDPA, on rearranged tensors",
     "sdpa_rearranging": "torch's SDPA, and rearranging",
