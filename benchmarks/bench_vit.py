@@ -4,6 +4,8 @@ Images are uniform over the menu {4, 7, 10, 14}^2 and already of their grid's si
 (padding, sorting by length, compiling) is not timed: the rival is shown at its best.
 """
 
+import copy
+
 import cpu_rivals
 import gpu_vit_rivals
 import pytest
@@ -17,6 +19,7 @@ timm = pytest.importorskip("timm", reason="the rivals are timm's models: pip ins
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MENU = [(4, 4), (7, 7), (10, 10), (14, 14)]
 MODELS = ["vit_small_patch16_224", "vit_base_patch16_224"]
+ROTARY = ["vit_small_patch16_dinov3", "eva02_small_patch14_224"]
 IMAGES = [2] if TINY else [32] if DEVICE == "cpu" else [4, 32, 256, 1024]
 ROUNDS = 11 if DEVICE == "cpu" else 30
 
@@ -28,28 +31,35 @@ class Case:
     def __init__(self, name, images, dtype, menu=MENU):
         torch.manual_seed(0)
         self.name, self.dtype = name, dtype
-        self.timm = timm.create_model(name, dynamic_img_size=True).eval().to(DEVICE, dtype)
+        self.timm = self._made().to(DEVICE, dtype)
         self.model = VarLenViT.from_timm(self.timm)
         self.engine = self.model.engine()  # as a server would; the rivals compile theirs
         grids = [menu[i * len(menu) // images] for i in range(images)]
-        self.images = [torch.randn(3, 16 * h, 16 * w, device=DEVICE).to(dtype) for h, w in grids]
+        p, q = self.timm.patch_embed.patch_size
+        self.images = [torch.randn(3, p * h, q * w, device=DEVICE).to(dtype) for h, w in grids]
         self.grids = grids
         self.batches = [
             torch.stack([x for x, g in zip(self.images, grids) if g == grid]) for grid in dict.fromkeys(grids)
         ]
 
+    def _made(self):
+        """timm's model with a head, which the entries of some names lack."""
+        return timm.create_model(self.name, dynamic_img_size=True, num_classes=1000).eval()
+
     @property
     def flops(self):
-        """Of the linears and attention, for the tokens that there are."""
-        dim = self.model.embed_dim
-        tokens = [h * w + 1 for h, w in self.grids]
-        block = 24 * dim * dim * sum(tokens) + 4 * dim * sum(n * n for n in tokens)
-        return len(self.model.blocks) * block + 2 * 768 * dim * sum(h * w for h, w in self.grids)
+        """Of the linears and attention of the blocks, and of the patch embedding, for the tokens that there are."""
+        tokens = [h * w + self.timm.num_prefix_tokens for h, w in self.grids]
+        block = self.timm.blocks[0]
+        weights = sum(p.numel() for p in block.parameters() if p.ndim == 2)
+        pairs = 4 * block.attn.proj.in_features * sum(n * n for n in tokens)
+        patches = self.timm.patch_embed.proj.weight.numel() * sum(h * w for h, w in self.grids)
+        return len(self.timm.blocks) * (2 * weights * sum(tokens) + pairs) + 2 * patches
 
     @torch.inference_mode(False)
     def float32(self):
         """A copy of timm's model, its weights as they are rounded, in float32."""
-        model = timm.create_model(self.name, dynamic_img_size=True).eval()
+        model = self._made()
         model.load_state_dict({k: v.float() for k, v in self.timm.state_dict().items()})
         return model
 
@@ -174,6 +184,28 @@ def bench_vit(duel, name, images, dtype, rival):
     ):  # its grid_sample is another interpolation of the positions
         assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps ** 0.5 * a.abs().max(), "it computes something else"
     duel(ours, theirs, rounds=ROUNDS, flops=case.flops, rival=rival.__name__)
+
+
+def unrotated(case):
+    """Ours without rotation: what that costs. It answers something else."""
+    model = copy.deepcopy(case.model)
+    model.rope = None
+    engine = model.engine()
+    return lambda: engine(case.images, grids=case.grids)
+
+
+@pytest.mark.parametrize("rival", [bucketed, openvino, unrotated], ids=lambda rival: rival.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ROTARY)
+@torch.inference_mode()
+def bench_rotary(duel, name, dtype, rival):
+    """Models with rotary positions."""
+    case = Case(name, IMAGES[-1] if DEVICE == "cpu" else 256, dtype)
+    theirs = rival(case)
+    if rival is not unrotated:
+        a, b = case.ours().float(), theirs().float()
+        assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps ** 0.5 * a.abs().max(), "it computes something else"
+    duel(case.ours, theirs, rounds=ROUNDS, flops=case.flops, rival=rival.__name__)
 
 
 @pytest.mark.parametrize("grid", MENU, ids=str)

@@ -129,7 +129,8 @@ class Converted:
                 found = free.clone()
                 found.reshape(shape)
             elif shapes == "batch":
-                found = self._convert(OneLength(self.vit, shape[2:]), (torch.zeros(2, *shape[1:]),), [key])
+                model = self.vit if getattr(self.vit, "rope", None) else OneLength(self.vit, shape[2:])
+                found = self._convert(model, (torch.zeros(2, *shape[1:]),), [key])
                 if self.calibration is not None:
                     found = self._quantized(found, self.calibration[shape[2:]])
             else:

@@ -30,6 +30,7 @@ HEADLINE = {  # the rows that README.md shows
 }
 BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit": "A batch of 32 images, grids uniform over 4x4, 7x7, 10x10, 14x14",
+    "bench_vit::bench_rotary": "The same batch, models with rotary positions",
     "bench_cpu::bench_traffic": "200 batches, each image's grid drawn from those four at random",
     "bench_cpu::bench_one_image": "One image at a time: milliseconds per image",
     "bench_cpu::bench_int8": "A batch of 32 images in int8; the peak is int8's",
@@ -37,12 +38,15 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_vit::bench_vit_one_length": "ViT-S/16, all images at one length: packing saves nothing here",
     "bench_block::bench_block": "Four blocks at once, 32 images at those grids or one at 14x14",
     "bench_attention::bench_attention": "Attention alone, forward, 12 heads of 64",
+    "bench_video::bench_video": "TimeSformer-S, 8 clips of 8 frames, grids 14x14, 10x10, 7x7",
+    "bench_temporal_attention::bench_temporal_attention": "Temporal attention alone, forward, 8 clips, 6 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
     "bench_training::bench_recipe": "A whole step of the recipe that trained the shipped model, 64 images",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
     "bench_loading::bench_loading": "Preparing the images of a training step in one process, against the step itself",
 }
 MODELS = {"vit_small_patch16_224": "ViT/S", "vit_base_patch16_224": "ViT/B"}  # a slash, as dashes part parameters
+MODELS |= {"vit_small_patch16_dinov3": "DINOv3/S", "eva02_small_patch14_224": "EVA/02/S"}
 RIVALS = {
     "bucketed": "one dense batch per length",
     "loop": "one image at a time",
@@ -58,7 +62,10 @@ RIVALS = {
     "eager": "timm, eager",
     "compiled": "timm, torch.compile",
     "ours_bf16": "ours in bf16",
+    "unrotated": "ours without rotation",
     "padded": "padded, with a mask",
+    "sdpa": "torch's SDPA, on rearranged tensors",
+    "sdpa_rearranging": "torch's SDPA, and rearranging",
     "convolve": "F.conv2d",
     "unfold": "F.unfold and a product",
 }

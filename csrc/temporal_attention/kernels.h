@@ -15,44 +15,82 @@ struct Lanes {
   }
 };
 
-// LANES columns of the rows in one frame: to (LANES columns, LANES lanes); zeros past the last column and lane.
+// Rows of one tensor, for the lanes: where each lane's head begins in frame 0.
 template <class T>
-INLINE void gather(const Strided<const T>& x, const Lanes& own, int64_t frame, int64_t column, int64_t dim, float* to) {
-  Floats v[LANES] = {};
-  const int64_t rest = dim - column;
-  for (int64_t l = 0; l < own.count; ++l)
-    v[l] = load(x.at(own.token[l] + frame * own.stride, own.head[l]) + column, rest);
-  transpose(v);
+struct Rows {
+  T* at[LANES];
+  int64_t frame;  // from frame to frame
+
+  Rows(const Strided<T>& x, const Lanes& own) : frame(own.stride * x.token) {
+    for (int64_t l = 0; l < LANES; ++l) at[l] = x.at(own.token[l < own.count ? l : 0], own.head[l < own.count ? l : 0]);
+  }
+};
+
+// Columns that are gathered at a time: as many as 32 bits of each lane hold of.
+template <class T>
+constexpr int64_t kColumns = LANES * 4 / sizeof(T);
+template <class T>
+constexpr int64_t kBlock = kColumns<T> * LANES;  // numbers of so many columns of a frame
+
+INLINE void widen_columns(Words (&v)[LANES], float*, float* to) {
 #pragma GCC unroll 16
   for (int d = 0; d < LANES; ++d) write(to + d * LANES, v[d]);
 }
-
-template <class T>
-INLINE void scatter(Floats (&v)[LANES], const Strided<T>& y, const Lanes& own, int64_t frame, int64_t column,
-                    int64_t dim) {
-  const int64_t rest = dim - column;
-  transpose(v);
-  for (int64_t l = 0; l < own.count; ++l)
-    store(y.at(own.token[l] + frame * own.stride, own.head[l]) + column, v[l], rest);
+INLINE void widen_columns(Words (&v)[LANES], Bfloat16*, float* to) {
+#pragma GCC unroll 16
+  for (int d = 0; d < LANES; ++d) {
+    write(to + 2 * d * LANES, v[d] << 16);
+    write(to + (2 * d + 1) * LANES, v[d] & 0xffff0000);
+  }
 }
 
-constexpr int64_t kBlock = LANES * LANES;  // numbers of some columns of a frame
+// Some columns of the rows in one frame: to (columns, lanes); zeros past the last column. Lanes that are none have the
+// first one's.
+template <class T>
+INLINE void gather(const Rows<const T>& x, int64_t frame, int64_t column, int64_t dim, float* to) {
+  Words v[LANES];
+  const int64_t at = frame * x.frame + column;
+  if (column + kColumns<T> <= dim) {
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) v[l] = read<Words>(x.at[l] + at);
+  } else {
+    for (int l = 0; l < LANES; ++l) {
+      v[l] = Words{};
+      std::memcpy(&v[l], x.at[l] + at, (dim - column) * sizeof(T));
+    }
+  }
+  transpose(v);
+  widen_columns(v, static_cast<T*>(nullptr), to);
+}
 
-// m[i, j] += the products of LANES columns of R frames of a from i on, and of C frames of b from j on.
-template <int R, int C>
+// LANES columns.
+template <class T>
+INLINE void scatter(Floats (&v)[LANES], const Rows<T>& y, int64_t count, int64_t frame, int64_t column, int64_t dim) {
+  const int64_t at = frame * y.frame + column, rest = dim - column;
+  transpose(v);
+  if (count == LANES && rest >= LANES) {
+#pragma GCC unroll 16
+    for (int l = 0; l < LANES; ++l) store(y.at[l] + at, v[l], Full{});
+    return;
+  }
+  for (int64_t l = 0; l < count; ++l) store(y.at[l] + at, v[l], rest);
+}
+
+// m[i, j] += the products of some columns of R frames of a from i on, and of C frames of b from j on.
+template <class T, int R, int C>
 INLINE void add_products(const float* a, const float* b, float* m, int64_t frames) {
   Floats sums[R][C];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) sums[r][c] = load(m + (r * frames + c) * LANES);
-  for (int64_t d = 0; d < kBlock; d += LANES) {
+  for (int64_t d = 0; d < kBlock<T>; d += LANES) {
     Floats right[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) right[c] = load(b + c * kBlock + d);
+    for (int c = 0; c < C; ++c) right[c] = load(b + c * kBlock<T> + d);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const Floats left = load(a + r * kBlock + d);
+      const Floats left = load(a + r * kBlock<T> + d);
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) sums[r][c] = fma(left, right[c], sums[r][c]);
     }
@@ -68,26 +106,27 @@ template <class T>
 inline void products(const Strided<const T>& x, const Strided<const T>& y, const Lanes& own, int64_t dim, float* a,
                      float* b, float* m) {
   const int64_t frames = own.frames;
+  const Rows<const T> left_rows(x, own), right_rows(y, own);
   std::memset(m, 0, frames * frames * LANES * sizeof(float));
-  for (int64_t column = 0; column < dim; column += LANES) {
+  for (int64_t column = 0; column < dim; column += kColumns<T>) {
     for (int64_t f = 0; f < frames; ++f) {
-      gather(x, own, f, column, dim, a + f * kBlock);
-      gather(y, own, f, column, dim, b + f * kBlock);
+      gather(left_rows, f, column, dim, a + f * kBlock<T>);
+      gather(right_rows, f, column, dim, b + f * kBlock<T>);
     }
     for (int64_t i = 0; i < frames;) {
       const bool tall = i + 4 <= frames;
       for (int64_t j = 0; j < frames;) {
         const bool wide = j + 4 <= frames;
-        const float *left = a + i * kBlock, *right = b + j * kBlock;
+        const float *left = a + i * kBlock<T>, *right = b + j * kBlock<T>;
         float* to = m + (i * frames + j) * LANES;
         if (tall && wide)
-          add_products<4, 4>(left, right, to, frames);
+          add_products<T, 4, 4>(left, right, to, frames);
         else if (tall)
-          add_products<4, 1>(left, right, to, frames);
+          add_products<T, 4, 1>(left, right, to, frames);
         else if (wide)
-          add_products<1, 4>(left, right, to, frames);
+          add_products<T, 1, 4>(left, right, to, frames);
         else
-          add_products<1, 1>(left, right, to, frames);
+          add_products<T, 1, 1>(left, right, to, frames);
         j += wide ? 4 : 1;
       }
       i += tall ? 4 : 1;
@@ -100,25 +139,28 @@ inline void products(const Strided<const T>& x, const Strided<const T>& y, const
 template <bool kTurned, class T>
 inline void mix(const float* m, const Strided<const T>& x, const float* factor, const Strided<T>& y, const Lanes& own,
                 int64_t dim, float* b) {
-  const int64_t frames = own.frames, along = kTurned ? frames * LANES : LANES,
-                across = kTurned ? LANES : frames * LANES;
-  for (int64_t column = 0; column < dim; column += LANES) {
-    for (int64_t f = 0; f < frames; ++f) gather(x, own, f, column, dim, b + f * kBlock);
-    for (int64_t i = 0; i < frames; ++i) {
-      Floats sums[LANES] = {};
-      for (int64_t j = 0; j < frames; ++j) {
-        const Floats weight = load(m + i * across + j * along);
-        const float* right = b + j * kBlock;
+  const int64_t frames = own.frames;
+  const int64_t along = kTurned ? frames * LANES : LANES, across = kTurned ? LANES : frames * LANES;
+  const Rows<const T> from(x, own);
+  const Rows<T> to(y, own);
+  for (int64_t column = 0; column < dim; column += kColumns<T>) {
+    for (int64_t f = 0; f < frames; ++f) gather(from, f, column, dim, b + f * kBlock<T>);
+    for (int64_t i = 0; i < frames; ++i)
+      for (int64_t part = 0; part < kColumns<T> && column + part < dim; part += LANES) {
+        Floats sums[LANES] = {};
+        for (int64_t j = 0; j < frames; ++j) {
+          const Floats weight = load(m + i * across + j * along);
+          const float* right = b + j * kBlock<T> + part * LANES;
 #pragma GCC unroll 16
-        for (int d = 0; d < LANES; ++d) sums[d] = fma(weight, load(right + d * LANES), sums[d]);
-      }
-      if (factor) {
-        const Floats scale = load(factor + i * LANES);
+          for (int d = 0; d < LANES; ++d) sums[d] = fma(weight, load(right + d * LANES), sums[d]);
+        }
+        if (factor) {
+          const Floats scale = load(factor + i * LANES);
 #pragma GCC unroll 16
-        for (int d = 0; d < LANES; ++d) sums[d] *= scale;
+          for (int d = 0; d < LANES; ++d) sums[d] *= scale;
+        }
+        scatter(sums, to, own.count, i, column + part, dim);
       }
-      scatter(sums, y, own, i, column, dim);
-    }
   }
 }
 
@@ -145,9 +187,9 @@ inline void forward_item(const Problem<T>& p, const Item& item) {
   static thread_local Arena memory;
   const Lanes own(item, p.heads);
   const int64_t frames = own.frames;
-  memory.reserve(2 * Arena::bytes<float>(frames * kBlock) + Arena::bytes<float>(frames * frames * LANES) +
+  memory.reserve(2 * Arena::bytes<float>(frames * kBlock<T>) + Arena::bytes<float>(frames * frames * LANES) +
                  Arena::bytes<float>(frames * LANES));
-  float *a = memory.take<float>(frames * kBlock), *b = memory.take<float>(frames * kBlock);
+  float *a = memory.take<float>(frames * kBlock<T>), *b = memory.take<float>(frames * kBlock<T>);
   float *m = memory.take<float>(frames * frames * LANES), *inverse = memory.take<float>(frames * LANES);
   products(p.q, p.k, own, p.dim, a, b, m);
   for (int64_t i = 0; i < frames; ++i) {
@@ -165,9 +207,9 @@ inline void backward_item(const Problem<T>& p, const Item& item) {
   static thread_local Arena memory;
   const Lanes own(item, p.heads);
   const int64_t frames = own.frames, size = frames * frames * LANES;
-  memory.reserve(2 * Arena::bytes<float>(frames * kBlock) + 2 * Arena::bytes<float>(size) +
+  memory.reserve(2 * Arena::bytes<float>(frames * kBlock<T>) + 2 * Arena::bytes<float>(size) +
                  Arena::bytes<float>(frames * LANES));
-  float *a = memory.take<float>(frames * kBlock), *b = memory.take<float>(frames * kBlock);
+  float *a = memory.take<float>(frames * kBlock<T>), *b = memory.take<float>(frames * kBlock<T>);
   float *weights = memory.take<float>(size), *slopes = memory.take<float>(size);
   float* scales = memory.take<float>(frames * LANES);
   products(p.q, p.k, own, p.dim, a, b, weights);

@@ -10,7 +10,10 @@ from revit_kernels.cli.arguments import add_device, add_dtype
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.dispatch import BACKENDS, OPS, refusal
 from revit_kernels.engines.packed import refusal as block_refusal
+from revit_kernels.grids import grid_text
+from revit_kernels.models import clip_names
 from revit_kernels.models.registry import SHIPPED, create_model, model_file, registry, resolve
+from revit_kernels.modules.lengths import cells
 
 
 def add(commands):
@@ -32,6 +35,9 @@ def run(args) -> int:
     if Path(name).suffix == ".safetensors":
         model = create_model(name)
         parameters, blocks = sum(p.numel() for p in model.parameters()), len(model.blocks)
+    elif name in clip_names.MODELS:
+        model = create_model(name, weight_init="skip")
+        parameters, blocks = sum(p.numel() for p in model.parameters()), len(model.blocks)
     else:  # one block tells what all are, and takes no gigabytes
         entry = registry()["models"][resolve(name)[0]]
         parameters, blocks = entry["parameters"], entry["kwargs"].get("depth", 12)
@@ -45,6 +51,8 @@ def run(args) -> int:
 def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, str]]:
     """(title, text) of what the model is. blocks: how many the whole model has"""
     (rows, columns), (height, width) = model.patch_embed.grid_size, model.patch_embed.patch_size
+    clips = model.per_frame is not None
+    own = (model.num_frames, rows, columns) if clips else (rows, columns)
     prefix = model.num_prefix_tokens
     architecture = model.pretrained_cfg.get("architecture", type(model).__name__)
     heads = model.blocks[0].attn.num_heads
@@ -53,18 +61,19 @@ def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, 
     lines.append(("parameters", f"{parameters:,}" + (f" ({parameters / 1e6:,.1f} M)" if parameters >= 1e6 else "")))
     lines.append(("blocks", f"{blocks} of width {model.embed_dim}, {heads} heads of {model.embed_dim // heads}"))
     sides = tuple(model.patch_embed.img_size)
-    lines.append(
-        ("images", f"{sides[0]} x {sides[1]} pixels, patches of {height} x {width}; any other size is resized")
-    )
-    prefixed = f"{prefix} prefix token{'' if prefix == 1 else 's'}"
-    lines.append(("tokens", f"{rows}x{columns} = {rows * columns} patches at most, and {prefixed}"))
+    what = f"clips of {model.num_frames * model.tubelet} frames of" if clips else ""
+    patches = f"{model.tubelet} x {height} x {width}" if clips else f"{height} x {width}"
+    sizes = f"{what} {sides[0]} x {sides[1]} pixels, patches of {patches}; any other size is resized".strip()
+    lines.append(("videos" if clips else "images", sizes))
+    prefixed = f"{prefix} prefix token{'' if prefix == 1 else 's'}" + (" a frame" if model.per_frame else "")
+    lines.append(("tokens", f"{grid_text(own)} = {cells(own)} patches at most, and {prefixed}"))
     if model.menu is None:
         lines.append(("menu", "none: one length. `revit train` makes a ReViT of it"))
     else:
         full = model_macs(model, model.menu[0])
-        parts = (f"{h}x{w} ({model_macs(model, (h, w)) / full:.0%})" for h, w in model.menu)
+        parts = (f"{grid_text(grid)} ({model_macs(model, grid) / full:.0%})" for grid in model.menu)
         lines.append(("menu", f"{', '.join(parts)}: grids, and multiply-accumulates against the longest"))
-    longest = model.menu[0] if model.menu else (rows, columns)
+    longest = model.menu[0] if model.menu else own
     embedding = model_macs(model, longest, 0)
     macs = embedding + (model_macs(model, longest) - embedding) * blocks / len(model.blocks)
     lines.append(("work", f"{macs / 1e6:,.0f} million multiply-accumulates at full length"))
@@ -82,9 +91,9 @@ def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, 
 def fused(model, device, dtype) -> list[tuple[str, str]]:
     """(title, text) of what runs it here."""
     lines = [("here", f"{device}, {str(dtype).removeprefix('torch.')}")]
-    why = block_refusal(model)
+    why = block_refusal(model) if model.per_frame is None else "it is a model of clips"
     lines.append(("  blocks", "all in one call of an engine" if why is None else f"op by op: {why}"))
-    if device.type == "cpu":
+    if device.type == "cpu" and model.per_frame is None:
         why = block_refusal(model, "int8")
         lines.append(("  int8", "--quantize int8 runs" if why is None else f"no: {why}"))
     runs: dict[str, list[str]] = {}

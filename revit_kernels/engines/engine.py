@@ -210,7 +210,8 @@ def _without_blocks(model: nn.Module) -> nn.Module:
         copied = None if parameter is None else nn.Parameter(parameter.detach().clone(), requires_grad=False)
         shell._parameters[name] = copied
     for name, module in model._modules.items():
-        shell._modules[name] = module if name == "blocks" else copy.deepcopy(module).requires_grad_(False)
+        own = module is None or name == "blocks"
+        shell._modules[name] = module if own else copy.deepcopy(module).requires_grad_(False)
     return shell
 
 

@@ -19,7 +19,6 @@ from revit_kernels.modules.linear import is_plain
 from revit_kernels.ops.linear.panels import multiply, pack_weight
 
 MOST_TOKENS = 4096  # of the clips that go through the blocks together, but for one longer: their tokens stay in cache
-PARTS = ("norm1", "temporal_norm1", "attn", "temporal_attn", "temporal_fc", "norm2", "mlp")
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -59,6 +58,12 @@ def _conv(model: nn.Module) -> str | None:
 def _of_time(block: DividedBlock, dtype: torch.dtype) -> str | None:
     """What keeps the temporal part of a block from being packed."""
     attn, norm = block.temporal_attn, block.temporal_norm1
+    if (
+        set(whole_block.norms(block)) != {"norm1", "norm2"}
+        or whole_block.form(block).rms
+        or not is_plain(block.mlp, "Mlp")
+    ):
+        return "op by op it runs with LayerNorms before attention and a plain MLP alone"
     parts = ((attn, "TemporalAttention"), (attn.qkv, "Linear"), (attn.proj, "Linear"), (block.temporal_fc, "Linear"))
     for part, name in parts:
         if not is_plain(part, name):
@@ -80,13 +85,14 @@ class PackedClipBlocks:
         weight = conv.weight if conv.weight.ndim == 4 else conv.weight.flatten(1, 2)
         self.patch = load("patch_embed", "cpu").pack(weight, conv.bias)
         self.divided = isinstance(model.blocks[0], DividedBlock)
-        self._options = [whole_block.options(block) for block in model.blocks]
-        self._widths = [whole_block.widths(block) for block in model.blocks]
-        names = ("temporal_norm1", "norm1", "norm2") if self.divided else ("norm1", "norm2")
-        self._norms = [[Table(getattr(block, name)) for name in names] for block in model.blocks]
-        self._per_length = any(table.menu for tables in self._norms for table in tables)
-        pack = _packed_divided if self.divided else _packed_whole
-        self._products = [pack(block) for block in model.blocks]
+        self._forms = [whole_block.form(block) for block in model.blocks]
+        self._norms = [{name: Table(norm) for name, norm in whole_block.norms(block).items()} for block in model.blocks]
+        if self.divided:
+            for tables, block in zip(self._norms, model.blocks):
+                tables["time"] = Table(block.temporal_norm1)
+        self._per_length = any(table.menu for tables in self._norms for table in tables.values())
+        self._packed = [load("block", "cpu").pack(whole_block.weights(block), None) for block in model.blocks]
+        self._time = [_packed_time(block) for block in model.blocks] if self.divided else []
         self._kept, self._lock = OrderedDict(), Lock()
 
     def _keep(self, key, make):
@@ -107,18 +113,18 @@ class PackedClipBlocks:
         with torch.inference_mode(False), torch.no_grad():
             return self._keep(("positions", menu), lambda: running._positions(menu))
 
-    def _affines(self, menu) -> list[list[list[Tensor]]]:
+    def _affines(self, menu) -> list[dict[str, list[Tensor]]]:
         """Of each block's norms, weight and bias in the order of this menu."""
         with torch.inference_mode(False), torch.no_grad():
             key = ("norms", menu if self._per_length else None)
-            return self._keep(key, lambda: [[table.of(menu) for table in tables] for tables in self._norms])
+            return self._keep(key, lambda: [{n: t.of(menu) for n, t in tables.items()} for tables in self._norms])
 
     def run(self, x: Tensor, packing: ClipPacking, of_blocks, start: int, stop: int | None) -> Tensor:
         """(capacity, dim) after the blocks from `start` to before `stop`. x: (capacity, dim)
 
         of_blocks: gives the packing that blocks are told, of a packing
         """
-        blocks = range(len(self._products))[start:stop]
+        blocks = range(len(self._packed))[start:stop]
         lengths = [len(part) for part in packing.split(x)]
         if not lengths or not blocks:
             return x
@@ -139,24 +145,33 @@ class PackedClipBlocks:
         return _rows(x, packing) if self._per_length and len(packing.menu) > 1 else None
 
     def _whole(self, x: Tensor, packing, blocks) -> Tensor:
-        affines, run = self._affines(packing.menu), load("block", "cpu").run
+        affines, backend = self._affines(packing.menu), load("block", "cpu")
         row = self._row(x, packing)
         for i in blocks:
-            heads, eps1, eps2, scale, activation = self._options[i]
-            weights = [*affines[i][0], *affines[i][1], *self._products[i]]
-            x = run(x, packing.cu_seqlens, row, weights, self._widths[i], heads, eps1, eps2, scale, activation, None)
+            rows = {}
+            for name, (weight, bias) in affines[i].items():
+                rows |= {name: weight, f"{name}_bias": bias}
+            told = backend.listed([self._packed[i]._replace(**rows)])
+            x = backend.run(x, packing.cu_seqlens, row, *told, self._forms[i], None)
         return x
 
     def _divided(self, x: Tensor, packing: ClipPacking, blocks) -> Tensor:
         affines, frames, row = self._affines(packing.menu), packing.by_frame, self._row(x, packing)
         branch = None
         for i in blocks:
-            heads, eps1, eps2, scale, activation = self._options[i]
-            dim, width, hidden = self._widths[i]
-            of_time, first, second = affines[i]
-            time, between, qkv, proj, fc1, fc2, time_eps, time_scale = self._products[i]
+            form, packed = self._forms[i], self._packed[i]
+            dim, width, hidden = form.widths
+            heads, scale, activation, eps1, eps2 = (
+                form.heads,
+                form.scale,
+                form.activation,
+                form.eps.norm1,
+                form.eps.norm2,
+            )
+            of_time, first, second = (affines[i][name] for name in ("time", "norm1", "norm2"))
+            time, between, time_eps, time_scale = self._time[i]
+            qkv, proj, fc1, fc2 = packed.qkv, packed.proj, packed.fc1, packed.fc2
             shape = (-1, 3, heads, width // heads)
-
             y = ops.layer_norm(x, *of_time, row, branch=branch, eps=time_eps)
             y, x = (y, x) if branch is None else y
             told = packing.cu_seqlens, packing.frames, packing.max_frames
@@ -187,15 +202,11 @@ def _groups(lengths: list[int]) -> list[range]:
     return [*groups, range(first, len(lengths))]
 
 
-def _packed_whole(block: nn.Module) -> list[Tensor]:
-    return load("block", "cpu").pack(whole_block.weights(block, lambda norm: (norm.weight, norm.bias)), None)
-
-
-def _packed_divided(block: DividedBlock) -> tuple:
-    """The projections of time (what follows its attention as one), those of the block, and its norm's eps and scale."""
+def _packed_time(block: DividedBlock) -> tuple:
+    """The projections of time, of which what follows its attention is one, its norm's eps, and its scale."""
     attn, fc = block.temporal_attn, block.temporal_fc
     dtype = fc.weight.dtype
     both = (fc.weight.double() @ attn.proj.weight.double()).to(dtype)
     bias = fc.bias.double() + fc.weight.double() @ attn.proj.bias.double()
-    time = pack_weight(attn.qkv.weight, attn.qkv.bias, None, dtype), pack_weight(both, bias.float(), None, dtype)
-    return *time, *_packed_whole(block), block.temporal_norm1.eps, attn.scale
+    packed = pack_weight(attn.qkv.weight, attn.qkv.bias, None, dtype), pack_weight(both, bias.float(), None, dtype)
+    return *packed, block.temporal_norm1.eps, attn.scale

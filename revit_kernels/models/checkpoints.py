@@ -266,7 +266,7 @@ def _describe(model: nn.Module) -> dict:
         "global_pool": model.global_pool,
         FC_NORM.get(type(model).__name__, "fc_norm"): not isinstance(model.fc_norm, nn.Identity),
         "depth": len(model.blocks),
-        "num_frames": getattr(model, "num_frames", None),
+        "num_frames": None if model.per_frame is None else model.num_frames * model.tubelet,
     }
     changes = {name: value for name, value in changes.items() if name in constructor_arguments(type(model))}
     kwargs = {name: value for name, value in created["kwargs"].items() if name not in PLACES} | changes

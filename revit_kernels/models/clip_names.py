@@ -8,17 +8,25 @@ import torch
 from torch import Tensor
 
 from revit_kernels.models.checkpoints import description, resample_positions
+from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 SMALL, TINY = {"embed_dim": 384, "num_heads": 6}, {"embed_dim": 192, "num_heads": 3}
-MODELS = {  # arguments of VarLenTimeSformer; all take 8 frames, and are of 400 classes, where the name says no other
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+MODELS = {  # arguments of the class's constructor
     "timesformer_base_patch16_224": {},
     "timesformer_base_patch16_448": {"img_size": 448, "num_frames": 16},
     "timesformer_small_patch16_224": SMALL,
     "timesformer_small_patch14_224": SMALL | {"patch_size": 14},
     "timesformer_tiny_patch16_224": TINY,
+    "videomae_base_patch16_224": {"fc_norm": True, "final_norm": False},
+    "videomae_small_patch16_224": SMALL | {"fc_norm": True, "final_norm": False},
+    "vivit_base_patch16_224": {"num_frames": 32, "pos_embed": "learn", "class_token": True, "global_pool": "token"},
+    "vjepa2_large_patch16_256": {
+        **{"img_size": 256, "num_frames": 64, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pos_embed": "rope"}
+    },
 }
 CFG = {"num_classes": 400, "mean": (0.45,) * 3, "std": (0.225,) * 3, "interpolation": "bicubic"}
 
@@ -29,13 +37,14 @@ def kwargs_of(name: str) -> dict:
 
 
 def cfg_of(name: str) -> dict:
-    """What preprocessing reads, as TimeSformer's authors normalise clips."""
-    side = MODELS[name].get("img_size", 224)
-    return {"architecture": name, "tag": "", "input_size": (3, side, side)} | CFG
+    """What preprocessing reads, as the models' authors normalise clips."""
+    side, family = MODELS[name].get("img_size", 224), name.partition("_")[0]
+    statistics = {"timesformer": {}, "vivit": {"mean": (0.5,) * 3, "std": (0.5,) * 3}}.get(family, IMAGENET)
+    return {"architecture": name, "tag": "", "input_size": (3, side, side)} | CFG | statistics
 
 
 def class_of(name: str) -> type[ClipModel]:
-    return VarLenTimeSformer
+    return VarLenTimeSformer if name.startswith("timesformer") else VarLenVideoViT
 
 
 def load_clip_checkpoint(model: ClipModel, path, new_head: bool = False) -> dict | None:
@@ -47,20 +56,21 @@ def load_clip_checkpoint(model: ClipModel, path, new_head: bool = False) -> dict
     where it says nothing. Raises ValueError, naming keys, before anything is copied.
     """
     state = read_checkpoint(path)
-    if not any(key == "cls_token" for key in state) or any("temporal_" in key or "time_embed" in key for key in state):
-        kept = None
-        head = state.get("head.weight")
+    found = description(path) if str(path).endswith(".safetensors") else None
+    images = found["name"] not in MODELS if found else state.keys() != model.state_dict().keys()
+    images = images and "cls_token" in state and not any("temporal_" in key or key == "time_embed" for key in state)
+    if not images or not isinstance(model, VarLenTimeSformer):
+        kept, head = None, state.get("head.weight")
         if new_head and head is not None and len(head) != model.num_classes:
             warnings.warn(f"the head of {path} has {len(head)} classes: the model's of {model.num_classes} begins anew")
             kept, classes = model.head, model.num_classes
-            model.num_classes = 0  # a model without a head takes none
+            model.reset_classifier(0)  # a model without a head takes none
         try:
             model.load_pretrained(path)
         finally:
             if kept is not None:
-                model.num_classes = classes
+                model.head, model.num_classes = kept, classes
         return None
-    found = description(path) if str(path).endswith(".safetensors") else None
     model.load_state_dict(inflated(state, model, path, tuple(found["grid"]) if found else None))
     return found
 

@@ -161,6 +161,8 @@ def create_model(
     if scriptable:
         raise NotImplementedError(SCRIPT)
     if features_only:
+        if (feature_cls := kwargs.pop("feature_cls", "getter")) != "getter":
+            raise ValueError(f"feature_cls must be 'getter' for a Vision Transformer, got {feature_cls!r}")
         options = {"checkpoint_path": checkpoint_path, "cache_dir": cache_dir} | kwargs
         model = create_model(model_name, pretrained, pretrained_cfg, pretrained_cfg_overlay, **options)
         return _feature_getter(model, out_indices)

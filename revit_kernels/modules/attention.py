@@ -326,9 +326,10 @@ class _Lambda(Maps):
         q, k = self.q_norm(q), self.k_norm(k)
         weight = self._compute_lambda().type_as(q)
         if self.fused_attn:
-            pairs = ((t.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)) for t in (q, k))
-            first, second = (weigh(self, *pair, v, attn_mask, is_causal) for pair in zip(*pairs))
-            y = first - weight * second
+            first_q, second_q = q.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)
+            first_k, second_k = k.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)
+            first = weigh(self, first_q, first_k, v, attn_mask, is_causal)
+            y = first - weight * weigh(self, second_q, second_k, v, attn_mask, is_causal)
         else:
             maps = attention_map(self, q, k, attn_mask, is_causal).view(images, self.num_heads, 2, length, length)
             y = (maps[:, :, 0] - weight * maps[:, :, 1]) @ v
@@ -387,5 +388,6 @@ class DiffAttention(_Lambda):
     ) -> Tensor:
         packing = fitting(packing, x)
         mask = {"attn_mask": attn_mask, "is_causal": is_causal}
-        y = self._differ_wholly(*linear(self.qkv, x).chunk(3, dim=-1), packing, mask)
+        q, k, v = linear(self.qkv, x).chunk(3, dim=-1)
+        y = self._differ_wholly(q, k, v, packing, mask)
         return self.proj_drop(linear(self.proj, apply_norm(self.norm, y, packing)))

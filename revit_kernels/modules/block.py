@@ -301,7 +301,7 @@ class ParallelScalingBlock(_Streaming, Maps):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing, mask: dict) -> Tensor:
         """q, k, v: (..., dim), as the packing has it. Returns their shape."""
         shape, dense = q.shape, self._in_steps(q, self.q_norm, self.k_norm)
-        q, k, v = (t.reshape(*t.shape[:-1], self.num_heads, self.head_dim) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
         if dense:
             return weigh(self, *(t.transpose(1, 2) for t in (q, k, v)), **mask).transpose(1, 2).reshape(shape)

@@ -242,7 +242,9 @@ class Trainer:
     def _check_finite(self) -> None:
         """Raise RuntimeError where a loss since the log's last row was not finite."""
         if self.losses is not None and not bool(self.losses.isfinite().all()):
-            lengths = [f"{h}x{w}" for (h, w), loss in zip(self.model.menu, self.losses.tolist()) if not isfinite(loss)]
+            lengths = [
+                grid_text(grid) for grid, loss in zip(self.model.menu, self.losses.tolist()) if not isfinite(loss)
+            ]
             kept = "" if self.folder is None else f"; {self.folder.path} keeps what was there before"
             raise RuntimeError(
                 f"the training diverged by step {self.step:,}: the loss at {', '.join(lengths)} is not finite. Try a "

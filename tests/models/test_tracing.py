@@ -102,12 +102,21 @@ def test_torch_script():
     assert_near("traced", traced(batch(theirs, 3)), theirs(batch(theirs, 3)))
 
 
+FX = {
+    "vit_tiny_patch16_224": "attn.proj",
+    "test_vit3": "attn.proj",
+    "vit_pwee_patch16_reg1_gap_256": "in_proj",
+    "vit_dpwee_patch16_reg1_gap_256": "in_proj",
+    "vit_dwee_patch16_reg1_gap_256": "attn.proj",
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3"])
-def test_torch_fx(name):
+@pytest.mark.parametrize("name, inside", FX.items(), ids=list(FX))
+def test_torch_fx(name, inside):
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
     theirs, ours = (m.eval() for m in pair(name))
-    nodes = ["blocks.0.attn.proj", "blocks.1", "norm"]
+    nodes = [f"blocks.0.{inside}", "blocks.1", "norm"]
     found = [extraction.create_feature_extractor(m, nodes)(batch(theirs)) for m in (ours, theirs)]
     for node in nodes:
         assert_near(node, found[0][node], found[1][node])
@@ -276,7 +285,7 @@ def test_numbers_of_numpy():
 def test_timms_arguments_of_create_model(monkeypatch):
     name, small = "vit_tiny_patch16_224", {"depth": 3, "img_size": 32}
     x = torch.randn(2, 3, 32, 32)
-    features = create_model(name, features_only=True, out_indices=(0, 2), **small)
+    features = create_model(name, features_only=True, out_indices=(0, 2), feature_cls="getter", **small)
     assert features.feature_info.channels() == [192, 192]
     assert [f.shape for f in features(x)] == [(2, 192, 2, 2)] * 2
     assert create_model(name, exportable=True, cache_dir="/nowhere", **small)(x).shape == (2, 1000)

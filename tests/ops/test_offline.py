@@ -25,6 +25,8 @@ WIDE = {
     "layer_norm.reduce": 1,
     "pool.forward": 1,
     "pool.backward": 1,
+    "temporal_attention.forward": 3,
+    "temporal_attention.backward": 9,
 }
 # Kernels that the tensor cores bound, and the tile that must have the 64 rows of Hopper's and Blackwell's instruction.
 PRODUCTS = {"attention.forward": "BLOCK_QUERIES", "attention.backward_q": "BLOCK_QUERIES"}

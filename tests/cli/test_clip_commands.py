@@ -186,6 +186,16 @@ def test_refuses(trained, options, why):
     assert status == 2 and why in said
 
 
+def test_info(trained, capsys):
+    _, folder = trained
+    assert main(["info", str(folder), "--device", "cpu", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert "clips of 4 frames of 16 x 16 pixels, patches of 1 x 4 x 4" in text
+    assert "4x4x4 = 64 patches at most, and 1 prefix token a frame" in text and "4x2x2 (" in text
+    assert main(["info", "videomae_small_patch16_224", "--device", "cpu"]) == 0
+    assert "8x14x14 = 1568 patches" in capsys.readouterr().out
+
+
 def test_images_refuse_frames(tmp_path):
     Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
     status, _, said = run("infer", tmp_path / "a.png", "--frames", 4)

@@ -9,6 +9,7 @@ from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.costs import measure_costs, model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.policies import Assign, Cascade, Fixed
+from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import create_model
 from revit_kernels.models.timesformer import ATTENTION_TYPES
 from revit_kernels.modules.lengths import tokens_of
@@ -17,9 +18,13 @@ MENU = ((4, 4, 4), (4, 2, 2), (2, 2, 2))
 
 
 def make(attention_type="divided_space_time"):
+    """A TimeSformer, or by another name a model of tubelets."""
     torch.manual_seed(0)
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
-    model = create_model("timesformer_tiny_patch16_224", **small, num_frames=4, attention_type=attention_type)
+    if attention_type in ATTENTION_TYPES:
+        model = create_model("timesformer_tiny_patch16_224", **small, num_frames=4, attention_type=attention_type)
+    else:
+        model = create_model(attention_type, **small, num_frames=8)
     with torch.no_grad():
         for parameter in model.parameters():  # temporal attention begins behind zeros
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -32,7 +37,8 @@ def clips(count=7):
     return found.to(DEVICE)
 
 
-every_type = pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+TUBELETS = ("videomae_small_patch16_224", "vivit_base_patch16_224", "vjepa2_large_patch16_256")
+every_type = pytest.mark.parametrize("attention_type", (*ATTENTION_TYPES, *TUBELETS))
 
 
 @every_type
@@ -82,7 +88,7 @@ def test_assigners(attention_type, trunk, depth, tmp_path):
     torch.testing.assert_close(kept(x, model=model), assigner.bfloat16().float()(x, model=model))
 
 
-@every_type
+@pytest.mark.parametrize("attention_type", (*ATTENTION_TYPES, *TUBELETS[:2]))  # the counter's hooks know no rotation
 def test_multiply_accumulates(attention_type):
     """Of the blocks, what is counted by hand is what torch counts."""
     model, x = make(attention_type), clips(1)
@@ -109,3 +115,18 @@ def test_fixed_and_nothing():
     adaptive = AdaptiveViT(model, Fixed(1))
     assert adaptive.predict(clips(0), channels_last=True).logits.shape == (0, 5)
     assert adaptive.predict(clips(2), channels_last=True).choice.tolist() == [1, 1]
+
+
+@every_type
+def test_files(attention_type, tmp_path):
+    """A file holds the model, its menu and its size."""
+    model, x = make(attention_type), clips(2)
+    save_checkpoint(model, tmp_path / "a.safetensors")
+    again = create_model(tmp_path / "a.safetensors").to(DEVICE).eval()
+    assert again.menu == MENU and again.num_frames == model.num_frames
+    with torch.inference_mode():
+        logits = (one(x, packing=one.packing([MENU[0], MENU[2]]), channels_last=True) for one in (model, again))
+        torch.testing.assert_close(*logits)
+    with pytest.warns(UserWarning, match="has 5 classes"):
+        again = create_model(tmp_path / "a.safetensors", num_classes=3)
+    assert again.head.out_features == 3
