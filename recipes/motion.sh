@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # TimeSformer-S on clips of camera motion: the first six blocks of the pretrained ViT-S/14, inflated, at up to 8 frames
-# of 6x6 patches. Meant to take at most an hour on 2 cores; NOT RUN at this length. A length of one frame, from which
-# the motion cannot be told, is on the menu as the control. Training goes on where it was killed.
+# of 6x6 patches. Meant to take at most an hour on 2 cores; NOT RUN at this length: trials of 150 steps stayed at
+# chance (docs/video.md). A length of one frame, from which the motion cannot be told, is on the menu as the control.
+# Training goes on where it was killed.
 #   recipes/motion.sh [FOLDER] [CLIPS] [EPOCHS]
 set -euo pipefail
 run=${1:-runs/motion} data="motion#clips=${2:-4000}" epochs=${3:-2}

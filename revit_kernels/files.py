@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -37,6 +38,28 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def workshop(folder: Path, name: str) -> Iterator[Path]:
+    """A temporary folder in `folder`, removed on leaving: for files that then take their places by `put`.
+
+    What killed processes have left of such folders of this name is removed.
+    """
+    _clear(folder / name)
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process of before that had this number
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def put(file: Path, place: Path) -> None:
+    """Rename a file once it is on disk."""
+    _sync(file)
+    os.replace(file, place)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -50,7 +73,7 @@ def _clear(path: Path) -> None:
         number = re.fullmatch(r"\.(\d+)\.tmp", left.name.removeprefix(f".{path.name}"))
         with suppress(OSError):
             if number and time.time() - left.stat().st_mtime > ABANDONED and not _runs(int(number[1])):
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _runs(process: int) -> bool:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from revit_kernels.files import ABANDONED, whole, write_whole
+from revit_kernels.files import ABANDONED, put, whole, workshop, write_whole
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -64,3 +64,17 @@ def test_what_killed_runs_left_is_removed(tmp_path):
     with whole(tmp_path / "x[1].csv") as temporary:
         temporary.write_text("x")
     assert sorted(os.listdir(tmp_path)) == sorted([*list(names)[1:], "x[1].csv"])
+
+
+def test_a_workshop_of_a_killed_process_is_cleared(tmp_path):
+    old, young, others = (tmp_path / f".report.{number}.tmp" for number in (2**22 + 1, 2**22 + 2, "x"))
+    for folder in (old, young, others):
+        folder.mkdir()
+        (folder / "picture.png").write_text("part")
+    long_ago = time.time() - ABANDONED - 60
+    os.utime(old, (long_ago, long_ago))
+    with workshop(tmp_path, "report") as inside:
+        assert not old.exists() and young.exists() and others.exists()
+        (inside / "a").write_text("whole")
+        put(inside / "a", tmp_path / "a")
+    assert not inside.exists() and (tmp_path / "a").read_text() == "whole"

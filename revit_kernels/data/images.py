@@ -367,8 +367,9 @@ def _decode(image: Image.Image, target, hold) -> Decoded:
     if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
         raise ImageError("its pixels have signs or 32 bits and no known range: convert it to 8 or 16 bits")
     pixels = _pixels(image, *(max(1, now // max(8 * to, LONG)) for now, to in zip((image.height, image.width), wanted)))
-    pixels = UPRIGHT.get(orientation, lambda pixels: pixels)(pixels)
-    return Decoded(np.ascontiguousarray(pixels), size)
+    if orientation in UPRIGHT:  # a copy: of one row or column, NumPy calls a turned view contiguous, and torch does not
+        pixels = UPRIGHT[orientation](pixels).copy()
+    return Decoded(pixels, size)
 
 
 def _pixels(image: Image.Image, down: int, across: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from revit_kernels.evaluation import plots
 from revit_kernels.evaluation.comparison import ALLOWED, Gap, against_random, against_static, verdict
 from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
 from revit_kernels.evaluation.page import page
+from revit_kernels.files import put, workshop
 from revit_kernels.grids import grid_text
 from revit_kernels.training.assigner import quality
 
@@ -289,7 +289,7 @@ def check_folder(folder) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix="."):
+        with workshop(folder, "report"):
             return folder
     except OSError as error:
         raise _unwritten(folder, error) from error
@@ -309,8 +309,7 @@ def write(e: Evaluation, images, folder, command: str = "") -> Path:
     """
     folder = check_folder(folder)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
-            inside = Path(temporary)
+        with workshop(folder, "report") as inside:
             pictures = plots.draw(e, images, inside)
             (inside / "report.json").write_text(json.dumps(as_json(e, command), indent=1) + "\n", encoding="utf-8")
             text = markdown(e, pictures, command)
@@ -323,7 +322,7 @@ def write(e: Evaluation, images, folder, command: str = "") -> Path:
                 html = page(f"Token lengths on {e.images}", todo, rest, Path(drawn))
             (inside / "report.html").write_text(html, encoding="utf-8")
             for file in sorted(inside.iterdir()):
-                os.replace(file, folder / file.name)
+                put(file, folder / file.name)
             for name, *_ in plots.PLOTS:  # of an earlier report, where this one has no such plot
                 if name not in dict(pictures):
                     (folder / name).unlink(missing_ok=True)

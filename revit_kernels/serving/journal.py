@@ -109,12 +109,14 @@ def _frame(body: bytes) -> bytes:
 
 def _frames(file) -> Iterator[tuple[int, bytes]]:
     """(where it ends, body) of each frame from the file's position on, up to the first that is not whole."""
-    at = file.tell()
+    at, whole = file.tell(), os.fstat(file.fileno()).st_size
     reader = open(os.dup(file.fileno()), "rb", buffering=1 << 20)
     with reader:
         reader.seek(at)
         while len(head := reader.read(FRAME.size)) == FRAME.size:
             size, checksum = FRAME.unpack(head)
+            if size > whole - at - FRAME.size:  # not written whole, or no size at all: up to 4 GiB
+                return
             body = reader.read(size)
             if len(body) < size or zlib.crc32(body) != checksum:
                 return
@@ -277,7 +279,7 @@ def open_settings(folder: Path, settings: dict):
     file = open(path)
     try:
         _lock(file, folder)
-        found = json.load(file)
+        found = read_settings(path)
         names = sorted(k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k) and k != "finished")
         if names:
             raise ValueError(
@@ -289,10 +291,21 @@ def open_settings(folder: Path, settings: dict):
     return file
 
 
+def read_settings(path: Path) -> dict:
+    """The settings of a run. Raises ValueError where the file holds none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings of a run of `revit infer`")
+    return found
+
+
 def finish_settings(folder: Path) -> None:
     """Say in the folder that its run is finished."""
     path = folder / SETTINGS
-    settings = json.loads(path.read_text()) | {"finished": True}
+    settings = read_settings(path) | {"finished": True}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
 
 
@@ -304,8 +317,8 @@ def is_finished(output: str) -> bool:
     if not path.exists() or not any(path.iterdir()):
         return False
     try:
-        return json.loads((path / SETTINGS).read_text()).get("finished", False)
-    except (OSError, ValueError, AttributeError):
+        return read_settings(path / SETTINGS).get("finished", False)
+    except (OSError, ValueError):
         raise ValueError(f"--output {output} is a folder that holds other things than a run of `revit infer`") from None
 
 

@@ -146,9 +146,10 @@ def _begin(folder: Path, settings: dict) -> None:
         raise ValueError(f"{folder} holds no labels that were begun: move it away, or give another folder")
     if told.exists():
         try:
-            found = json.loads(told.read_text())
-        except ValueError:
-            found = {}
+            found = json.loads(told.read_bytes())
+        except (ValueError, RecursionError):
+            found = None
+        found = found if isinstance(found, dict) else {}
         if found != settings:
             differ = sorted(name for name in settings if found.get(name) != settings[name])
             warnings.warn(f"the labels begun in {folder} are of another {' and '.join(differ)}: they begin anew")

@@ -35,7 +35,8 @@ class RunFolder:
             raise ValueError(f"{path} holds a run already: go on with --resume, or give another folder")
         if found is None and resume and self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"{path} holds no run that could be resumed")
-        longer = found is not None and found.get("epochs", 0) < self.settings.get("epochs", 0)
+        epochs = None if found is None else found.get("epochs")
+        longer = isinstance(epochs, int | float) and epochs < self.settings.get("epochs", 0)
         if longer and found | {"epochs": self.settings["epochs"]} == self.settings:
             warnings.warn(
                 f"the run goes on to {self.settings['epochs']:g} epochs, begun as one of {found['epochs']:g}: from "
@@ -57,9 +58,12 @@ class RunFolder:
     def _settings(self) -> dict | None:
         path = self.path / SETTINGS
         try:
-            return json.loads(path.read_text()) if path.exists() else None
-        except (OSError, ValueError) as error:
+            found = json.loads(path.read_bytes()) if path.exists() else None
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from None
+        if not isinstance(found, dict | None):
+            raise ValueError(f"{path} holds no settings of a run")
+        return found
 
     def state(self) -> dict | None:
         """What `save_state` wrote last, on the CPU; None at the start of a run."""

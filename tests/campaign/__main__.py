@@ -18,7 +18,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that one case may take (default: %(default)s)")
     parser.add_argument("--memory", type=float, default=MEMORY, help="GiB of one process (default: %(default)s)")
     args = parser.parse_args()
-    result = campaign(args.kind, args.count, args.seed, args.seconds, args.memory, say=print)
+    result = campaign(
+        args.kind, args.count, args.seed, args.seconds, args.memory, say=lambda line: print(line, flush=True)
+    )
     print(result.summary())
     return 1 if result.failures else 0
 

@@ -383,7 +383,7 @@ def pos_embed(m):
 
 def _boundaries(r, x):
     """An integer tensor with some other numbers in it."""
-    x = x.clone()
+    x = x.clone(memory_format=torch.contiguous_format)
     for _ in range(r.randrange(1, 3)):
         if x.numel() and not x.is_meta:
             low, high = (torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max)
@@ -415,7 +415,7 @@ def _other_tensor(r, x):
     if kind == 7:
         return x.to("meta")
     if kind == 8 and x.is_floating_point() and x.numel() and not x.is_meta:
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         x.view(-1)[r.randrange(x.numel())] = r.choice((float("nan"), float("inf"), float("-inf"), 3e38))
         return x
     if not x.is_floating_point() and x.dtype != torch.bool:

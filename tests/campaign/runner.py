@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 SECONDS = 60.0  # that one case may take
 MEMORY = 2.0  # GiB
@@ -37,14 +38,18 @@ def repeat(kind: str, seed: int) -> str:
     return f"python -m tests.campaign {kind} --count 1 --seed {seed}"
 
 
-def campaign(kind, count, seed, seconds=SECONDS, memory=MEMORY, say: Callable = lambda _: None) -> Result:
+def campaign(
+    kind, count, seed, seconds=SECONDS, memory=MEMORY, say: Callable = lambda _: None, package=f"{__package__}."
+) -> Result:
     """Attempt `count` cases, from `seed` on. say: told of every failure, and now and then how far it is"""
     result, start, noted = Result(kind, seed), time.monotonic(), time.monotonic()
     context = multiprocessing.get_context("spawn")
     at = seed
     while at < seed + count:
         receiving, sending = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(kind, at, seed + count - at, memory, sending), daemon=True)
+        process = context.Process(
+            target=_work, args=(package + kind, at, seed + count - at, memory, sending), daemon=True
+        )
         process.start()
         sending.close()
         patience, ended = STARTING, False
@@ -89,7 +94,8 @@ def _peak() -> float:
 
 
 def _work(kind, seed, count, memory, sending):
-    module = import_module(f"{__package__}.{kind}")
+    sys.path.append(str(Path(__file__).parents[1]))  # what the tests share
+    module = import_module(kind)
     if hasattr(module, "prepare"):
         module.prepare()
     if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # the address sanitizer maps terabytes

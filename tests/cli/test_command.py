@@ -3,9 +3,11 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 from pathlib import Path
 
@@ -216,3 +218,27 @@ def test_the_folder_of_a_run_is_its_model(photos, tmp_path, capsys):
         assert cli.main(["infer", str(photos), "--model", str(name), "-q", "-o", str(tmp_path / "x.csv")]) == 0
     assert cli.main(["infer", str(photos), "--model", str(photos), "-q"]) == 2
     assert "there is no model named" in capsys.readouterr().err
+
+
+STARTED = "import sys; print('started', flush=True); from revit_command import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.6, 1.2, 2.5])
+def test_an_interrupt_at_any_moment_of_the_start(seconds):
+    """While PyTorch is imported, while the parser is built, and at the end."""
+    command = [sys.executable, "-c", STARTED, "costs", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "started\n"
+        time.sleep(0.02 + seconds)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+    interrupted = (process.returncode, errors) == (130, "revit: interrupted\n")
+    assert interrupted or (process.returncode, errors) == (0, "") or seconds > 2, (process.returncode, errors)
+
+
+def test_a_job_in_the_background_is_not_interrupted():
+    code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {STARTED}"
+    with subprocess.Popen([sys.executable, "-c", code, "--version"], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert "revit_kernels" in process.communicate(timeout=120)[0] and process.returncode == 0

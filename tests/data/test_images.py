@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps, features
 
 from revit_kernels.data import images
@@ -398,3 +399,15 @@ def test_a_url_is_not_fetched(tree):
 
 def test_terminals_are_not_commanded():
     assert printable("a\x1b[31m\x9b2J\u202e\nü 東.png") == "a\\x1b[31m\\x9b2J\\u202e\nü 東.png"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1)], ids=str)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_one_row_or_column_that_is_turned(orientation, size):
+    """NumPy calls such a view contiguous whatever its strides; torch takes no negative ones."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", size, "red").save(file, "PNG", exif=exif)
+    pixels = torch.from_numpy(decode(file).pixels)
+    assert pixels.shape == (*size[:: 1 if orientation > 4 else -1], 3) and pixels.is_contiguous()

@@ -245,6 +245,7 @@ def test_from_timm_by_its_public_name():
     [
         (dict(rope_type="base"), ValueError, r"kind of rotary positions must be one of \('cat', 'dinov3'"),
         (dict(num_heads=64), ValueError, "need a head_dim that is a multiple of 4, got 2"),
+        (dict(embed_dim=66), ValueError, "need a head_dim that is a multiple of 4, got 33"),
         (dict(rope_type="mixed", rope_rotate_half=True), ValueError, "half must be False"),
         (dict(rope_type="mrope", rope_grid_indexing="xy"), ValueError, "'ij' for mrope, got 'xy'"),
         (dict(patch_drop_rate=0.5), NotImplementedError, "patch_drop_rate beside rotary positions"),

@@ -157,6 +157,9 @@ def test_timm_is_never_imported():
         "from revit_kernels.models.registry import create_model\n"
         "model = create_model('deit_tiny_distilled_patch16_224', depth=1).eval()\n"
         "assert model(torch.zeros(1, 3, 224, 224)).shape == (1, 1000)\n"
+        "for name in ('lvvit_t', 'naflexvit_base_patch16_gap', 'qwen3_vit_88m', 'vit_tiny_patch16_dinov3_qkvb'):\n"
+        "    model = create_model(name, depth=1, num_classes=3).eval()\n"
+        "    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,28 @@
+"""The `revit` command from its first moment: an interrupt while its libraries are imported is one line, too."""
+
+import os
+import signal
+
+
+def _interrupted(number, frame):
+    os.write(2, b"revit: interrupted\n")
+    os._exit(130)  # at once: nothing has begun, or all is done
+
+
+def _catch(handler) -> None:
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as for a job in the background
+        signal.signal(signal.SIGINT, handler)
+
+
+def main() -> int:
+    """Run the command; returns its exit status."""
+    _catch(_interrupted)
+    from revit_kernels import cli
+
+    try:
+        _catch(signal.default_int_handler)
+        status = cli.main()
+    except KeyboardInterrupt:  # a second one, while the first was told of
+        _interrupted(None, None)
+    _catch(_interrupted)
+    return status
