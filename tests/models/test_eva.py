@@ -314,9 +314,9 @@ def test_onnx_by_the_older_exporter(tmp_path):
     x, path = batch(theirs).cpu(), str(tmp_path / "model.onnx")
     torch.onnx.export(ours, (x,), path, dynamo=False, input_names=["x"])
     session = runtime.InferenceSession(path)
-    for x in (x, x.flip(0)):
-        (found,) = session.run(None, {"x": x.numpy()})
-        assert_near("ONNX", torch.from_numpy(found), theirs(x))
+    for images in (x, x.flip(0)):
+        (found,) = session.run(None, {"x": images.numpy()})
+        assert_near("ONNX", torch.from_numpy(found), theirs(images))
 
 
 def test_gradients_per_sample():
