@@ -157,13 +157,19 @@ class Embedding:
         raise ValueError(f"{who} needs a dense batch: images of one size as a tensor, without grids")
 
     def _traced_packing(self, x, channels_last: bool) -> Packing | None:
-        """What norms with an affine per length are told of a dense batch that is traced; None for other models."""
-        if self.menu is None:
+        """What norms with an affine per length, and rotary positions, are told of a dense batch that is traced; None
+        for other models."""
+        if self.menu is None and getattr(self, "rope", None) is None:
             return None
         sizes = None if isinstance(x, Proxy) else x.shape[1:3] if channels_last else x.shape[2:]
+        if sizes is not None and torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
+            sizes = tuple(map(int, sizes))
         if sizes is None or any(type(size) is not int for size in sizes):
-            raise NotImplementedError("a ReViT is traced and exported for images of one size, known when it is")
-        if self.resizable["embedding"] != "resize" and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "a ReViT, or a model with rotary positions, is traced and exported for images of one size, known when "
+                "it is"
+            )
+        if self.menu and self.resizable["embedding"] != "resize" and not torch.compiler.is_compiling():
             raise NotImplementedError("a ReViT with a patch kernel for each length cannot be traced or transformed")
         grid = self.patch_embed.dynamic_feat_size(tuple(sizes))
         return Packing.uniform(x.shape[0], grid, self.num_prefix_tokens, device=self._device())

@@ -234,8 +234,6 @@ class VarLenEva(VarLenViT):
     def _block_positions(self, packing: Packing | None) -> list[dict]:
         if self.rope is None:
             return []
-        if packing is None:
-            raise NotImplementedError("a model with rotary positions cannot be traced or exported yet")
         return [{"rope": rotary} for rotary in self.rope(packing)]
 
     def _embed(self, *args) -> Tensor:

@@ -100,7 +100,10 @@ class RotaryPositions(nn.Module):
         """(cells of all the grids, 2) float32: row and column, or column and row."""
         h, w = (numbers([grid[axis] for grid in menu], device, torch.int64) for axis in (0, 1))
         cells = sum(h * w for h, w in menu)
-        grid = torch.repeat_interleave(torch.arange(len(menu), device=device), h * w, output_size=cells)
+        if len(menu) == 1:  # without what ONNX's exporter does not know
+            grid = torch.zeros(cells, dtype=torch.int64, device=device)
+        else:
+            grid = torch.repeat_interleave(torch.arange(len(menu), device=device), h * w, output_size=cells)
         first = (h * w).cumsum(0) - h * w
         size = torch.stack([h, w], 1).float()[grid]
         cell, columns = (torch.arange(cells, device=device) - first[grid]).float(), size[:, 1]

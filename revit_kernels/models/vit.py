@@ -301,7 +301,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
 
     def _calls_blocks(self, x: Tensor, dense: bool) -> bool:
         """Whether the stack of blocks is called as a whole, because somebody watches or replaced it."""
-        if not traced(x) and is_plain(self.blocks, "Sequential", "ModuleList"):
+        if isinstance(self.blocks, nn.ModuleList) or (not traced(x) and is_plain(self.blocks, "Sequential")):
             return False
         watched = not is_plain(self.blocks, "Sequential", "ModuleList") and not _has_any_global_hook()
         per_length = self.menu is not None and self.resizable["norms"] == "per_length"

@@ -111,7 +111,7 @@ class EvaAttention(_Projected):
         if self.q_bias is None:
             return linear(self.qkv, x)
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        if is_plain(self.qkv, "Linear"):
+        if is_plain(self.qkv, "Linear") and not traced(x):
             return ops.linear(x.reshape(-1, x.shape[-1]), self.qkv.weight, bias)
         return self.qkv(x) + bias
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from contract import DEVICE, assert_close, same
 from timm_pairs import assert_near, batch, gradients, liven, make_timm, mixed, pair
+from torch import func
 
 import revit_kernels
 from revit_kernels.engines import StaleEngine
@@ -291,6 +292,45 @@ def test_compiles_whole(name, backend):
     _, ours = pair(name, dynamic_img_size=True)
     x, compiled = batch(ours), torch.compile(ours, fullgraph=True, backend=backend)
     torch.testing.assert_close(compiled(x), ours(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*NAMES, "eva02_base_patch16_clip_224"])
+def test_export_of_any_batch_of_one_size(name):
+    theirs, ours = pair(name, dynamic_img_size=True)
+    program = torch.export.export(ours, (batch(theirs),), dynamic_shapes={"x": {0: torch.export.Dim("images")}})
+    assert not [n for n in program.graph.nodes if "revit_kernels" in str(n.target)]
+    for count in (1, 3):
+        assert_near("exported", program.module()(batch(theirs, count)), theirs(batch(theirs, count)))
+    with pytest.raises(NotImplementedError, match="a model with rotary positions, is traced and exported for images"):
+        torch.fx.symbolic_trace(ours)
+
+
+@torch.no_grad()
+def test_onnx_by_the_older_exporter(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    theirs, ours = (model.cpu() for model in pair(NAMES[1], dynamic_img_size=True))
+    x, path = batch(theirs).cpu(), str(tmp_path / "model.onnx")
+    torch.onnx.export(ours, (x,), path, dynamo=False, input_names=["x"])
+    session = runtime.InferenceSession(path)
+    for x in (x, x.flip(0)):
+        (found,) = session.run(None, {"x": x.numpy()})
+        assert_near("ONNX", torch.from_numpy(found), theirs(x))
+
+
+def test_gradients_per_sample():
+    theirs, ours = pair(NAMES[1])
+    parameters = {k: v.detach() for k, v in ours.named_parameters()}
+
+    def loss(parameters, image):
+        return func.functional_call(ours, parameters, (image[None],)).square().sum()
+
+    found = func.vmap(func.grad(loss), (None, 0))(parameters, batch(theirs))
+    for i, image in enumerate(batch(theirs)):
+        expected = torch.autograd.grad(theirs(image[None]).square().sum(), list(theirs.parameters()))
+        for (name, _), wanted in zip(theirs.named_parameters(), expected):
+            assert_near(name, found[name][i], wanted, scale=wanted.abs().max().item())
 
 
 @torch.no_grad()

@@ -154,7 +154,7 @@ def begin(shard, output, number):
     arguments = ["infer", str(shard), "--model", "m", "-q", "--batch-tokens", "1", "--shard-rows", "4", "--resume"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, *arguments, "-o", str(output)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("suffix, number", [(s, signal.SIGKILL) for s in SUFFIXES] + [("csv", signal.SIGINT)])

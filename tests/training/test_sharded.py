@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_training import MENU, SMALL, FakeSet
 
 from revit_kernels import cli
@@ -70,7 +71,12 @@ def make(**options):
 
 def fsdp_run(path, world, resume=False):
     """20 steps of 8 images, in float64, with activation checkpointing."""
-    folder = RunFolder(path, {}, resume or bool(int(os.environ.get("RANK", 0))))
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank:  # the first process makes the folder
+        dist.barrier()
+    folder = RunFolder(path, {}, resume or bool(rank))
+    if dist.is_initialized() and not rank:
+        dist.barrier()
     model = make().double()
     model.set_grad_checkpointing(True)
     run = Trainer(model, IMAGES, Recipe(epochs=EPOCHS, batch=8 // world, lr=1e-3), folder, fsdp=True)
