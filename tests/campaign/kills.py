@@ -71,7 +71,7 @@ def _label(output, again):
 
 
 def _evaluate(output, again):
-    few = ["--policies", "random", "--budgets", "2x", "--timed", "6"]
+    few = ["--timed", "6"]
     command = ["evaluate", str(MADE["path"] / "model.safetensors"), "--data", str(MADE["path"] / "images")]
     return [
         *command,
