@@ -19,7 +19,7 @@ from revit_kernels.models.surgery import _is_affine
 from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.lengths import check_menu, tokens_of
-from revit_kernels.modules.linear import is_plain, linear, takes_packing
+from revit_kernels.modules.linear import is_plain, is_plain_itself, linear, takes_packing
 from revit_kernels.packing import Packing
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ class ClipModel(nn.Module):
         positions, packed: what `_positions` gives for the packing's menu, and the packed patch weight, from an engine
         """
         conv = self.patch_embed.proj
-        if not is_plain(conv, "Conv2d", "Conv3d"):
+        if not is_plain_itself(conv, "Conv2d", "Conv3d"):
             raise ValueError(f"patch_embed.proj, a {type(conv).__name__}, is wrapped or hooked: clips need a plain one")
         cells, prefix = self._positions(packing.menu) if positions is None else positions
         first = frames if isinstance(frames, Tensor) else frames[0] if frames else None

@@ -134,10 +134,17 @@ class _Streaming(nn.Module):
     """A block whose work is `stream`. x: (capacity, dim) with its packing, or (images, length, dim) without."""
 
     def forward(
-        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        packing: Packing | None = None,
+        **told,
     ) -> Tensor:
+        """told: what else `stream` takes, such as the positions of tokens"""
         mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-        return add(*self.stream([x, None, None], fitting(packing, x), **mask))
+        return add(*self.stream([x, None, None], fitting(packing, x), **mask, **told))
 
     def _options(self, dim, device, dtype, init_values, drop_path):
         """A LayerScale and a DropPath, or identities in their place."""

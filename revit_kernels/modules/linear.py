@@ -11,7 +11,12 @@ PLAIN = ("torch.nn.modules.", "timm.", "revit_kernels.")
 
 
 def is_plain(module: nn.Module, *names: str) -> bool:
-    """Whether the module is of a class so named (not a subclass), calls nobody's hook, and computes its own weights.
+    """Whether the module is plain by itself, and no global hook watches all modules."""
+    return is_plain_itself(module, *names) and not global_hooks._has_any_global_hook()
+
+
+def is_plain_itself(module: nn.Module, *names: str) -> bool:
+    """Whether the module is of a class so named (not a subclass), has no hook, and computes with its own weights.
 
     Names, not classes: timm's LayerNorm or LayerScale is as plain as ours, and timm need not be installed to say so.
     The names count only in these packages: the Linear of peft or bitsandbytes computes something else.
@@ -26,7 +31,6 @@ def is_plain(module: nn.Module, *names: str) -> bool:
         and not own["_backward_pre_hooks"]
         and "forward" not in own
         and "parametrizations" not in own["_modules"]
-        and not global_hooks._has_any_global_hook()
     )
 
 

@@ -117,6 +117,9 @@ def test_a_mixed_batch_is_its_clips_one_by_one(positions, dtype):
     for i, clip in enumerate(mixed):
         same(model(clip[None]), together[i : i + 1])
     if dtype == torch.float32:
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+        assert_near("under a global hook", model(mixed), together)
+        handle.remove()
         engine = model.engine()
         assert (engine.refusal is None) == (positions != "rope")
         assert_near("engine", engine(mixed), together)
