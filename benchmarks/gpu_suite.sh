@@ -79,8 +79,8 @@ tool() { # program, stage: whether the program is there; else says so
 }
 
 pytest=("$PYTHON" -m pytest -q -p no:cacheprovider -p gpu_guard)
-ops=(attention layer_norm patch_embed pool pos_embed linear)
-contracts=() && for op in "${ops[@]}"; do contracts+=("tests/ops/test_$op.py"); done
+ops=(attention temporal_attention layer_norm patch_embed pool pos_embed linear)
+contracts=(tests/ops/test_promises.py) && for op in "${ops[@]}"; do contracts+=("tests/ops/test_$op.py"); done
 models=(tests/test_packing.py tests/test_device_cache.py tests/engines/test_captured.py tests/training/test_training.py tests/adaptive/test_adaptive.py)
 models+=(tests/models/test_{vit,resizable,timm_api}.py)
 slow="not compiles and not registration and not every_instruction_set and not instruction"

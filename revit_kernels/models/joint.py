@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from revit_kernels import modules
 from revit_kernels.clips import ClipPacking
-from revit_kernels.models.layers import ACTIVATIONS, NORMS, layer
+from revit_kernels.models.layers import ACTIVATIONS, NORMS, Layer, layer
 from revit_kernels.models.video import ClipModel, resized_times
 from revit_kernels.modules.patch_embed import pair
 from revit_kernels.modules.tubelet_embed import TubeletEmbed
@@ -57,11 +57,11 @@ class VarLenVideoViT(ClipModel):
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        norm_layer=None,
-        act_layer=None,
+        norm_layer: Layer = None,
+        act_layer: Layer = None,
         weight_init: str = "",
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if pos_embed not in POSITIONS:
@@ -140,7 +140,7 @@ class VarLenVideoViT(ClipModel):
             row[frames.capacity :] = 0  # of no clip
         return {"turn": Turn(*(t[row] for t in table))} if packing.clips else {}
 
-    def set_input_size(self, img_size=None, num_frames: int | None = None) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, num_frames: int | None = None) -> None:
         """Take another size of frames, another number of frames of tokens, or both, for good: a learned table is
         resampled."""
         size = self.patch_embed.img_size if img_size is None else pair(img_size)

@@ -270,6 +270,8 @@ class Cluster:
         """Totals of each piece of work that was not done before. Raises RuntimeError where an actor cannot do it."""
         if self.left:
             yield from self._run()
+        for left in self.output.glob(".part-*.tmp"):  # of actors that were killed: nothing writes any more
+            left.unlink()
         if not self.problems:
             finish_settings(self.output)
         self.lock.close()

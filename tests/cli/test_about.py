@@ -23,7 +23,9 @@ def test_info_of_a_file_and_of_a_name(tmp_path, capsys):
     text = said(capsys, "info", tmp_path / "model.safetensors", "--device", "cpu", "--dtype", "float32")
     assert re.search(r"^menu +4x4 \(100%\), 3x3 \(\d+%\), 2x2 \(\d+%\)", text, re.MULTILINE)
     assert re.search(r"^classes +3: flat, stripes across, stripes down$", text, re.MULTILINE)
-    assert re.search(r"^here +cpu, float32$", text, re.MULTILINE) and "reference" in text.splitlines()[-1]
+    assert re.search(r"^here +cpu, float32$", text, re.MULTILINE) and re.search(
+        r"(cpu|reference): attention, block", text.splitlines()[-1]
+    )
     text = said(capsys, "info", "vit_tiny_patch16_224", "--device", "cpu")
     model = create_model("vit_tiny_patch16_224")
     assert f"{sum(p.numel() for p in model.parameters()):,}" in text and "menu        none" in text
