@@ -22,6 +22,7 @@ CASES = {
     "patch_embed": [("mixed, shrunk and enlarged", {}), ("prefix and tail", {}), ("patch 14", {})],
     "pool": [("menu", {"kind": kind}) for kind in ("avg", "max", "avgmax")],
     "pos_embed": [("menu", {}), ("odd dim, not square", {})],
+    "temporal_attention": [("menu", {}), ("odd frames", {}), ("wide", {})],
 }
 LINEAR = [("several tiles", {"activation": "gelu"}), ("tile edges", {"activation": None})]
 

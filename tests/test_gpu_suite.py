@@ -223,6 +223,10 @@ def test_every_op_of_a_gpu_is_checked(suite):
     stages = dict(re.findall(r"^(\w+) \(\d+ s\): (.*)", done.stdout, re.MULTILINE))
     folders = (ROOT / "revit_kernels" / "ops").iterdir()
     on_gpus = {path.name for path in folders if (path / "cuda.py").exists() or (path / "triton.py").exists()}
+    cases = re.search(r"^CASES = \{(.*?)^\}", (ROOT / "benchmarks/gpu_smoke.py").read_text(), re.MULTILINE | re.DOTALL)[
+        1
+    ]
+    assert {*re.findall(r'^    "(\w+)":', cases, re.MULTILINE), "linear"} == on_gpus
     for stage in ("contracts_cuda", "contracts_others"):
         assert set(re.findall(r"tests/ops/test_(\w+)\.py", stages[stage])) == on_gpus | {"promises"}
         assert "contract" not in stages[stage].partition(" -k ")[2], "LayerNorm's contract is called otherwise"
