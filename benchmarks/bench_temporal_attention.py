@@ -86,10 +86,12 @@ def bench_temporal_attention(duel, grids, step, dtype, rival):
         expected = torch.cat([y.flatten(0, 2) for y in sdpa_rearranging(case)()])
         keep = torch.ones(case.packing.capacity, dtype=torch.bool, device=DEVICE)
         keep[case.packing.prefix_rows] = False
-        limit = 4 * torch.finfo(dtype).eps
+        limit = 8 * torch.finfo(dtype).eps  # of each, from exact arithmetic, half as much
         assert (case.ours()[keep] - expected).abs().max() <= limit * expected.abs().max(), "it computes something else"
     moved = 4 * case.qkv.numel() // 3 * case.qkv.element_size()
     if step == "backward":
-        return duel(stepping(case.ours), stepping(theirs), flops=3.5 * case.flops, bytes=4 * moved)
+        return duel(
+            stepping(case.ours), stepping(theirs), flops=3.5 * case.flops, bytes=4 * moved, rival=rival.__name__
+        )
     with torch.no_grad():
-        duel(case.ours, theirs, flops=case.flops, bytes=moved)
+        duel(case.ours, theirs, flops=case.flops, bytes=moved, rival=rival.__name__)
