@@ -7,18 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from revit_kernels.clips import ClipGrid, ClipPacking
-from revit_kernels.engines.engine import STALE, StaleEngine, _without_blocks, state_of, watched_of
-from revit_kernels.engines.packed import TRAINING
+from revit_kernels.engines.engine import Engine, _without_blocks
 from revit_kernels.engines.packed_clips import PackedClipBlocks, refusal
 from revit_kernels.models.video import Clips
-from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
 
 
-class ClipEngine:
+class ClipEngine(Engine):
     """A model of clips made ready to answer: `engine(clips, ...)` gives what `model(clips, ...)` gives.
 
     A snapshot of the model's weights, as `Engine` is. On a CPU it packs them once (temporal_fc and the projection
@@ -35,42 +32,13 @@ class ClipEngine:
     def __init__(self, model: nn.Module, *, quantize: str | None = None, stale: str = "raise"):
         if quantize is not None:
             raise NotImplementedError(f"an engine of clips cannot be quantized, got {quantize!r}")
-        if stale not in STALE:
-            raise ValueError(f"stale must be one of {STALE}, got {stale!r}")
-        self.model, self.quantize, self.stale = model, quantize, stale
-        self.refresh()
+        super().__init__(model, stale=stale)
 
-    def __getattr__(self, name: str):
-        """What describes the model (its menu, its classes, ...) describes its engine."""
-        if name.startswith("__") or name == "model":
-            raise AttributeError(name)
-        return getattr(self.model, name)
-
-    def __reduce__(self):
-        return _remade, (self.model, self.stale)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Take the model's weights anew."""
-        watched = watched_of(self.model)
+    def _packed(self) -> tuple[nn.Module, PackedClipBlocks | None]:
         self.refusal = refusal(self.model)
-        running, blocks = self.model, None
         if self.refusal is None:
-            running, blocks = _without_blocks(self.model), PackedClipBlocks(self.model)
-        self._snapshot = watched, state_of(watched, self.model), running, blocks
-
-    def _current(self) -> tuple[nn.Module, PackedClipBlocks | None]:
-        """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
-        watched, state, running, _ = self._snapshot
-        if running is not self.model and state_of(watched, self.model) != state:
-            if self.stale == "raise":
-                raise StaleEngine("the model changed since its engine was made: call engine.refresh()")
-            self.refresh()
-        elif self.refusal == TRAINING and self.stale == "refresh" and not self.model.training:
-            self.refresh()
-        if _has_any_global_hook():  # which is to see every module
-            return self.model, None
-        return self._snapshot[2:]
+            return _without_blocks(self.model), PackedClipBlocks(self.model)
+        return self.model, None
 
     def _after_blocks(self, clips, grids, packing, channels_last):
         """The module to run, the tokens after the last block, their packing, and whether the answer is dense."""
@@ -127,17 +95,3 @@ class ClipEngine:
         if blocks is None:
             return running.run_blocks(stream, packing, start, stop)
         return [blocks.run(add(*stream), packing, running._of_blocks, start, stop), None, None]
-
-    @torch.no_grad()
-    def finish(self, stream: list[Tensor | None], packing: ClipPacking) -> Tensor:
-        """As of the model."""
-        return self._current()[0].finish(stream, packing)
-
-    @torch.no_grad()
-    def forward_head(self, x: PackedTokens, pre_logits: bool = False) -> Tensor:
-        """As of the model."""
-        return self._current()[0].forward_head(x, pre_logits)
-
-
-def _remade(model, stale):
-    return ClipEngine(model, stale=stale)

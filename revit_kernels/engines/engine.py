@@ -62,26 +62,28 @@ class Engine:
         return getattr(self.model, name)
 
     def __reduce__(self):
-        return _remade, (self.model, self.quantize, self.stale)
+        return _remade, (type(self), self.model, self.quantize, self.stale)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the model's weights anew."""
-        model = self.model
-        watched = watched_of(model)
-        state = state_of(watched, model)  # of before: what is written while weights are packed shows in the next call
-        self.refusal = refusal(model, "int8" if self.quantize == "int8" else None)
-        running, blocks = model, None
-        if self.quantize == "fp8":
-            running = fp8(copy.deepcopy(model))
-        elif self.refusal is None:
-            blocks = PackedBlocks(model, self.quantize)
-            running = _without_blocks(model)
-        elif self.quantize:
-            raise NotImplementedError(f"{self.quantize}: {self.refusal}")
-        self._snapshot = watched, state, running, blocks
+        watched = watched_of(self.model)
+        state = state_of(watched, self.model)  # of before: what is written while weights are packed shows in a call
+        self._snapshot = watched, state, *self._packed()
 
-    def _current(self) -> tuple[nn.Module, PackedBlocks | None]:
+    def _packed(self) -> tuple[nn.Module, Any]:
+        """The module to run and the packed blocks, None where they cannot be: `refusal` says why."""
+        model = self.model
+        self.refusal = refusal(model, "int8" if self.quantize == "int8" else None)
+        if self.quantize == "fp8":
+            return fp8(copy.deepcopy(model)), None
+        if self.refusal is None:
+            return _without_blocks(model), PackedBlocks(model, self.quantize)
+        if self.quantize:
+            raise NotImplementedError(f"{self.quantize}: {self.refusal}")
+        return model, None
+
+    def _current(self) -> tuple[Any, Any]:
         """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
         watched, state, running, _ = self._snapshot
         if running is not self.model and state_of(watched, self.model) != state:
@@ -177,8 +179,8 @@ def engine_of(model: Any) -> Any:
     return model.engine(stale="refresh") if isinstance(model, nn.Module) else model
 
 
-def _remade(model, quantize, stale):
-    return Engine(model, quantize=quantize, stale=stale)
+def _remade(engine, model, quantize, stale):
+    return engine(model, quantize=quantize, stale=stale)
 
 
 def watched_of(model: nn.Module) -> tuple[list, ...]:

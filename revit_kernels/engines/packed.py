@@ -83,23 +83,10 @@ class Table:
         return [(share[:, :, None] * t).sum(1).float() for t in self.own]
 
 
-class PackedBlocks:
-    """The blocks' weights, packed; and the patch projection's and the head's, where the kernels take those.
+class PerMenu:
+    """What is made of a model's weights for a menu of grids, kept for the menus used last. Many threads may ask."""
 
-    patch: what `ops.patch_embed` takes as `packed`, or None
-    head:  the final norm's Table, the packed weight, the norm's eps, classes; None where the answers are not of each
-           image's first token
-    """
-
-    def __init__(self, model: nn.Module, kind: str | None):
-        backend = load("block", "cpu")
-        self.form, self._run, self._list = whole_block.form(model.blocks[0]), backend.run, backend.listed
-        self._norms = [{name: Table(norm) for name, norm in whole_block.norms(block).items()} for block in model.blocks]
-        self._kind, self._packed = kind, [backend.pack(whole_block.weights(block), kind) for block in model.blocks]
-        self._rope = copy.deepcopy(getattr(model, "rope", None))
-        self.patch, self.head = _packed_patch(model), _packed_head(model)
-        tables = [table for norms in self._norms for table in norms.values()] + ([self.head[0]] if self.head else [])
-        self._per_length = any(table.menu for table in tables)
+    def __init__(self):
         self._kept, self._lock = OrderedDict(), Lock()
 
     def _keep(self, key, make):
@@ -119,6 +106,26 @@ class PackedBlocks:
         """What `running._positions` gives for this menu."""
         with torch.inference_mode(False), torch.no_grad():
             return self._keep(("positions", menu), lambda: running._positions(menu))
+
+
+class PackedBlocks(PerMenu):
+    """The blocks' weights, packed; and the patch projection's and the head's, where the kernels take those.
+
+    patch: what `ops.patch_embed` takes as `packed`, or None
+    head:  the final norm's Table, the packed weight, the norm's eps, classes; None where the answers are not of each
+           image's first token
+    """
+
+    def __init__(self, model: nn.Module, kind: str | None):
+        super().__init__()
+        backend = load("block", "cpu")
+        self.form, self._run, self._list = whole_block.form(model.blocks[0]), backend.run, backend.listed
+        self._norms = [{name: Table(norm) for name, norm in whole_block.norms(block).items()} for block in model.blocks]
+        self._kind, self._packed = kind, [backend.pack(whole_block.weights(block), kind) for block in model.blocks]
+        self._rope = copy.deepcopy(getattr(model, "rope", None))
+        self.patch, self.head = _packed_patch(model), _packed_head(model)
+        tables = [table for norms in self._norms for table in norms.values()] + ([self.head[0]] if self.head else [])
+        self._per_length = any(table.menu for table in tables)
 
     def _rotary(self, packing: Packing) -> list[Rotary]:
         """The angles of the blocks' queries and keys."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from threading import Lock
-
 import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
 from revit_kernels.clips import ClipPacking
 from revit_kernels.dispatch import load
-from revit_kernels.engines.packed import HOOKS, MOST_MENUS, NORMS, TRAINING, Table
+from revit_kernels.engines.packed import HOOKS, NORMS, TRAINING, PerMenu, Table
 from revit_kernels.modules import whole_block
 from revit_kernels.modules.divided import DividedBlock
 from revit_kernels.modules.layer_norm import _rows
@@ -74,13 +71,14 @@ def _of_time(block: DividedBlock, dtype: torch.dtype) -> str | None:
     return None if all(w.dtype == dtype for w in weights) else f"a weight of time is not of {dtype}"
 
 
-class PackedClipBlocks:
+class PackedClipBlocks(PerMenu):
     """The blocks' weights, packed, and the patch projection's.
 
     patch: what `ops.patch_embed` takes as `packed`
     """
 
     def __init__(self, model: nn.Module):
+        super().__init__()
         conv = model.patch_embed.proj
         weight = conv.weight if conv.weight.ndim == 4 else conv.weight.flatten(1, 2)
         self.patch = load("patch_embed", "cpu").pack(weight, conv.bias)
@@ -93,25 +91,6 @@ class PackedClipBlocks:
         self._per_length = any(table.menu for tables in self._norms for table in tables.values())
         self._packed = [load("block", "cpu").pack(whole_block.weights(block), None) for block in model.blocks]
         self._time = [_packed_time(block) for block in model.blocks] if self.divided else []
-        self._kept, self._lock = OrderedDict(), Lock()
-
-    def _keep(self, key, make):
-        """What `make` gives, kept for the keys used last."""
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        made = make()
-        with self._lock:
-            self._kept[key] = made
-            while len(self._kept) > 2 * MOST_MENUS:
-                self._kept.popitem(last=False)
-        return made
-
-    def positions(self, running, menu) -> tuple:
-        """What `running._positions` gives for this menu."""
-        with torch.inference_mode(False), torch.no_grad():
-            return self._keep(("positions", menu), lambda: running._positions(menu))
 
     def _affines(self, menu) -> list[dict[str, list[Tensor]]]:
         """Of each block's norms, weight and bias in the order of this menu."""
