@@ -17,7 +17,7 @@ from revit_kernels.adaptive.budgets import fitted
 from revit_kernels.adaptive.costs import Costs, counted, device_name, model_device, model_dtype, model_macs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Policy
-from revit_kernels.engines import ClipEngine, Engine
+from revit_kernels.engines import Engine
 from revit_kernels.files import write_whole
 from revit_kernels.grids import Grid
 from revit_kernels.models.checkpoints import fingerprint
@@ -29,7 +29,7 @@ from revit_kernels.modules.lengths import cells, check_menu
 from revit_kernels.packing import Packing
 
 Model = VarLenViT | ClipModel
-Served = VarLenViT | ClipModel | Engine | ClipEngine
+Served = VarLenViT | ClipModel | Engine
 TRUNKS = ("scout", "tokens")
 METADATA = "revit_kernels.assigner"
 SHARE = 0.02  # of a full-length pass of the model that is served: what an assigner may cost

@@ -16,7 +16,7 @@ from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
-from revit_kernels.engines import Answers, ClipEngine, Engine
+from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.video import ClipModel
@@ -49,7 +49,7 @@ class AdaptiveViT(nn.Module):
 
     def __init__(
         self,
-        model: VarLenViT | ClipModel | Engine | ClipEngine,
+        model: VarLenViT | ClipModel | Engine,
         policy: str | Policy | Callable = "cascade",
         *,
         assigner: TokenLengthAssigner | None = None,
@@ -78,7 +78,7 @@ class AdaptiveViT(nn.Module):
         self.policy = policy.require(self.model.menu)
 
     @property
-    def engine(self) -> Engine | ClipEngine:
+    def engine(self) -> Engine:
         """What answers."""
         if self._engine is None:
             self._engine = self.model.engine(stale="refresh")

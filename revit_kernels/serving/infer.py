@@ -12,7 +12,7 @@ import torch
 
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.images import Decoded, ImageError, show
-from revit_kernels.engines import ClipEngine, Engine
+from revit_kernels.engines import Engine
 from revit_kernels.grids import Grid, largest_grid, native_grid
 from revit_kernels.modules.lengths import cells, tokens_of
 from revit_kernels.serving.batching import token_batches
@@ -157,7 +157,7 @@ def _averaged(found: Results, views: list[int]) -> Results:
 def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
     with torch.inference_mode():
         if features:
-            found = model.features if isinstance(model, Engine | ClipEngine) else model.forward_features
+            found = model.features if isinstance(model, Engine) else model.forward_features
             packed = found(images, grids=grids, channels_last=True)
             return model.forward_head(packed, pre_logits=True).float()
         return model(images, grids=grids, channels_last=True).float().softmax(-1)

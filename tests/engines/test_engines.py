@@ -13,6 +13,7 @@ from contract import DEVICE, assert_close, require
 from test_whole_block import DTYPES, model, model_like
 from torch import nn
 
+from revit_kernels import VarLenTimeSformer
 from revit_kernels.dispatch import load
 from revit_kernels.engines import Engine, StaleEngine, engine_of
 from revit_kernels.ops.block import sample
@@ -213,28 +214,34 @@ def test_eight_threads_on_one_engine_give_the_bits_of_one():
     assert all(torch.equal(answers, wanted[i % 6]) for i, answers in enumerate(found))
 
 
+def of_clips():
+    small = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 3}
+    return VarLenTimeSformer(**small, num_frames=2).eval(), torch.randn(2, 3, 2, 16, 16)
+
+
 @cpu_only
-def test_a_write_while_weights_are_packed_is_seen(monkeypatch):
+@pytest.mark.parametrize("name", ["engine.PackedBlocks", "clips.PackedClipBlocks"])
+def test_a_write_while_weights_are_packed_is_seen(name, monkeypatch):
     """A weight that is reloaded from A to B and back to A, with B packed in between, would stay wrong for good."""
-    from revit_kernels.engines import engine as module
+    m, images = of_clips() if "Clip" in name else (made(), batch([(4, 4)]))
+    weight = m.blocks[0].mlp.fc1.weight
+    a, b = weight.detach().clone(), torch.randn(weight.shape)
+    module, _, name = f"revit_kernels.engines.{name}".rpartition(".")
+    wanted, packed = m.engine()(images), getattr(sys.modules[module], name)
 
-    m, images = made(), batch([(4, 4)])
-    a, b = m.blocks[0].mlp.fc1.weight.detach().clone(), torch.randn(m.blocks[0].mlp.fc1.weight.shape)
-    wanted, packed = m(images), module.PackedBlocks
-
-    def reloaded(model, kind):
-        model.blocks[0].mlp.fc1.weight.data.copy_(a)
+    def reloaded(*args):
+        weight.data.copy_(a)
         with torch.no_grad():
-            model.blocks[0].mlp.fc1.weight.copy_(b)
-        found = packed(model, kind)
+            weight.copy_(b)
+        found = packed(*args)
         with torch.no_grad():
-            model.blocks[0].mlp.fc1.weight.copy_(a)
+            weight.copy_(a)
         return found
 
-    monkeypatch.setattr(module, "PackedBlocks", reloaded)
+    monkeypatch.setattr(sys.modules[module], name, reloaded)
     engine = m.engine()
     refreshed = m.engine(stale="refresh")
-    monkeypatch.setattr(module, "PackedBlocks", packed)
+    monkeypatch.setattr(sys.modules[module], name, packed)
     with pytest.raises(StaleEngine):
         engine(images)
     assert torch.equal(refreshed(images), wanted)
