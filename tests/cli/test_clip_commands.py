@@ -13,6 +13,7 @@ import small_videos
 import torch
 from PIL import Image
 from small_videos import write_video
+from timm_pairs import assert_near
 
 from revit_kernels.cli import main
 from revit_kernels.data.videos import Sampling, decode_clip
@@ -215,4 +216,4 @@ def test_inflated_is_the_image_model():
     image = torch.randn(2, 3, 32, 32)
     clips = image[:, :, None].expand(-1, -1, 3, -1, -1)
     with torch.inference_mode():
-        assert torch.allclose(model(clips), image_model(image), atol=1e-5)
+        assert_near("equal frames", model(clips), image_model(image))
