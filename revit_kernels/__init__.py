@@ -6,9 +6,9 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.clips import ClipPacking
 from revit_kernels.models.adopt import from_timm
 from revit_kernels.models.hugging_face import from_transformers
-from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.registry import create_model, list_models
 from revit_kernels.models.timesformer import VarLenTimeSformer
+from revit_kernels.models.video_vit import VarLenVideoViT
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.packing import Packing
 

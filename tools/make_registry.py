@@ -16,8 +16,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
+from revit_kernels.models.convert_timm import describe as describe_timm
 from revit_kernels.models.lvvit import VarLenLVViT
-from revit_kernels.models.timm_layouts import describe as describe_timm
 
 OUTPUT = Path(__file__).parents[1] / "revit_kernels" / "models" / "registry.json"
 MODULES = ("vision_transformer", "deit", "eva")

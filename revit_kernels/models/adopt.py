@@ -110,7 +110,7 @@ def _adopt(module: nn.Module, cls: type | None = None) -> nn.Module:
 
 def from_timm(model: nn.Module) -> VarLenViT:
     """See VarLenViT.from_timm."""
-    from revit_kernels.models import timm_layouts
+    from revit_kernels.models import convert_timm
     from revit_kernels.models.distilled import VarLenViTDistilled
     from revit_kernels.models.eva import VarLenEva
     from revit_kernels.models.vit import VarLenViT
@@ -119,11 +119,11 @@ def from_timm(model: nn.Module) -> VarLenViT:
     if isinstance(model, VarLenViT):
         return model
     name, timms = type(model).__name__, type(model).__module__.startswith("timm.")
-    if timms and name in timm_layouts.TAKEN:
-        return timm_layouts.from_timm(model)
+    if timms and name in convert_timm.TAKEN:
+        return convert_timm.from_timm(model)
     cls = classes.get(name)
     if cls is None or not timms:
-        raise NotImplementedError(f"from_timm takes timm's {', '.join([*classes, *timm_layouts.TAKEN])}, got {name}")
+        raise NotImplementedError(f"from_timm takes timm's {', '.join([*classes, *convert_timm.TAKEN])}, got {name}")
     new = _adopt(model, cls)
     new._set_preprocessing()
     return new

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
-from revit_kernels.models import clip_layout, hugging_face, timm_layouts
+from revit_kernels.models import convert_timm, hugging_face, openai_clip
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
-from revit_kernels.models.patches import projection
+from revit_kernels.models.naflex_inputs import projection
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
@@ -198,10 +198,10 @@ def load_checkpoint(
     copied.
     """
     state = read_checkpoint(path, prefix)
-    if timm_layouts.is_timms(state, model):
-        state = timm_layouts.our_state(state, model)
-    elif clip_layout.is_clip(state):
-        state = clip_layout.timm_state(state)
+    if convert_timm.is_timms(state, model):
+        state = convert_timm.our_state(state, model)
+    elif openai_clip.is_clip(state):
+        state = openai_clip.timm_state(state)
     state = _to_timm(_of_model(state, model, path), model)
     _fit_positions(state, model, path, _grid_of(path), interpolation, antialias)
     if new_head and model.num_classes:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from revit_kernels.grids import native_grid
-from revit_kernels.models.patches import images_of
+from revit_kernels.models.naflex_inputs import images_of
 from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_plain, takes_packing, traced
@@ -23,7 +23,7 @@ from revit_kernels.packing import Packing
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a model takes: a batch of one size, images of any sizes, or images cut into patches (see `patches.images_of`).
+# What a model takes: a batch of one size, images of any sizes, or images cut into patches (`naflex_inputs.images_of`).
 Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]], Mapping[str, Tensor]]  # noqa: UP007
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)

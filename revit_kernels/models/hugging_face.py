@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
-from revit_kernels.models.patches import projection
+from revit_kernels.models.naflex_inputs import projection
 from revit_kernels.models.vit import PackedTokens, VarLenViT
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.models import hugging_face
-from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
+from revit_kernels.models.video_vit import VarLenVideoViT
 from revit_kernels.models.weight_files import read_checkpoint, some
 from revit_kernels.modules.layer_norm import LayerNorm
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models import clip_names
+from revit_kernels.models import video_names
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.hub import hub_or_cache
 from revit_kernels.models.lvvit import VarLenLVViT
-from revit_kernels.models.towers import VarLenGemma4, VarLenTower
+from revit_kernels.models.vision_towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
 CLASSES = {
@@ -73,7 +73,7 @@ def resolve(name: str) -> tuple[str, str]:
     Raises ValueError for an unknown name or tag.
     """
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
-    if name in clip_names.MODELS:
+    if name in video_names.MODELS:
         return name, ""
     current = registry()["deprecated"].get(name, name)
     if current != name:
@@ -90,8 +90,8 @@ def resolve(name: str) -> tuple[str, str]:
 def get_pretrained_cfg(name: str) -> dict:
     """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
     base, tag = resolve(name)
-    if base in clip_names.MODELS:
-        return clip_names.cfg_of(base)
+    if base in video_names.MODELS:
+        return video_names.cfg_of(base)
     row = dict(registry()["models"][base]["tags"][tag])
     statistics = registry()["statistics"][row.pop("statistics", 0)]
     cfg = registry()["cfg"] | row | {"mean": statistics[:3], "std": statistics[3:]}
@@ -102,8 +102,8 @@ def get_pretrained_cfg(name: str) -> dict:
 def constructor_kwargs(name: str) -> dict:
     """The arguments of the class's constructor that `name` stands for, where they differ from the defaults."""
     base, _ = resolve(name)
-    if base in clip_names.MODELS:
-        return clip_names.kwargs_of(base)
+    if base in video_names.MODELS:
+        return video_names.kwargs_of(base)
     kwargs = dict(registry()["models"][base]["kwargs"])
     num_classes = get_pretrained_cfg(name)["num_classes"]
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
@@ -118,8 +118,8 @@ def model_file(name) -> str:
 def class_of(name: str) -> type[VarLenViT]:
     """The class of the model that `name` stands for."""
     base, _ = resolve(name)
-    if base in clip_names.MODELS:
-        return clip_names.class_of(base)
+    if base in video_names.MODELS:
+        return video_names.class_of(base)
     return CLASSES[registry()["models"][base].get("class", "VarLenViT")]
 
 
@@ -141,7 +141,7 @@ def create_model(
     """The model that timm knows by this name, or the one that a file holds. Arguments as of timm.create_model.
 
     model_name:      a name of list_models(), which are timm's and LV-ViT's, with or without a tag; a name of
-                     clip_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
+                     video_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
                      of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     pretrained_cfg:  a tag of the name's weights; or fields, as of an overlay
@@ -188,7 +188,7 @@ def create_model(
     cls = class_of(base)
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
-    if pretrained and base in clip_names.MODELS:
+    if pretrained and base in video_names.MODELS:
         raise ValueError(f"{base} has no weights to download: give a checkpoint_path, of clips or of images")
     if pretrained:
         if registry()["models"].get(base, {}).get("module") == "lvvit":
@@ -202,8 +202,8 @@ def create_model(
         setattr(model, attribute, value)
     model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
-    if checkpoint_path is not None and base in clip_names.MODELS:
-        if found := clip_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
+    if checkpoint_path is not None and base in video_names.MODELS:
+        if found := video_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
             cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
             statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
             model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
@@ -243,7 +243,7 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
-    load = clip_names.load_clip_checkpoint if found["name"] in clip_names.MODELS else load_checkpoint
+    load = video_names.load_clip_checkpoint if found["name"] in video_names.MODELS else load_checkpoint
     load(model, path, new_head="num_classes" in kwargs)
     model.created_from["fingerprint"] = fingerprint(model)
     return model

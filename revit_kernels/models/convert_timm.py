@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.models.patches import projection
-from revit_kernels.models.towers import VarLenGemma4, VarLenTower
+from revit_kernels.models.naflex_inputs import projection
+from revit_kernels.models.vision_towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import VarLenViT
 
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RmsNormFp32": "rmsnorm"}

@@ -11,7 +11,7 @@ from revit_kernels.models.layers import ACTIVATIONS, NORMS, Layer, layer
 from revit_kernels.models.video import ClipModel, resized_times
 from revit_kernels.modules.patch_embed import pair
 from revit_kernels.modules.tubelet_embed import TubeletEmbed
-from revit_kernels.modules.turned import Turn, TurnedAttention, angles
+from revit_kernels.modules.vjepa_attention import Turn, TurnedAttention, angles
 
 POSITIONS = ("sincos", "learn", "rope")
 

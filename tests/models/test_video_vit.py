@@ -6,8 +6,8 @@ from contract import DEVICE, same
 from timm_pairs import assert_near, liven
 
 import revit_kernels
-from revit_kernels.models.joint import VarLenVideoViT
-from revit_kernels.modules.turned import angles
+from revit_kernels.models.video_vit import VarLenVideoViT
+from revit_kernels.modules.vjepa_attention import angles
 
 transformers = pytest.importorskip("transformers")
 

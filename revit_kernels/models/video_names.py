@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from revit_kernels.models.checkpoints import description, resample_positions
-from revit_kernels.models.joint import VarLenVideoViT
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
+from revit_kernels.models.video_vit import VarLenVideoViT
 from revit_kernels.models.weight_files import read_checkpoint, some
 
 SMALL, TINY = {"embed_dim": 384, "num_heads": 6}, {"embed_dim": 192, "num_heads": 3}

@@ -8,7 +8,7 @@ from revit_kernels import modules
 from revit_kernels.models.axis_positions import AxisPositions
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.layers import ACTIVATIONS, layer
-from revit_kernels.modules.sandwich import CentredPatchEmbed, SandwichBlock
+from revit_kernels.modules.gemma4 import CentredPatchEmbed, SandwichBlock
 
 
 class _Tower(VarLenEva):
