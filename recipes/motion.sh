@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A small ViT of tubelets on clips of camera motion, from nothing: 8 frames of 28 pixels, a token for 4 frames of 4x4
-# pixels. Patches of 14 pixels of the pretrained ViT-S/14, inflated, do not learn which way the picture moves in this
-# time (docs/video.md). Labels are of clips that it was not trained on. The second report is the control: the same clips'
-# middle frame alone, repeated. Training goes on where it was killed.
+# pixels. NOT RUN whole: a trial at the longest length alone learnt, and trials of the inflated ViT-S/14, whose patches
+# have 14 pixels, did not learn which way the picture moves (docs/video.md). Labels are of clips that it was not trained
+# on. The second report is the control: one frame of each clip, repeated. Training goes on where it was killed.
 #   recipes/motion.sh [FOLDER] [CLIPS]
 set -euo pipefail
 run=${1:-runs/motion} clips=${2:-24000}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from inspect import signature
 from pathlib import Path
 
 from revit_kernels.cli.arguments import count
@@ -75,8 +76,9 @@ def _sampling(args, name: str, menu) -> Sampling:
     """The frames of a video that a model of clips, by name or file, is trained on or asked about."""
     found = described(name)
     menu = menu or found.get("resizable", {}).get("menu")
-    kwargs = constructor_kwargs(found["name"]) | found["kwargs"]
-    own = menu[0][0] * class_of(found["name"]).tubelet if menu else kwargs.get("num_frames", 8)
+    defaults = {key: one.default for key, one in signature(class_of(found["name"])).parameters.items()}
+    kwargs = defaults | constructor_kwargs(found["name"]) | found["kwargs"] | getattr(args, "model_args", {})
+    own = menu[0][0] * kwargs.get("tubelet_size", 1) if menu else kwargs["num_frames"]
     return sampling(args.frames or own, args.stride or found.get("cfg", {}).get("stride"))
 
 

@@ -1,5 +1,6 @@
 """The whole pipeline on videos: train, label, train-assigner, evaluate, infer, with a TimeSformer of seconds."""
 
+import argparse
 import contextlib
 import csv
 import io
@@ -16,6 +17,7 @@ from small_videos import write_video
 from timm_pairs import assert_near
 
 from revit_kernels.cli import main
+from revit_kernels.cli.clips import open_data
 from revit_kernels.data.videos import Sampling, decode_clip
 from revit_kernels.models.registry import create_model
 from revit_kernels.models.video_names import inflated
@@ -204,6 +206,19 @@ def test_images_refuse_frames(tmp_path):
     arguments = ["train", "vit_tiny_patch16_224", "--menu", "4x14x14", "--data", "digits", "--output", tmp_path / "run"]
     status, _, said = run(*arguments)
     assert status == 2 and "a menu of grids (rows, columns)" in said
+
+
+@pytest.mark.parametrize(
+    "options, menu, frames",
+    [({}, [(4, 2, 2)], 8), ({"tubelet_size": 4}, [(4, 2, 2)], 16), ({"num_frames": 6}, None, 6), ({}, None, 16)],
+)
+def test_a_model_of_tubelets_is_shown_all_its_frames(tmp_path, options, menu, frames):
+    for name in ("brighter", "darker"):
+        (tmp_path / name).mkdir()
+        write_video(tmp_path / name / "0.mp4", ramp(name, 0, frames=16))
+    asked = argparse.Namespace(data=str(tmp_path), split="all", root=None, frames=None, stride=None, model_args=options)
+    pixels = open_data(asked, "videomae_small_patch16_224", menu).pixels(0)
+    assert len(pixels) == frames and len(np.unique(pixels.mean((1, 2, 3)))) == frames
 
 
 def test_inflated_is_the_image_model():
