@@ -199,6 +199,10 @@ class Batcher:
             for (entry, _), reply in zip(batch, replies):
                 entry.reply.set_result(reply)
 
+    def full_with(self, images: int, tokens: int, more: int) -> bool:
+        """Whether a batch of so many images and tokens ends before one of `more` tokens."""
+        return tokens + more > self.batch_tokens
+
     def take(self) -> list[tuple[_Entry, Loaded]] | None:
         """The next batch; None at the end."""
         batch: list[tuple[_Entry, Loaded]] = []
@@ -212,7 +216,7 @@ class Batcher:
                 if not self.entries:
                     return batch
                 head = self.entries[0]
-                if batch and tokens + head.tokens > self.batch_tokens:
+                if batch and self.full_with(len(batch), tokens, head.tokens):
                     return batch
                 if not head.loaded.done():
                     if batch:

@@ -133,7 +133,7 @@ class Trainer:
     # ------------------------------------------------------------------ one step
 
     def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns (lengths,), each length's own loss.
+        """One update; returns (lengths,), each length's own loss over the images of all processes.
 
         images: (batch, height, width, 3) uint8, or clips (batch, frames, height, width, 3)
         """
@@ -169,7 +169,10 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        return torch.stack(losses).mean(0)
+        mean = torch.stack(losses).mean(0) / self.world
+        if self.world > 1:
+            dist.all_reduce(mean)
+        return mean
 
     # ------------------------------------------------------------------ the run
 
