@@ -21,6 +21,7 @@ import platform
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,20 +143,15 @@ def load_service(port: int, images: list[bytes], expected, requests: int, client
     queue.put((time.perf_counter() - begun, time.process_time() - spent, latencies, statuses, len(wrong)))
 
 
-PARTS = {
-    b"ray::ServeReplica:revit:model": "model",
-    b"ray::ServeReplica:revit:door": "door",
-    b"ray::ProxyActor": "proxy",
-}
-
-
 def processes() -> dict[str, tuple[float, int]]:
-    """CPU seconds and peak MB of each part of the service, by the names that Ray gives its processes."""
+    """CPU seconds and peak MB of the service's processes: of the model by Ray's name for it, and of HTTP: this one."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             line = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
-            for name in (part for start, part in PARTS.items() if line.startswith(start)):
+            name = "model" if line.startswith(b"ray::ServeReplica:revit:model") else None
+            name = "http" if entry.name == str(os.getpid()) else name
+            if name:
                 status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
                 times = (entry / "stat").read_text().rpartition(")")[2].split()[11:13]
                 seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
@@ -172,12 +168,7 @@ def scrape(port: int) -> dict[str, float]:
     return {name: float(v) for name, v in (li.rsplit(" ", 1) for li in text.splitlines() if not li.startswith("#"))}
 
 
-def serve_and_load(arguments: dict, port: int, images, tokens, expected, requests: int, clients: int) -> dict:
-    from ray import serve
-
-    from revit_kernels.serving.ray_serve import app
-
-    serve.run(app(arguments), name="revit", route_prefix="/")
+def load_from_a_process(port: int, images, tokens, expected, requests: int, clients: int) -> dict:
     spawned = multiprocessing.get_context("fork")
     for count in (2 * clients, requests):  # the first warms up
         queue, begin = spawned.SimpleQueue(), spawned.SimpleQueue()
@@ -199,7 +190,6 @@ def serve_and_load(arguments: dict, port: int, images, tokens, expected, request
     found |= {"images_per_batch": requests / batches, "model_busy_share": busy / seconds}
     found |= {"cpu_ms_per_request": {name: 1000 * used / requests for name, used in cpu.items()}}
     found |= {"peak_mb": {name: most for name, (_, most) in after.items()}}
-    serve.delete("revit")
     return found
 
 
@@ -222,28 +212,34 @@ def main() -> None:
 
     from revit_kernels import create_model
     from revit_kernels.models.checkpoints import save_checkpoint
+    from revit_kernels.serving.ray_serve import listening
 
     output = Path(args.output) if args.output else None
     result = json.loads(output.read_text()) if output and output.exists() else {}
     runs = {"packed": args.requests, "padded": args.padded_requests}
     wanted = [args.service] if args.service else [name for name in runs if name not in result]
     images = make_images()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         torch.manual_seed(0)
         weights = f"{folder}/model.safetensors"
         save_checkpoint(create_model(args.model, num_classes=0), weights)
+        rate, features, tokens = other.submit(own_rate, weights, images, 10.0).result()
         ray.init(num_cpus=args.threads, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
-        serve.start(http_options={"host": "127.0.0.1", "port": args.port})
         for name in wanted:
-            rate, features, tokens = own_rate(weights, images, 10.0)  # near its service: machines drift
             arguments = {"model": weights, "name": "revit", "features": True, "device": "cpu", "cpus": args.threads}
             arguments |= {"workers": args.threads}
             if name == "padded":
-                arguments, features = arguments | {"batcher": padded_batcher()}, None
-            run = serve_and_load(arguments, args.port, images, tokens, features, runs[name], args.clients)
-            result[name] = {"model_tokens_per_s": rate, "share_of_the_model": run["tokens_per_s"] / rate} | run
+                arguments |= {"batcher": padded_batcher()}
+            expected = features if name == "packed" else None  # padding adds other positions
+            with listening(arguments, port=args.port):
+                run = load_from_a_process(args.port, images, tokens, expected, runs[name], args.clients)
+            result[name] = run
         serve.shutdown()
         ray.shutdown()
+        again = other.submit(own_rate, weights, images, 10.0).result()[0]  # machines drift
+    for name in wanted:
+        result[name]["model_tokens_per_s"] = rate, again
+        result[name]["share_of_the_model"] = result[name]["tokens_per_s"] / max(rate, again)
     result |= {"machine": machine(), "model": args.model, "threads_of_the_model_and_of_decoding": args.threads}
     if len(runs.keys() & result.keys()) == 2:
         result["against_padded"] = result["packed"]["tokens_per_s"] / result["padded"]["tokens_per_s"]
