@@ -114,14 +114,14 @@ def run(args) -> int:
     arguments = application(args)
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
     Batcher(prepare(Settings(**of_the_model))).close()  # what is wrong with it is said here, not in a worker
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     if not ray.is_initialized():
         ray.init(address=args.ray, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     try:
         with listening(arguments, args.host, args.port, _print if args.log_requests else None):
+            ended = threading.Event()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda *_: ended.set())
             print(f"revit: serving at http://{args.host}:{args.port}, until interrupted", file=sys.stderr, flush=True)
             ended.wait()
     finally:

@@ -80,6 +80,21 @@ def check(text, reply):
     assert np.float32(best["probability"]) == reply.values[best["class"]] == reply.values.max()
 
 
+def test_the_application_behind_rays_proxies(ray_here, expected):
+    """As on a cluster. The first of the tests that serve here: how Ray Serve does HTTP is settled when it starts."""
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT + 4000})
+    try:
+        serve.run(app(ARGUMENTS), name="revit", route_prefix="/")
+        status, text = ask("/v1/classify", {"input": url(encoded(3))}, PORT + 4000)
+        assert status == 200
+        check(text, expected[3])
+        assert ask("/healthz", port=PORT + 4000)[0] == 200
+        status, text = ask("/v1/classify", {"input": "x" * 2_000_000}, PORT + 4000)
+        assert status == 413 and "larger than the limit of 1,000,000 bytes" in text
+    finally:
+        serve.shutdown()
+
+
 def test_many_clients_get_their_own_answers(service, expected):
     from openai import OpenAI
 
@@ -166,22 +181,6 @@ def test_a_worker_killed_is_retried_or_a_clear_5xx(service, expected):
         for future in running:
             future.result(70)
     assert killed and 200 in statuses[before + 8 :] and statuses.count(200) > len(statuses) // 2
-
-
-def test_the_application_behind_rays_proxies(ray_here, expected):
-    """As on a cluster. The last of the tests that serve here: Ray Serve is begun anew, with HTTP."""
-    serve.shutdown()
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT + 4000})
-    try:
-        serve.run(app(ARGUMENTS), name="revit", route_prefix="/")
-        status, text = ask("/v1/classify", {"input": url(encoded(3))}, PORT + 4000)
-        assert status == 200
-        check(text, expected[3])
-        assert ask("/healthz", port=PORT + 4000)[0] == 200
-        status, text = ask("/v1/classify", {"input": "x" * 2_000_000}, PORT + 4000)
-        assert status == 413 and "larger than the limit of 1,000,000 bytes" in text
-    finally:
-        serve.shutdown()
 
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
