@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import redirect_stdout
 
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
 
@@ -104,33 +105,35 @@ def run(args) -> int:
     """`revit serve`; returns the exit status once it is interrupted."""
     try:
         import ray
-        from ray import serve
 
         from revit_kernels.serving.batcher import Batcher
         from revit_kernels.serving.prepare import Settings, prepare
-        from revit_kernels.serving.ray_serve import listening
+        from revit_kernels.serving.ray_serve import listening, parts
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
+    parts(arguments)  # what is wrong is said here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
-    Batcher(prepare(Settings(**of_the_model))).close()  # what is wrong with it is said here, not in a worker
+    Batcher(prepare(Settings(**of_the_model))).close()
     if not ray.is_initialized():
         ray.init(address=args.ray, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+    def log(line: dict, file=sys.stdout) -> None:
+        print(json.dumps(line), file=file, flush=True)
+
     try:
-        with listening(arguments, args.host, args.port, _print if args.log_requests else None):
+        with (
+            redirect_stdout(sys.stderr),  # what Ray says of its processes
+            listening(arguments, args.host, args.port, log if args.log_requests else None),
+        ):
             ended = threading.Event()
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, lambda *_: ended.set())
             print(f"revit: serving at http://{args.host}:{args.port}, until interrupted", file=sys.stderr, flush=True)
-            ended.wait()
+            while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                pass
     finally:
-        if args.ray is None:  # a Ray of its own
-            serve.shutdown()
         ray.shutdown()
     print("revit: served", file=sys.stderr)
     return 0
-
-
-def _print(line: dict) -> None:
-    print(json.dumps(line), flush=True)
