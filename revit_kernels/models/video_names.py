@@ -28,7 +28,7 @@ MODELS = {  # arguments of the class's constructor
         **{"img_size": 256, "num_frames": 64, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pos_embed": "rope"}
     },
 }
-CFG = {"num_classes": 400, "mean": (0.45,) * 3, "std": (0.225,) * 3, "interpolation": "bicubic"}
+CFG = {"num_classes": 400, "mean": (0.45,) * 3, "std": (0.225,) * 3, "interpolation": "bilinear"}
 
 
 def kwargs_of(name: str) -> dict:
