@@ -122,18 +122,16 @@ def run(args) -> int:
     def log(line: dict, file=sys.stdout) -> None:
         print(json.dumps(line), file=file, flush=True)
 
-    try:
-        with (
-            redirect_stdout(sys.stderr),  # what Ray says of its processes
-            listening(arguments, args.host, args.port, log if args.log_requests else None),
-        ):
-            ended = threading.Event()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda *_: ended.set())
-            print(f"revit: serving at http://{args.host}:{args.port}, until interrupted", file=sys.stderr, flush=True)
-            while not ended.wait(1):  # a signal that another thread gets wakes nobody here
-                pass
-    finally:
-        ray.shutdown()
+    with redirect_stdout(sys.stderr):  # what Ray says of its processes
+        try:
+            with listening(arguments, args.host, args.port, log if args.log_requests else None):
+                ended, where = threading.Event(), f"http://{args.host}:{args.port}"
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, lambda *_: ended.set())
+                print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
+                while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                    pass
+        finally:
+            ray.shutdown()
     print("revit: served", file=sys.stderr)
     return 0
