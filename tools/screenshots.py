@@ -20,7 +20,10 @@ import struct
 import subprocess
 import sys
 import termios
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import markdown
 from PIL import Image
@@ -40,6 +43,11 @@ h1,h2{border-bottom:1px solid #d1d9e0;padding-bottom:.3em}img{max-width:100%}
 td,th,h1,h2{border-color:#3d444d}a{color:#4493f8}}
 """
 TERMINAL = "body{margin:0;background:#0d1117;color:#e6edf3}pre{font:15px/1.35 monospace;margin:16px}"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format, *args):
+        pass
 
 
 def take(url: str | Path, to: Path, size: tuple[int, int], dark: bool = False) -> None:
@@ -87,7 +95,7 @@ def on_a_terminal(arguments: list[str], columns: int, folder: Path) -> str:
 
 
 def shortened(said: str) -> str:
-    """The table's head, its first row for each grid, longest last, and the closing line."""
+    """The table's head, its first row for each grid, longest last, and the first closing line."""
     table, _, closing = said.strip().partition("\n\n")
     head = table.splitlines()[:2]
     first: dict[str, str] = {}
@@ -95,7 +103,7 @@ def shortened(said: str) -> str:
         grid = re.search(r" (\d+x\d+) ", row)
         if grid:
             first.setdefault(grid[1], row)
-    return "\n".join([*head, *(first[grid] for grid in sorted(first)), "...", closing])
+    return "\n".join([*head, *(first[grid] for grid in sorted(first)), "...", closing.splitlines()[0]])
 
 
 def write_table(said: str) -> None:
@@ -140,6 +148,9 @@ def main() -> None:
     readme = page("readme", LIKE_GITHUB, readme, folder)
     site = folder / "site"
     subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(site)], cwd=ROOT, check=True)
+    # The search of a page that is opened as a file does not show.
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    Thread(target=server.serve_forever, daemon=True).start()
     report = report_page(folder)
     gallery = folder / "gallery.html"
     photos = ["infer", str(samples / "fashion"), "--gallery", str(gallery), "-o", str(folder / "fashion.csv"), "-q"]
@@ -150,7 +161,12 @@ def main() -> None:
         take(report, folder / f"report_{theme}.png", (1000, 1500), dark)
         take(gallery, folder / f"gallery_{theme}.png", (1000, 900), dark)
         for name in PAGES:
-            take(site / f"{name}.html", folder / f"site_{name}_{theme}.png", (1280, 1600), dark)
+            take(
+                f"http://127.0.0.1:{server.server_port}/{name}.html",
+                folder / f"site_{name}_{theme}.png",
+                (1280, 1600),
+                dark,
+            )
     if arguments.keep:
         for name, size in (("gallery", (760, 520)), ("report", (900, 620))):
             take(folder / f"{name}.html", folder / f"{name}.png", size)
