@@ -22,6 +22,7 @@ from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
 from revit_kernels.modules.lengths import cells
+from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
@@ -133,6 +134,19 @@ def add(commands):
         metavar="SHARE",
         help="of a shorter length's loss that is the divergence from the longest's answer (default: 0.5; 0: none)",
     )
+    menu.add_argument(
+        "--teacher",
+        choices=("self", "average"),
+        default="self",
+        help="of that divergence: the model itself, or the average of its weights that --ema keeps (default: self)",
+    )
+    menu.add_argument(
+        "--lengths-per-step",
+        type=count,
+        default=0,
+        metavar="N",
+        help="the longest and N - 1 others, drawn anew for each step (default: all of the menu)",
+    )
     menu.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of that divergence (default: 1)")
 
     recipe = train.add_argument_group("recipe")
@@ -176,13 +190,16 @@ def run(args) -> int:
     size = _size(images, args.size, model)
     longest = tuple(g * p for g, p in zip(model.menu[0][-2:], model.patch_embed.patch_size))
     images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
-    augment = augmentation(size, args.crop, args.flip, args.rand, args.erase)
+    mode = resize_mode(model.pretrained_cfg)
+    augment = augmentation(size, args.crop, args.flip, args.rand, args.erase, mode)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if args.fsdp:
         args.batch = _share(args, world)
     recipe = Recipe(
         **{name: getattr(args, name) for name in ("epochs", "batch", "accumulate", "lr", "least_lr", "warmup")},
         **{name: getattr(args, name) for name in ("weight_decay", "layer_decay", "clip", "ema", "seed")},
+        lengths=args.lengths_per_step,
+        teacher=args.teacher,
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
@@ -198,7 +215,7 @@ def run(args) -> int:
         dist.barrier()
     trainer = Trainer(
         model,
-        Augmented(images, size, augment),
+        Augmented(images, size, augment, mode),
         recipe,
         folder,
         mix=mixing(len(images.classes), args.mixup, args.cutmix),
@@ -230,7 +247,8 @@ def _progress(bar: Progress, menu):
             bar.go_on_from(step - 1)
         bar.total = steps
         if not bar.quiet and step % 10 == 0:  # reading the loss waits for the device
-            bar.note = "loss " + ", ".join(f"{grid_text(g)} {loss:.3f}" for g, loss in zip(menu, losses.tolist()))
+            taken = [(grid, loss) for grid, loss in zip(menu, losses.tolist()) if loss == loss]
+            bar.note = "loss " + ", ".join(f"{grid_text(grid)} {loss:.3f}" for grid, loss in taken)
         bar.update(step - bar.n)
 
     return show

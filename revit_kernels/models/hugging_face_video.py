@@ -184,5 +184,6 @@ def from_transformers(model: nn.Module) -> ClipModel:
     if pooler:
         new.num_classes, new.head = len(pooler["weight"]), hugging_face._pooler(pooler, model)
     if new.in_chans == 3:
-        new.pretrained_cfg = new.default_cfg = dict(zip(("mean", "std"), STATISTICS[config.model_type]))
+        mean, std = STATISTICS[config.model_type]
+        new.pretrained_cfg = new.default_cfg = {"mean": mean, "std": std, "interpolation": "bilinear"}
     return new.train(model.training)

@@ -7,6 +7,7 @@ from revit_kernels import ops
 from revit_kernels.grids import native_grid
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_plain, takes_packing, traced
+from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.packing import Packing
 
 _LIMITS = "SymInt[] patch_size, SymInt max_tokens, SymInt prefix_tokens, bool channels_last"
@@ -31,12 +32,12 @@ def _fake_places(images, *limits):
     return numbers.new_empty(len(images) + 1), numbers.new_empty(tokens), numbers.new_empty(longest, dtype=torch.int8)
 
 
-def _embed(images, weight, bias, table, prefix, image, mean, std, interpolation, antialias, *limits):
+def _embed(images, weight, bias, table, prefix, image, mean, std, resize, interpolation, antialias, *limits):
     packing = _packing(images, *limits)
     how = {"interpolation": interpolation, "antialias": antialias}
     pos = None if table is None else ops.pos_embed(table, packing.menu, **how)
-    statistics = {"mean": mean, "std": std, "channels_last": limits[-1]}
-    return ops.patch_embed(images, weight, bias, packing, pos=pos, prefix=prefix, **statistics)
+    options = {"mean": mean, "std": std, "interpolation": resize, "channels_last": limits[-1]}
+    return ops.patch_embed(images, weight, bias, packing, pos=pos, prefix=prefix, **options)
 
 
 for _name, _schema, _run, _fake in (
@@ -44,7 +45,7 @@ for _name, _schema, _run, _fake in (
     (
         "listed_embed",
         "(Tensor[] images, Tensor weight, Tensor? bias, Tensor? table, Tensor? prefix, Tensor image, float[]? mean, "
-        f"float[]? std, str interpolation, bool antialias, {_LIMITS}) -> Tensor",
+        f"float[]? std, str resize, str interpolation, bool antialias, {_LIMITS}) -> Tensor",
         _embed,
         lambda images, weight, bias, table, prefix, image, *_: weight.new_empty(image.shape[0], weight.shape[0]),
     ),
@@ -60,7 +61,7 @@ def _embedded(images: list[Tensor], weight, bias, table, prefix, statistics: dic
     table:      (rows, columns, dim) positions, or None
     prefix:     (prefix tokens, dim) or None
     statistics: mean and std of uint8 images, else nothing
-    how:        interpolation and antialias of the positions
+    how:        how images are resized; interpolation and antialias of the positions
     limits:     patch size, most tokens, prefix tokens of an image, and whether images are channels_last
 
     The packing has no grids that the host knows. Nothing is recorded for a backward.
@@ -106,7 +107,7 @@ def answers(model, images, max_tokens: int | None, channels_last: bool) -> Tenso
         table,
         model._prefix(own),
         model._statistics() if images[0].dtype == torch.uint8 else {},
-        (model.pos_interpolation, model.pos_antialias),
+        (resize_mode(model.pretrained_cfg), model.pos_interpolation, model.pos_antialias),
         (list(embed.patch_size), limit, model.num_prefix_tokens, channels_last),
     )
     x = x if model.pos_embed is None else model.pos_drop(x)
