@@ -60,7 +60,8 @@ def _nearest(name: str, names) -> str:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     if len(name) > 3:  # a beginning counts for more than the length
         begun = difflib.get_close_matches(name, {other[: len(name)] for other in names}, n=1, cutoff=0.8)
-        near = [*(other for other in names if begun and other.startswith(begun[0])), *near]
+        same = [other for other in names if begun and other.startswith(begun[0])]
+        near = [*difflib.get_close_matches(name, same, n=5, cutoff=0), *near]
     near = list(dict.fromkeys(near))[:5]
     return f"; the nearest are {', '.join(near)}" if near else "; `revit models` lists them"
 
