@@ -113,7 +113,7 @@ def test_a_hub_behind_a_proxy_is_taken_for_reachable(monkeypatch):
         ("infer x.png --policy assinger", "did you mean assigner?"),
         ("infer x.png --qqq", "unrecognized arguments: --qqq"),
         ("info {folder}", "the folder of that name has no model.safetensors"),
-        ("info vit_smal", "the nearest are vit_small_patch14_dinov2"),
+        ("info vit_smal", "the nearest are vit_small_patch"),
     ],
 )
 def test_a_slip_is_answered_with_the_nearest_name(tmp_path, capsys, line, said):
