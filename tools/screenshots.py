@@ -168,7 +168,7 @@ def main() -> None:
                 dark,
             )
     if arguments.keep:
-        for name, size in (("gallery", (760, 520)), ("report", (900, 620))):
+        for name, size in (("gallery", (980, 620)), ("report", (900, 620))):
             take(folder / f"{name}.html", folder / f"{name}.png", size)
             small(folder / f"{name}.png", ROOT / "docs" / "images" / f"{name}.png")
 
