@@ -127,7 +127,7 @@ class Endpoints:
             headers = {"retry-after": "1"} if refused.retry else {}
             if refused.status == 401:
                 headers["www-authenticate"] = "Bearer"
-            if refused.status in (408, 413):  # what is left of the body is not read
+            if refused.status == 408:  # after 413 the rest is thrown away: closing would lose the answer on its way
                 headers["connection"] = "close"
             response = JSONResponse({"error": body}, refused.status, headers)
         seconds = time.perf_counter() - begun
