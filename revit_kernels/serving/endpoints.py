@@ -127,7 +127,7 @@ class Endpoints:
             headers = {"retry-after": "1"} if refused.retry else {}
             if refused.status == 401:
                 headers["www-authenticate"] = "Bearer"
-            if refused.status == 408:  # after 413 the rest is thrown away: closing would lose the answer on its way
+            if refused.status in (408, 413):  # what is left of the body is not read
                 headers["connection"] = "close"
             response = JSONResponse({"error": body}, refused.status, headers)
         seconds = time.perf_counter() - begun
@@ -179,14 +179,17 @@ class Endpoints:
         length = request.headers.get("content-length", "0")
         if not length.isdigit():
             raise Refused(400, "content-length must be a whole number")
+        stream = request.stream()
         if int(length) > limit:
+            await _throw_away(stream, 4 * limit)
             raise too_large
 
         async def read() -> bytes:
             parts, size = [], 0
-            async for part in request.stream():
+            async for part in stream:
                 size += len(part)
                 if size > limit:
+                    await _throw_away(stream, 4 * limit)
                     raise too_large
                 parts.append(part)
             return b"".join(parts)
@@ -384,6 +387,20 @@ def _classes(i: int, reply: Reply, served: Served) -> dict:
     answer = {"object": "classification", "index": i, "classes": classes, "grid": list(reply.grid)}
     answer |= {"tokens": reply.tokens, "full_tokens": served.full, "crop": served.crop}
     return answer | {"patch_size": list(served.patch_size), "width": reply.size[1], "height": reply.size[0]}
+
+
+async def _throw_away(stream, size: int) -> None:
+    """Read what still comes, for a while: closed under a client that sends, a connection loses the answer."""
+
+    async def read() -> None:
+        seen = 0
+        while seen < size:
+            seen += len(await asyncio.wait_for(anext(stream), 0.5))
+
+    try:
+        await asyncio.wait_for(read(), 5)
+    except (asyncio.TimeoutError, StopAsyncIteration, ClientDisconnect):
+        pass
 
 
 def _model(served: Served) -> dict:

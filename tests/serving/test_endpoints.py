@@ -270,6 +270,13 @@ def test_a_hundred_megabytes_are_not_read(server):
     assert "413" in raw(server, f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode(), *[chunk] * 8)
 
 
+def test_a_client_that_still_sends_gets_its_413(server):
+    """More than sockets buffer: closing at once would reset the connection, and the answer would be lost."""
+    for _ in range(5):
+        status, answer = server.ask("/v1/classify", b"x" * 700_000, {"content-type": "image/png"})
+        assert (status, answer["error"]["message"]) == (413, "the request is larger than the limit of 200,000 bytes")
+
+
 def test_slow_clients_are_not_waited_for(server):
     begun = time.monotonic()
     line = raw(server, f"{HEAD}content-length: 1000\r\n\r\n".encode(), b"x", b"x", pause=0.1)
