@@ -21,8 +21,8 @@ struct Group {
   double cost;
 };
 
+// frames: of each; null where each attends to all of itself
 // Neighbouring images together, up to `most` tokens; those that cost most first.
-// frames: that each has, which attend within themselves; null where each attends to all of itself
 inline std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, const int32_t* frames,
                                     double cost_of_pair, int64_t most) {
   std::vector<Group> groups;
