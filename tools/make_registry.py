@@ -192,7 +192,7 @@ def clips(name):
     cls = VarLenTimeSformer if family == "timesformer" else VarLenVideoViT
     with torch.device("meta"):
         parameters = sum(p.numel() for p in cls(**kwargs, num_classes=400, weight_init="skip").parameters())
-    row = {"num_classes": 400, "license": None}
+    row = {"num_classes": 400, "interpolation": "bilinear", "license": None}
     row |= {"input_size": [3, kwargs["img_size"], kwargs["img_size"]]} if "img_size" in kwargs else {}
     if statistics := {"timesformer": 5, "vivit": 0}.get(family, 1):
         row["statistics"] = statistics

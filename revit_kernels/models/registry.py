@@ -58,13 +58,20 @@ def list_models(filter: str = "", tags: bool = False) -> list[str]:
 
 def _nearest(name: str, names) -> str:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
-    return f"; the nearest are {', '.join(near)}" if near else "; see list_models()"
+    if len(name) > 3:  # a beginning counts for more than the length
+        begun = difflib.get_close_matches(name, {other[: len(name)] for other in names}, n=1, cutoff=0.8)
+        same = [other for other in names if begun and other.startswith(begun[0])]
+        near = [*difflib.get_close_matches(name, same, n=5, cutoff=0), *near]
+    near = list(dict.fromkeys(near))[:5]
+    return f"; the nearest are {', '.join(near)}" if near else "; `revit models` lists them"
 
 
 def _refuse(name: str):
     """Raise what is wrong with a name that is none of ours."""
     homes = {other: module for module, names in registry()["others"].items() for other in names.split()}
     known = registry()["models"]
+    if Path(name).is_dir():
+        raise ValueError(f"there is no model named {name!r}, and the folder of that name has no {MODEL_FILE}")
     if name in homes:
         raise ValueError(f"{name!r} is of timm's {homes[name]}.py, not a Vision Transformer of timm's {MODULES}")
     raise ValueError(f"there is no model named {name!r}{_nearest(name, known)}")

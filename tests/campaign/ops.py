@@ -223,11 +223,18 @@ def blocks_cpu(m):
     weights, fields = backend.listed([backend.pack(w, "int8" if form[-1] == 2 else None)])
     head = m.normal(3, dim, dtype=torch.float32)
     packed = _packed(m.normal(classes, dim), None, None, int(m.dtype == torch.bfloat16))
-    head, rotary = m.maybe([head, head.clone(), packed]) or [], _rotary(m, heads, width // heads)
+    head, of_clips = m.maybe([head, head.clone(), packed]) or [], m.maybe(True)
+    rotary = None if of_clips else _rotary(m, heads, width // heads)
     angles = ([], [], None, False) if rotary is None else ([rotary.cos], [rotary.sin], rotary.row, rotary.half)
     x, row = m.normal(m.tokens, dim), m.maybe(m.rows(3))
     blocks = m.random.randrange(1, 3)
-    return [x, m.cu_seqlens(), row, weights * blocks, fields, *form, *angles, head, 1e-6, classes]
+    time = (None, [], 0.0, 0.0)
+    if of_clips:
+        counts = [m.random.choice([n for n in range(1, length + 1) if length % n == 0] or [0]) for length in m.lengths]
+        norm = m.normal(2, m.random.randrange(1, 4), dim, dtype=torch.float32).unbind()
+        products = [_packed(m.normal(*size), None, None, form[-1]) for size in ((3 * width, dim), (dim, width))]
+        time = (torch.tensor(counts, dtype=torch.int32), [*norm, *products] * blocks, 1e-6, 0.3)
+    return [x, m.cu_seqlens(), row, weights * blocks, fields, *form, *angles, head, 1e-6, classes, *time]
 
 
 def _images(m):
