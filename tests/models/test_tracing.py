@@ -64,7 +64,7 @@ def test_export_of_any_batch_and_size(name, strict):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "deepseek_vit_412m"])
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
 def test_export_of_rotary_positions(name):
     """Of any number of images of one size; sizes that vary are refused."""
     _, ours = pair(name)
