@@ -253,7 +253,8 @@ class Embedding:
         size = tuple(x.shape[2:])
         if torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
             size = tuple(map(int, size))
-            x = x.unflatten(3, size[1:]).unflatten(2, size[:1])  # an error in a trace that is given another
+            if not torch.onnx.is_in_onnx_export():  # an error in a trace that is given another
+                x = x.unflatten(3, size[1:]).unflatten(2, size[:1])
         grid = self.patch_embed.dynamic_feat_size(size)
         x = self.patch_embed(x)
         if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
