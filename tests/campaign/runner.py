@@ -78,7 +78,7 @@ def campaign(
             ended = at == seed + count or peak > memory
             if time.monotonic() - noted > NOTE_EVERY:
                 noted, result.seconds = time.monotonic(), time.monotonic() - start
-                say(result.summary())
+                say(f"{result.counts.total():,} cases, {len(result.failures)} failures, {result.seconds:.0f} s")
         else:
             process.join()
             continue

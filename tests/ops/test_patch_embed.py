@@ -17,6 +17,7 @@ CASES = {
     "mixed, shrunk and enlarged": dict(
         sizes=[(12, 8), (21, 30), (5, 6), (1, 1)], grids=[(3, 2), (2, 2), (3, 2), (1, 2)]
     ),
+    "one column of pixels": dict(sizes=[(23, 5), (9, 1), (2, 7)], grids=[(4, 1), (2, 1), (1, 1)], patch=(4, 1)),
     "a photograph shrunk far": dict(sizes=[(75, 90)], grids=[(1, 2)]),
     "prefix and tail": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], prefix=2, tail=3),
     "no prefix, odd dim": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], prefix=0, dim=13),
