@@ -1,4 +1,4 @@
-"""Small arguments that fit together: of every kernel on a CPU, of the torch ops, and of the public functions of the ops."""
+"""Small arguments that fit together: of kernels on a CPU, of torch ops, and of the public functions of the ops."""
 
 import random
 
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from revit_kernels import dispatch, native, ops
-from revit_kernels.models import listed
+from revit_kernels.models import listed as listed  # registers its torch ops
 from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
 from revit_kernels.ops.linear import ACTIVATIONS as EPILOGUES

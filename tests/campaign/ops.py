@@ -1,7 +1,6 @@
 """Ops with arguments of wrong boundaries, sizes, strides, types and ranges: at the kernels, the torch ops and the
 public functions. What is not refused must be answered, without touching what it was given."""
 
-import random
 from ctypes import string_at
 
 import torch
