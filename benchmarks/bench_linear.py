@@ -18,11 +18,10 @@ torch._functorch.config.donated_buffer = False  # a compiled backward is timed m
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ROWS = (1576, 12608, 50432) if CUDA else (1576,)  # 8, 64 and 256 images of 197 tokens
-EPILOGUES = {  # (activation, gate, residual and LayerScale), of layers (in, out) in units of dim
-    "plain": ((None, None, False), ((1, 3),)),
-    "gelu": (("gelu", None, False), ((1, 4),)),
-    "residual": ((None, None, True), ((1, 1), (4, 1))),
-    "swiglu": (("silu", "first", False), ((1, 5),)),
+EPILOGUES = {  # (activation, gate), of layers (in, out) in units of dim
+    "plain": ((None, None), ((1, 3), (1, 1), (4, 1))),
+    "gelu": (("gelu", None), ((1, 4),)),
+    "swiglu": (("silu", "first"), ((1, 5),)),
 }
 LAYERS = [
     (name, form, dim * inputs, dim * out)
@@ -37,29 +36,27 @@ dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16] + ([] if CUDA else [t
 
 
 def make_inputs(rows, layer, dtype):
-    _, (activation, gate, residual), inputs, out = layer
+    _, (activation, gate), inputs, out = layer
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
         return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
     found = {"x": random(rows, inputs), "weight": random(out, inputs) / inputs**0.5, "bias": random(out)}
-    if residual:
-        found |= {"residual": random(rows, out), "gamma": random(out)}
     form = {"activation": activation, "gate": gate}
     flops = 2 * rows * inputs * out
-    key = choice.shape_key("forward", dtype, (out, inputs), activation, gate, residual)
+    key = choice.shape_key("forward", dtype, (out, inputs), activation, gate)
     return found, form, flops, key
 
 
-def unfused(x, weight, bias, residual=None, gamma=None, activation=None, gate=None):
+def unfused(x, weight, bias, activation=None, gate=None):
     y = F.linear(x, weight, bias)
     if gate:
         first, second = y.chunk(2, -1)
         y = F.silu(first) * second
     elif activation:
         y = F.gelu(y)
-    return y if residual is None else residual + gamma * y
+    return y
 
 
 def gradients(function, tensors, form):
@@ -71,8 +68,7 @@ def gradients(function, tensors, form):
 
 
 def need(backend, tensors, form):
-    names = ("x", "weight", "bias", "residual", "gamma")
-    if why := refusal("linear", backend, *(tensors.get(name) for name in names), *form.values(), False):
+    if why := refusal("linear", backend, *tensors.values(), *form.values(), False):
         pytest.skip(f"{backend}: {why}")
 
 
@@ -119,7 +115,7 @@ def bench_fp8(duel, benchmark, rows, layer, rival):
     tensors, form, flops, key = make_inputs(rows, layer, torch.bfloat16)
     eighth = tensors | {name: quantize(tensors[name]) for name in ("x", "weight")}
     x, weight = eighth["x"], eighth["weight"]
-    sample = (x.values, x.scale, weight.values, weight.scale[:, 0], tensors["bias"], None, None, *form.values())
+    sample = (x.values, x.scale, weight.values, weight.scale[:, 0], tensors["bias"], *form.values())
     for backend in ("triton", "vendor"):
         if why := refusal("linear", backend, *sample, torch.bfloat16, False, step="fp8"):
             pytest.skip(f"{backend}: {why}")

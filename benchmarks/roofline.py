@@ -83,13 +83,10 @@ def pos_embed(tokens: int, dim: int) -> Work:
     return Work(tokens * dim * HALF)
 
 
-def linear(rows: int, inputs: int, out: int, columns: int = 0, steps: int = 0) -> Work:
-    """x and the weight read and `columns` (by default out) a row written; `steps` passes over these behind the product,
-    each of which reads or writes them once more: 2 for a GELU of its own, 1 for a residual that an epilogue reads."""
-    columns = columns or out
+def linear(rows: int, inputs: int, out: int) -> Work:
+    """x and the weight read, the result written."""
     product = 2 * rows * inputs * out
-    moved = rows * inputs + inputs * out + (1 + steps) * rows * columns
-    return Work(moved * HALF, product, product)
+    return Work((rows * inputs + inputs * out + rows * out) * HALF, product, product)
 
 
 def alone(rows: int, columns: int, steps: int) -> Work:
@@ -111,9 +108,8 @@ def rows():
         tokens = IMAGES * 197
         yield f"linear with GELU, {tokens:,} tokens, {dim} to {4 * dim}", linear(tokens, dim, 4 * dim)
         yield f"  GELU of its own behind it, {tokens:,} tokens of {4 * dim}", alone(tokens, 4 * dim, 2)
-        yield f"linear with a residual, {tokens:,} tokens, {dim} to {dim}", linear(tokens, dim, dim, steps=1)
-        yield f"linear with a residual, {tokens:,} tokens, {4 * dim} to {dim}", linear(tokens, 4 * dim, dim, steps=1)
-        yield f"  add of its own behind it, {tokens:,} tokens of {dim}", alone(tokens, dim, 3)
+        yield f"linear, {tokens:,} tokens, {dim} to {dim}", linear(tokens, dim, dim)
+        yield f"linear, {tokens:,} tokens, {4 * dim} to {dim}", linear(tokens, 4 * dim, dim)
     for dim in (384, 768):
         patches = IMAGES * 196
         yield f"patch_embed, {patches:,} patches of 16x16 to {dim}", patch_embed(patches, 16, dim)

@@ -51,8 +51,8 @@ def calls(device: torch.device):
     ends = torch.arange(IMAGES + 1, dtype=torch.int32, device=device) * LENGTH
     for dim in (384, 768, 1024):
         x, weight, bias = normal(IMAGES * LENGTH, dim), normal(4 * dim, dim) / dim**0.5, normal(4 * dim)
-        yield "linear", "forward", (x, weight, bias, None, None, "gelu", None, False)
-        yield "linear", "forward", (x, weight[:dim], bias[:dim], x, bias[:dim], None, None, False)
+        yield "linear", "forward", (x, weight, bias, "gelu", None, False)
+        yield "linear", "forward", (x, weight[:dim], bias[:dim], None, None, False)
         yield "layer_norm", "forward", (x, bias[None, :dim], bias[None, :dim], None, x, bias[:dim], 1e-6, False)
     for head_dim in (64, 80):
         q, k, v = normal(IMAGES * LENGTH, 3, 12, head_dim).unbind(1)

@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""What each part of the method is worth: small ReViTs trained without one part each, several seeds, with spread.
+"""What each part of the method is worth, and each way of training it: small ReViTs, each with one thing changed,
+several seeds, with spread.
 
-    python recipes/ablation.py [--data fashion-mnist] [--output recipes/reports/ablation_fashion_mnist] [--seeds 3]
+    python recipes/ablation.py [--of parts|training] [--data fashion-mnist] [--output FILE] [--seeds 3]
 
-Half an hour on 2 cores of a Zen 4 CPU for Fashion-MNIST, ten minutes for scikit-learn's digits. Runs that are done are
-kept, and not run again.
+The parts take half an hour on 2 cores of a Zen 4 CPU for Fashion-MNIST, ten minutes for scikit-learn's digits. Runs
+that are done are kept, and not run again.
 """
 
 import argparse
 import json
 import platform
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from multiprocessing import get_context
 from pathlib import Path
@@ -57,12 +58,36 @@ SETTINGS = {
         about="Fashion-MNIST",
     ),
 }
-VARIANTS = {  # name: arguments of make_resizable, weight of the distillation
-    "an affine per length, distilled, images resized": ({}, 0.5),
-    "one affine for all lengths": ({"norms": "shared"}, 0.5),
-    "no distillation": ({}, 0.0),
-    "embedding `patch`": ({"embedding": "patch"}, 0.5),
-    "embedding `per_length`": ({"embedding": "per_length"}, 0.5),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a training differs from the setting's own."""
+
+    resizable: dict = field(default_factory=dict)  # arguments of make_resizable
+    objective: Objective = field(default_factory=Objective)
+    recipe: dict = field(default_factory=dict)
+    times: float = 1.0  # the setting's epochs
+
+
+VARIANTS = {
+    "parts": {  # of the method
+        "an affine per length, distilled, images resized": Variant(),
+        "one affine for all lengths": Variant({"norms": "shared"}),
+        "no distillation": Variant(objective=Objective(0.0)),
+        "embedding `patch`": Variant({"embedding": "patch"}),
+        "embedding `per_length`": Variant({"embedding": "per_length"}),
+    },
+    "training": {  # how it is trained: what else is done with the same model
+        "every length in a step, half distilled": Variant(),
+        "twice as long": Variant(times=2),
+        "the longest and one other in a step, as many images": Variant(recipe={"lengths": 2}),
+        "the longest and one other in a step, 1.4 times the images": Variant(recipe={"lengths": 2}, times=1.4),
+        "distillation 0.9": Variant(objective=Objective(0.9)),
+        "distillation 0.9 at temperature 2": Variant(objective=Objective(0.9, 2.0)),
+        "weights averaged": Variant(recipe={"ema": 0.99}),
+        "weights averaged, and their average teaches": Variant(recipe={"ema": 0.99, "teacher": "average"}),
+    },
 }
 
 
@@ -71,39 +96,41 @@ def sets(name: str):
     return open_set(name).split(SETTINGS[name].held_out, seed=0)[0], open_set(name, "test")
 
 
-def train(setting: Setting, variant: str, seed: int, images):
-    options, distillation = VARIANTS[variant]
+def train(setting: Setting, variant: Variant, seed: int, images):
     torch.manual_seed(seed)
     model = create_model("vit_tiny_patch16_224", num_classes=10, **setting.model).make_resizable(
-        setting.menu, **options
+        setting.menu, **variant.resizable
     )
-    recipe = replace(setting.recipe, seed=seed, objective=Objective(distillation))
+    epochs = variant.times * setting.recipe.epochs
+    recipe = replace(setting.recipe, seed=seed, epochs=epochs, objective=variant.objective, **variant.recipe)
     size = setting.model["img_size"]
     return Trainer(model, Augmented(images, (size, size)), recipe).train().eval()
 
 
-def run(name: str, variant: str, seed: int) -> list[float]:
+def run(name: str, what: str, variant: str, seed: int) -> list[float]:
     """Accuracy at each length."""
     torch.set_num_threads(1)
     setting, (images, test) = SETTINGS[name], sets(name)
-    return collect(train(setting, variant, seed, images), test).correct.mean(0).tolist()
+    return collect(train(setting, VARIANTS[what][variant], seed, images), test).correct.mean(0).tolist()
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--data", default="fashion-mnist", choices=SETTINGS)
-    arguments.add_argument("--output", help="recipes/reports/ablation_DATA")
+    arguments.add_argument("--of", default="parts", choices=VARIANTS, help="the method's parts, or its training")
+    arguments.add_argument("--output", help="recipes/reports/ablation_DATA, of the training ablation_training_DATA")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
     args = arguments.parse_args()
-    output = args.output or f"recipes/reports/ablation_{args.data.replace('-', '_')}"
+    kind = "" if args.of == "parts" else f"{args.of}_"
+    output = args.output or f"recipes/reports/ablation_{kind}{args.data.replace('-', '_')}"
     path = Path(output).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(path.read_text()) if path.exists() else {"accuracy": {}}
-    jobs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
+    jobs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS[args.of]]
     jobs = [(variant, seed) for variant, seed in jobs if str(seed) not in done["accuracy"].get(variant, {})]
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run, args.data, *job): job for job in jobs}
+        waiting = {pool.submit(run, args.data, args.of, *job): job for job in jobs}
         for future in tqdm(as_completed(waiting), total=len(jobs), unit=" runs", disable=None):
             variant, seed = waiting[future]
             done["accuracy"].setdefault(variant, {})[str(seed)] = future.result()
@@ -112,7 +139,7 @@ def main() -> None:
                 f"{date.today().isoformat()}"
             )
             write_whole(path, lambda temporary: temporary.write_text(json.dumps(done, indent=1)))
-    path.with_suffix(".md").write_text(table(done, args.data))
+    path.with_suffix(".md").write_text(table(done, args.data, args.of))
 
 
 def _spread(values) -> str:
@@ -120,12 +147,12 @@ def _spread(values) -> str:
     return f"{values.mean():.2f} ± {values.std(ddof=1) if len(values) > 1 else 0:.2f}"
 
 
-def table(done: dict, data: str) -> str:
+def table(done: dict, data: str, what: str) -> str:
     """The Markdown of what was found: means and standard deviations over the seeds."""
     setting, seeds = SETTINGS[data], len(next(iter(done["accuracy"].values())))
     size, recipe, menu = setting.model, setting.recipe, [f"{h}x{w}" for h, w in setting.menu]
     lines = [
-        "# What each part of the method is worth",
+        "# What each part of the method is worth" if what == "parts" else "# What each way of training is worth",
         "",
         f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
         f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
@@ -136,7 +163,7 @@ def table(done: dict, data: str) -> str:
         "| variant | " + " | ".join(f"accuracy at {grid}, %" for grid in menu) + " |",
         "|---|" + "---|" * len(menu),
     ]
-    for variant in VARIANTS:
+    for variant in VARIANTS[what]:
         columns = np.array(list(done["accuracy"][variant].values())).T
         lines.append(f"| {variant} | " + " | ".join(map(_spread, columns)) + " |")
     return "\n".join(lines) + "\n"

@@ -72,7 +72,7 @@ def linear():
     for shape in (*shapes, *(shape | {"bits": 32} for shape in shapes[::2])):
         for activation in ("gelu", "gelu_tanh", "silu"):
             yield "forward", shape, whole | {"activation": activation}
-        yield "forward", shape, {"activation": None, "missing": ("residual", "gamma", "kept", "bias")}
+        yield "forward", shape, {"activation": None, "missing": ("kept", "bias")}
     yield "forward", shapes[1], whole | {"dtype": "fp16"}
     yield from (("forward", shape | {"loads": NUMBERS}, whole) for shape in shapes[::2])
     e4m3 = {"since": 90, "missing": ("kept",)}

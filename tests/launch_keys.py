@@ -93,9 +93,9 @@ def layer_norm_of_one_length(op, tokens, images, ahead):
 
 
 def linear(op, tokens, images, ahead, dtype=torch.bfloat16):
-    x, weight, vector = (numbers(*shape, dtype=dtype) for shape in ((tokens, DIM), (2 * DIM, DIM), (DIM,)))
-    y, kept = op.forward(x, weight, None, x, vector, "gelu", "first", True)
-    op.backward(y, x, weight, None, vector, kept, "gelu", "first", False, False)
+    x, weight, vector = (numbers(*shape, dtype=dtype) for shape in ((tokens, DIM), (2 * DIM, DIM), (2 * DIM,)))
+    y, kept = op.forward(x, weight, vector, "gelu", "first", True)
+    op.backward(y, x, weight, vector, kept, "gelu", "first", False, False)
 
 
 def linear_without_tma(op, tokens, images, ahead):
@@ -105,7 +105,7 @@ def linear_without_tma(op, tokens, images, ahead):
 def linear_in_e4m3(op, tokens, images, ahead):
     x, scale = op.quantize(numbers(tokens, DIM), DIM)
     weight, of_weight = numbers(DIM, DIM, dtype=torch.float8_e4m3fn), numbers(DIM, dtype=torch.float32)
-    op.fp8(x, scale, weight, of_weight, None, None, None, "gelu", None, torch.bfloat16, True)
+    op.fp8(x, scale, weight, of_weight, None, "gelu", None, torch.bfloat16, True)
 
 
 def patch_embed(op, tokens, images, ahead, resize=False):

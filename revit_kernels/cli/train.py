@@ -133,6 +133,19 @@ def add(commands):
         metavar="SHARE",
         help="of a shorter length's loss that is the divergence from the longest's answer (default: 0.5; 0: none)",
     )
+    menu.add_argument(
+        "--teacher",
+        choices=("self", "average"),
+        default="self",
+        help="of that divergence: the model itself, or the average of its weights that --ema keeps (default: self)",
+    )
+    menu.add_argument(
+        "--lengths-per-step",
+        type=count,
+        default=0,
+        metavar="N",
+        help="the longest and N - 1 others, drawn anew for each step (default: all of the menu)",
+    )
     menu.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of that divergence (default: 1)")
 
     recipe = train.add_argument_group("recipe")
@@ -183,6 +196,8 @@ def run(args) -> int:
     recipe = Recipe(
         **{name: getattr(args, name) for name in ("epochs", "batch", "accumulate", "lr", "least_lr", "warmup")},
         **{name: getattr(args, name) for name in ("weight_decay", "layer_decay", "clip", "ema", "seed")},
+        lengths=args.lengths_per_step,
+        teacher=args.teacher,
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
@@ -230,7 +245,8 @@ def _progress(bar: Progress, menu):
             bar.go_on_from(step - 1)
         bar.total = steps
         if not bar.quiet and step % 10 == 0:  # reading the loss waits for the device
-            bar.note = "loss " + ", ".join(f"{grid_text(g)} {loss:.3f}" for g, loss in zip(menu, losses.tolist()))
+            taken = [(grid, loss) for grid, loss in zip(menu, losses.tolist()) if loss == loss]
+            bar.note = "loss " + ", ".join(f"{grid_text(grid)} {loss:.3f}" for grid, loss in taken)
         bar.update(step - bar.n)
 
     return show

@@ -6,6 +6,7 @@ The photographs and the footage keep their own licences: they are for measuring 
 
 from __future__ import annotations
 
+import copy
 import io
 import zipfile
 from functools import lru_cache
@@ -18,7 +19,7 @@ from PIL import Image
 from revit_kernels.data import fetch as files
 from revit_kernels.data import sets
 from revit_kernels.data.fetch import PIP, Archive, data_root
-from revit_kernels.data.image_set import ImageSet, pick_split
+from revit_kernels.data.image_set import ImageSet, Target, pick_split
 from revit_kernels.data.videos import Sampling, decode_clip
 
 NAME = "motion"
@@ -47,7 +48,7 @@ FOOTAGE = {  # of different rooms, people and cameras
     "train": [("pose2sim", f"Pose2Sim/Demo_SinglePerson/videos/cam0{i}.mp4") for i in (1, 2, 3, 4)],
     "test": [("musicalgestures", "musicalgestures/examples/pianist.avi")],
 }
-COUNTS = {"train": 12_000, "test": 2_000}
+COUNTS = {"train": 12_000, "test": 2_000}  # unless another number is asked for
 SIDE = 112  # pixels of a clip
 MOVING = 0.2  # share of clips that are cut out of footage
 TREMBLE = 0.003  # of every hand-held camera, in parts of the picture's side, at most
@@ -71,8 +72,8 @@ def fetch(root=None) -> Path:
     return data_root(root)
 
 
-def open_motion(split: str, frames: int, root=None, clips: int | None = None) -> MotionSet:
-    """A split of the set, train or test, or the first `clips` of it.
+def open_motion(split: str, frames: int, root=None, clips: int | None = None, first: int = 0) -> MotionSet:
+    """A split of the set, train or test, or as many `clips` of it as are wanted, from the number `first` on.
 
     Raises ValueError where a package is missing or another one.
     """
@@ -84,8 +85,7 @@ def open_motion(split: str, frames: int, root=None, clips: int | None = None) ->
     for one in PHOTOGRAPHS[part]:
         photographs += list(sets.open_known("groceries", one, root).sources)
     footage = [_member(files.locate(name, ARCHIVES[name], root), file) for name, file in FOOTAGE[part]]
-    count = min(COUNTS[part], clips or COUNTS[part])
-    return MotionSet(f"{NAME}/{part}", photographs, footage, count, frames, SEEDS[part])
+    return MotionSet(f"{NAME}/{part}", photographs, footage, clips or COUNTS[part], frames, SEEDS[part], first=first)
 
 
 def _member(wheel: Path, name: str) -> bytes:
@@ -98,15 +98,17 @@ class MotionSet(ImageSet):
 
     photographs: encoded images, bytes each
     footage:     encoded videos, bytes each; may be none
+    first:       the number of the first clip
     """
 
-    def __init__(self, name: str, photographs, footage, count: int, frames: int, seed: int, side: int = SIDE):
+    def __init__(self, name, photographs, footage, count: int, frames: int, seed: int, side: int = SIDE, first=0):
         self.photographs, self.footage, self.frames, self.seed, self.side = photographs, footage, frames, seed, side
-        targets = np.arange(count) % len(CLASSES)
-        super().__init__(name, CLASSES, targets, [f"{name}/{i:05d}" for i in range(count)])
+        self.first = first
+        numbers = np.arange(first, first + count)
+        super().__init__(name, CLASSES, numbers % len(CLASSES), [f"{name}/{i:05d}" for i in numbers])
 
     def pixels(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng([self.seed, index])
+        rng = np.random.default_rng([self.seed, self.first + index])
         moment = (np.arange(self.frames) + 0.5) / self.frames
         path = window(CLASSES[self.targets[index]], rng, moment)
         pictures = self._pictures(rng, moment)
@@ -114,8 +116,13 @@ class MotionSet(ImageSet):
         place = _placed(path, pictures[0].size, rng)
         found = np.empty((self.frames, self.side, self.side, 3), np.uint8)
         for i, picture in enumerate(pictures):
-            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else picture
-            found[i] = _cut(picture, *(float(values[i]) for values in place), self.side)
+            found[i] = _cut(picture, *(float(values[i]) for values in place), self.side, mirrored)
+        return found
+
+    def reduced(self, target: Target) -> MotionSet:
+        """The same clips, drawn no larger than the target."""
+        found = copy.copy(self)
+        found.side = min(self.side, max(target((self.side, self.side))))
         return found
 
     def _pictures(self, rng, moment: np.ndarray) -> list[Image.Image]:
@@ -178,10 +185,16 @@ def _placed(path: Motion, size: tuple[int, int], rng) -> Motion:
     return Motion(x + path.x * side, y + path.y * side, path.side * side, path.angle)
 
 
-def _cut(picture: Image.Image, x: float, y: float, side: float, angle: float, pixels: int) -> np.ndarray:
-    """The window's content (pixels, pixels, 3): twice as large by bilinear interpolation, then averaged."""
+def _cut(
+    picture: Image.Image, x: float, y: float, side: float, angle: float, pixels: int, mirrored: bool = False
+) -> np.ndarray:
+    """The content (pixels, pixels, 3) of a window onto the picture, or onto its mirror image: twice as large by
+    bilinear interpolation, then averaged."""
     step = side / (2 * pixels)
     c, s = np.cos(angle) * step, np.sin(angle) * step
-    affine = (c, -s, x - pixels * (c - s), s, c, y - pixels * (s + c))
-    drawn = picture.transform((2 * pixels, 2 * pixels), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
+    along, down = (c, -s, x - pixels * (c - s)), (s, c, y - pixels * (s + c))
+    if mirrored:
+        along = (-along[0], -along[1], picture.width - along[2])
+    size = (2 * pixels, 2 * pixels)
+    drawn = picture.transform(size, Image.Transform.AFFINE, along + down, Image.Resampling.BILINEAR)
     return np.asarray(drawn.reduce(2))

@@ -51,12 +51,12 @@ class ClipSet(EncodedSet):
 def open_clips(source: str, sampling: Sampling, split: str = "train", *, root=None) -> ImageSet:
     """The clips that `source` names: an ImageSet whose `pixels` are (frames, height, width, 3).
 
-    source: "motion", see data.motion, or the first so many clips of it as "motion#clips=2000"; a folder with a folder
+    source: "motion", see data.motion, or other clips of it as "motion#clips=2000,first=12000"; a folder with a folder
             of videos per class, or with train/, test/ or val/ above them; a .csv with the columns path, label and
-            perhaps split; Kinetics' .csv (label, youtube_id, time_start,
-            time_end, split); a list of "path number" lines, .csv or .txt, as SlowFast and VideoMAE read; or
-            Something-Something's .json (id, template). Behind a "#": videos=FOLDER where the videos are not beside the
-            table, labels=FILE of Something-Something's classes (default: something-something-v2-labels.json beside it)
+            perhaps split; Kinetics' .csv (label, youtube_id, time_start, time_end, split); a list of "path number"
+            lines, .csv or .txt, as SlowFast and VideoMAE read; or Something-Something's .json (id, template). Behind a
+            "#": videos=FOLDER where the videos are not beside the table, labels=FILE of Something-Something's classes
+            (default: something-something-v2-labels.json beside it)
     split, root: as of datasets.open_set
 
     Videos that Kinetics' list names and the folder lacks are left out, as the list outlives them.
@@ -64,10 +64,11 @@ def open_clips(source: str, sampling: Sampling, split: str = "train", *, root=No
     """
     text, _, options = (source, "", "") if os.path.exists(source) else source.partition("#")
     if text == motion.NAME:
-        clips = options_of(source, options, ("clips",)).get("clips", "0")
-        if not clips.isdecimal():
-            raise ValueError(f"{source}: clips must be a whole number, got {clips!r}")
-        return motion.open_motion(split, sampling.frames, root, int(clips) or None)
+        numbers = {"clips": "0", "first": "0"} | options_of(source, options, ("clips", "first"))
+        for name, text in numbers.items():
+            if not text.isdecimal():
+                raise ValueError(f"{source}: {name} must be a whole number, got {text!r}")
+        return motion.open_motion(split, sampling.frames, root, int(numbers["clips"]) or None, int(numbers["first"]))
     path = Path(text)
     if path.is_dir():
         found = folder_set(path, split, SUFFIXES, "videos")

@@ -83,9 +83,7 @@ def linear_forward(x, weight, *_, out_val=None, **__) -> int:
 
 
 @_counts(_ops.linear_backward)
-def linear_backward(
-    dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight, *_, out_val=None, **__
-) -> int:
+def linear_backward(dy, x, weight, bias, kept, activation, gate, need_x, need_weight, *_, out_val=None, **__) -> int:
     return 2 * x.shape[0] * weight.numel() * (need_x + need_weight)
 
 

@@ -39,11 +39,12 @@ class Objective:
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, targets: Tensor, teacher: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(loss, losses).
 
         logits:  (lengths, images, classes), longest length first
         targets: (images,) classes, or (images, classes) probabilities
+        teacher: (images, classes), logits that take the place of z_1 in the divergence
 
         losses: (lengths,), detached, each length's own
         """
@@ -51,7 +52,7 @@ class Objective:
         longest, shorter = logits[0], logits[1:]
         truth = [F.cross_entropy(z, targets, label_smoothing=self.smoothing) for z in logits]
         losses = [truth[0]]
-        teacher = F.log_softmax(longest.detach() / self.temperature, -1)
+        teacher = F.log_softmax((longest if teacher is None else teacher.to(logits)).detach() / self.temperature, -1)
         for z, own in zip(shorter, truth[1:]):
             if self.distillation:
                 student = F.log_softmax(z / self.temperature, -1)
@@ -62,12 +63,18 @@ class Objective:
         return losses.mean(), losses.detach()
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=32)
 def all_lengths(
-    menu: tuple[Grid, ...], images: int, prefix: int, device: torch.device, per_frame: bool | None = None
+    menu: tuple[Grid, ...],
+    images: int,
+    prefix: int,
+    device: torch.device,
+    per_frame: bool | None = None,
+    lengths: tuple[int, ...] | None = None,
 ) -> Packing:
-    """The packing of every image at every length: all images at the longest first. Kept: each step's is the same."""
-    grids = [grid for grid in menu for _ in range(images)]
+    """The packing of every image at these rows of the menu, or all: all images at the first of them first. Kept, since
+    steps repeat."""
+    grids = [menu[i] for i in (range(len(menu)) if lengths is None else lengths) for _ in range(images)]
     with torch.inference_mode(False):  # else what is kept could not be saved for a backward
         if per_frame is None:
             return Packing.from_grids(grids, prefix, menu=menu, device=device)
@@ -75,17 +82,22 @@ def all_lengths(
 
 
 def packed_logits(
-    forward: Callable, images: Tensor | list[Tensor], menu, prefix: int, per_frame: bool | None = None, **options
+    forward: Callable,
+    images: Tensor | list[Tensor],
+    menu,
+    prefix: int,
+    per_frame: bool | None = None,
+    lengths: tuple[int, ...] | None = None,
+    **options,
 ) -> Tensor:
     """(lengths, images, classes): the answers at every length of the menu, from one packed forward.
 
     forward: a VarLenViT, or what wraps it (DistributedDataParallel, torch.compile)
     images:  as VarLenViT takes them; clips, where per_frame says whether each frame has prefix tokens (ClipPacking)
+    lengths: rows of the menu to answer at; None: all
     """
-    count, lengths = len(images), len(menu)
+    count, rows = len(images), len(menu if lengths is None else lengths)
     device = images.device if isinstance(images, Tensor) else images[0].device
-    repeated = (
-        images.repeat(lengths, *[1] * (images.ndim - 1)) if isinstance(images, Tensor) else list(images) * lengths
-    )
-    packing = all_lengths(menu, count, prefix, device, per_frame)
-    return forward(repeated, packing=packing, **options).unflatten(0, (lengths, count))
+    repeated = images.repeat(rows, *[1] * (images.ndim - 1)) if isinstance(images, Tensor) else list(images) * rows
+    packing = all_lengths(menu, count, prefix, device, per_frame, lengths)
+    return forward(repeated, packing=packing, **options).unflatten(0, (rows, count))

@@ -1,4 +1,4 @@
-"""Trains a ReViT: every step takes each image at every length of the menu, in one packed forward and backward."""
+"""Trains a ReViT: every step takes each image at several lengths of the menu, in one packed forward and backward."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,8 +33,11 @@ LOG_EVERY = 50  # steps
 class Recipe:
     """How a ReViT is trained.
 
-    batch:        images of a step in each process; every one is seen at every length
+    batch:        images of a step in each process; every one is seen at every length of the step
     accumulate:   parts that a step's images are taken in, to need less memory
+    lengths:      lengths of a step: the longest, and others drawn anew for each step; 0: all of the menu
+    teacher:      whose answers at the longest length teach the shorter ones: the model's own ("self"), or those of the
+                  moving average of its weights ("average", which needs ema)
     warmup:       share of all steps in which the learning rate rises
     least_lr:     share of the learning rate at the last step
     layer_decay:  each layer's learning rate is so many times that of the layer above it
@@ -45,6 +49,8 @@ class Recipe:
     epochs: float = 10.0
     batch: int = 64
     accumulate: int = 1
+    lengths: int = 0
+    teacher: str = "self"
     lr: float = 1e-3
     least_lr: float = 0.01
     warmup: float = 0.05
@@ -64,6 +70,14 @@ class Recipe:
             raise ValueError(f"batch must be a multiple of accumulate, got {self.batch} and {self.accumulate}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and below 1, got {self.ema}")
+        if self.lengths < 0 or self.lengths == 1:
+            raise ValueError(
+                f"lengths must be 0 (all) or at least 2, the longest and one that it teaches, got {self.lengths}"
+            )
+        if self.teacher not in ("self", "average"):
+            raise ValueError(f'teacher must be "self" or "average", got {self.teacher!r}')
+        if self.teacher == "average" and not self.ema:
+            raise ValueError("the average of the weights can teach only where one is kept: set ema")
 
     def as_settings(self) -> dict:
         return asdict(self)
@@ -101,17 +115,22 @@ class Trainer:
             raise ValueError("the model must be made resizable first")
         if fsdp and recipe.ema:
             raise NotImplementedError("an average of the weights is not kept with FSDP: leave out ema")
+        if recipe.lengths > len(model.menu):
+            raise ValueError(
+                f"a step of {recipe.lengths} lengths needs as many in the menu, which has {len(model.menu)}"
+            )
         self.model, self.images, self.recipe, self.folder = model, images, recipe, folder
         self.mix, self.score, self.workers = mix, score, workers
         self.device = next(model.parameters()).device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.sampled = 0 < recipe.lengths < len(model.menu)
         self.fsdp, self.forward, self.whole = fsdp, model, None
         if fsdp:
             self.whole = copy.deepcopy(model).cpu() if self.rank == 0 else None  # scored and written
             if self.world > 1:
                 sharded.shard(model, recipe.autocast)
         elif self.world > 1:
-            self.forward = DistributedDataParallel(model)
+            self.forward = DistributedDataParallel(model, find_unused_parameters=self.sampled)
         self.optimiser = adamw(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
         average = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
@@ -120,7 +139,7 @@ class Trainer:
         self.step = 0
         self.losses: Tensor | None = None  # each length's, added up over the steps since the log's last row
         self.logged = 0  # those steps
-        self.checked = False  # that a step touches every parameter, as averaging over processes needs
+        self.checked = self.sampled  # that a step touches every parameter, as averaging over processes needs
 
     @property
     def best_weights(self) -> VarLenViT:
@@ -132,8 +151,16 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
+    def lengths_of(self, step: int) -> tuple[int, ...]:
+        """The rows of the menu that a step takes, the longest first; the same in every process."""
+        others = range(1, len(self.model.menu))
+        if self.sampled:
+            generator = np.random.default_rng((self.recipe.seed, step))
+            others = sorted(generator.choice(others, self.recipe.lengths - 1, replace=False).tolist())
+        return 0, *others
+
     def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns (lengths,), each length's own loss.
+        """One update; returns (lengths of the menu,), each length's own loss, NaN for those that the step left out.
 
         images: (batch, height, width, 3) uint8, or clips (batch, frames, height, width, 3)
         """
@@ -147,7 +174,7 @@ class Trainer:
         )
         for group in self.optimiser.param_groups:
             group["lr"] = lr * group["scale"]
-        losses = []
+        losses, lengths = [], self.lengths_of(self.step)
         parts = list(zip(images.chunk(recipe.accumulate), targets.chunk(recipe.accumulate)))
         for i, (part, target) in enumerate(parts):
             last = i == len(parts) - 1
@@ -156,8 +183,8 @@ class Trainer:
                 self.model.set_requires_gradient_sync(last)
             with wait, torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.autocast):
                 layout = self.model.menu, self.model.num_prefix_tokens, self.model.per_frame
-                logits = packed_logits(self.forward, part, *layout, channels_last=True)
-                loss, own = recipe.objective(logits, target)
+                logits = packed_logits(self.forward, part, *layout, lengths, channels_last=True)
+                loss, own = recipe.objective(logits, target, self._taught(part, layout))
                 (loss / len(parts)).backward()
             losses.append(own)
         if self.world > 1 and not self.checked:
@@ -169,7 +196,16 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        return torch.stack(losses).mean(0)
+        all_losses = losses[0].new_full((len(self.model.menu),), torch.nan)
+        all_losses[list(lengths)] = torch.stack(losses).mean(0)
+        return all_losses
+
+    @torch.no_grad()
+    def _taught(self, images: Tensor, layout: tuple) -> Tensor | None:
+        """The teacher's answers at the longest length, where it is not the model itself."""
+        if self.recipe.teacher == "self":
+            return None
+        return packed_logits(self.average.module.eval(), images, *layout, (0,), channels_last=True)[0]
 
     # ------------------------------------------------------------------ the run
 
@@ -185,7 +221,7 @@ class Trainer:
         """Train to the end, from the folder's state if it has one.
 
         save_every: seconds after which the state is written again; it always is at the end of an epoch
-        progress:   called with the number of the step, of all steps, and each length's loss
+        progress:   called with the number of the step, of all steps, and what train_step returned
         epoch_done: called with the log's row of each epoch that ends
         stop_after: leave off after this step, as if the run had been killed then
 
@@ -206,7 +242,10 @@ class Trainer:
             began, end = time.monotonic(), min(self.steps, (epoch + 1) * self.steps_an_epoch)
             for images, targets in load(self.images, order, self.workers, pin=self.device.type == "cuda"):
                 losses = self.train_step(*(t.to(self.device, non_blocking=True) for t in (images, targets)))
-                self.losses = losses if self.losses is None else self.losses + losses
+                if self.losses is None:
+                    self.losses = torch.zeros_like(losses)
+                taken = list(self.lengths_of(self.step - 1))
+                self.losses[taken] += losses[taken]
                 if progress is not None:
                     progress(self.step, self.steps, losses)
                 self.logged += 1
@@ -234,7 +273,8 @@ class Trainer:
         """A row of the log: losses are means since the row before."""
         self._check_finite()
         rate = self.logged * self.recipe.batch * self.world / (time.monotonic() - began)
-        losses = (self.losses / self.logged).tolist()
+        taken = [i for step in range(self.step - self.logged, self.step) for i in self.lengths_of(step)]
+        losses = (self.losses.cpu() / torch.tensor(taken).bincount(minlength=len(self.losses))).tolist()
         self.losses, self.logged = None, 0
         row = {"step": self.step, "epoch": epoch + 1, "lr": self.optimiser.param_groups[-1]["lr"], "images_per_s": rate}
         return row | {f"loss_{grid_text(grid)}": loss for grid, loss in zip(self.model.menu, losses)}

@@ -172,6 +172,29 @@ def test_motion_is_seeded_and_stays_inside(photographs, tmp_path):
     assert min(clips.pixels(i).min() for i in range(40)) >= 250  # outside of the picture it is black
 
 
+def test_motion_goes_on_from_a_number(photographs):
+    whole = motion.MotionSet("m", photographs, [], 16, 4, 0, side=16)
+    rest = motion.MotionSet("m", photographs, [], 4, 4, 0, side=16, first=12)
+    assert list(rest.keys) == list(whole.keys)[12:] and np.array_equal(rest.targets, whole.targets[12:])
+    assert all(np.array_equal(rest.pixels(i), whole.pixels(12 + i)) for i in range(4))
+
+
+def test_motion_is_drawn_no_larger_than_it_is_seen(photographs):
+    clips = motion.MotionSet("m", photographs, [], 1, 2, 0, side=32)
+    small = clips.reduced(lambda size: (16, 12))
+    assert clips.pixels(0).shape == (2, 32, 32, 3) and small.pixels(0).shape == (2, 16, 16, 3)
+    averaged = clips.pixels(0).reshape(2, 16, 2, 16, 2, 3).mean((2, 4))
+    assert np.abs(averaged - small.pixels(0)).mean() < 3  # of 255: the same picture
+    assert clips.reduced(lambda size: (64, 64)).side == 32
+
+
+def test_a_mirrored_window_is_a_window_onto_the_mirror_image():
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    turned = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    expected = motion._cut(turned, 40, 30, 25, 0.4, 16)
+    assert np.array_equal(motion._cut(picture, 40, 30, 25, 0.4, 16, mirrored=True), expected)
+
+
 def test_footage(photographs, tmp_path):
     video = write_video(tmp_path / "a.mp4", [grey(40 + 4 * i, (60, 80)) for i in range(40)]).read_bytes()
     clips = motion.MotionSet("m", photographs[:1], [video], 40, 4, 0, side=16)
@@ -184,3 +207,5 @@ def test_motion_says_how_to_get_it(tmp_path):
         open_clips("motion", Sampling(4), root=tmp_path)
     with pytest.raises(ValueError, match="open them one by one"):
         open_clips("motion", Sampling(4), "all", root=tmp_path)
+    with pytest.raises(ValueError, match="first must be a whole number, got 'x'"):
+        open_clips("motion#first=x", Sampling(4), root=tmp_path)

@@ -11,16 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="this torch brings no Triton")
 # Numbers of a model, not of a batch: the compiler may know whether they are 1, or multiples of 16.
 OF_A_MODEL = {"heads", "scale", "dim", "eps", "lengths", "slots", "columns", "inputs", "group", "prefix", "channels"}
-OF_A_MODEL |= {
-    "x",
-    "weight",
-    "stride",
-    "x_row",
-    "weight_row",
-    "residual_row",
-    "angle_row",
-    "angle_head",
-}  # x and weight: matrices by TMA
+OF_A_MODEL |= {"x", "weight", "stride", "x_row", "weight_row", "angle_row", "angle_head"}  # x, weight: matrices by TMA
 OF_A_MODEL |= {f"{name}_{step}" for name in ("grad", "q", "k", "v") for step in ("token", "head")}
 
 

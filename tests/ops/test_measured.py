@@ -46,7 +46,7 @@ def tuner():
 def test_where_nothing_was_measured_the_rules_hold(gpu):
     assert measured.of(GPU) == {} == measured.of(torch.device("cpu"))
     assert measured.tiles("linear", "forward", GPU, **LAYER) == measured.rule("linear", "forward", **LAYER)
-    assert choice._lookup(GPU, "forward", torch.bfloat16, (3072, 768), "gelu", None, False) is None
+    assert choice._lookup(GPU, "forward", torch.bfloat16, (3072, 768), "gelu", None) is None
     for step in ("forward", "backward"):
         assert order(step, GPU, 10**6)[0] == "cuda" and sorted(order(step, GPU, 10**6)) == sorted(BACKENDS)
 
@@ -66,15 +66,15 @@ def test_a_measured_row_replaces_the_rule(gpu):
 def test_measured_backends_come_first(gpu):
     gpu(
         attention={"forward": {"flash_attn": 577, "cudnn": 1025}, "backward": {}},
-        linear={"forward bfloat16 768x3072 gelu": "vendor", "fp8 float16 4x8 gate-last residual": "triton"},
+        linear={"forward bfloat16 768x3072 gelu": "vendor", "fp8 float16 4x8 gate-last": "triton"},
     )
     assert order("forward", GPU, 576)[0] == "cuda" == order("backward", GPU, 10**6)[0]
     assert order("forward", GPU, 577)[:2] == ("flash_attn", "cuda")
     assert order("forward", GPU, 1025)[:3] == ("flash_attn", "cudnn", "cuda")
     assert sorted(order("forward", GPU, 1025)) == sorted(BACKENDS)
-    assert choice._lookup(GPU, "forward", torch.bfloat16, (3072, 768), "gelu", None, False)[0] == "vendor"
-    assert choice._lookup(GPU, "fp8", torch.float16, (8, 4), None, "last", True)[0] == "triton"
-    assert choice._lookup(GPU, "forward", torch.bfloat16, (768, 3072), None, None, False) is None
+    assert choice._lookup(GPU, "forward", torch.bfloat16, (3072, 768), "gelu", None)[0] == "vendor"
+    assert choice._lookup(GPU, "fp8", torch.float16, (8, 4), None, "last")[0] == "triton"
+    assert choice._lookup(GPU, "forward", torch.bfloat16, (768, 3072), None, None) is None
 
 
 def test_a_file_is_written_whole_or_not_at_all(gpu, monkeypatch):

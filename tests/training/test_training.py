@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,10 @@ class FakeSet(ArraySet):
         super().__init__("fake", ("red", "green", "blue"), targets, array)
 
 
-def make(dtype=torch.float32, **kwargs):
+def make(dtype=torch.float32, embedding="resize", **kwargs):
     torch.manual_seed(0)
-    model = create_model("vit_tiny_patch16_224", **SMALL | {"init_values": 0.5} | kwargs).make_resizable(MENU)
+    model = create_model("vit_tiny_patch16_224", **SMALL | {"init_values": 0.5} | kwargs)
+    model.make_resizable(MENU, embedding=embedding)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -206,19 +208,58 @@ def assert_same_state(first, second):
     assert first["step"] == second["step"]
 
 
-@pytest.mark.parametrize("killed_after", [4, 6, 9])
-def test_resumed_run_is_bitwise_the_same(tmp_path, killed_after):
-    whole = trainer(tmp_path / "whole")
+SAMPLED = replace(RECIPE, lengths=2, teacher="average")
+
+
+@pytest.mark.parametrize("recipe, killed_after", [(RECIPE, 4), (RECIPE, 6), (RECIPE, 9), (SAMPLED, 4)])
+def test_resumed_run_is_bitwise_the_same(tmp_path, recipe, killed_after):
+    whole = trainer(tmp_path / "whole", recipe)
     whole.train()
-    killed = trainer(tmp_path / "killed")
+    killed = trainer(tmp_path / "killed", recipe)
     killed.train(save_every=0.0, stop_after=killed_after)  # the state is written every step: a kill loses the last
-    again = trainer(tmp_path / "killed", resume=True)
+    again = trainer(tmp_path / "killed", recipe, resume=True)
     again.train()
     assert again.step == 12
     assert_same_state(whole.state(), again.state())
     logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("whole", "killed")]
     without_rate = [[line.split(",")[:3] + line.split(",")[4:] for line in log] for log in logs]
     assert without_rate[0] == without_rate[1]
+
+
+def test_lengths_of_a_step_are_drawn():
+    run, other = (trainer(None, replace(SAMPLED, seed=seed)) for seed in (0, 1))
+    drawn = [run.lengths_of(step) for step in range(50)]
+    assert set(drawn) == {(0, 1), (0, 2)}
+    assert drawn == [run.lengths_of(step) for step in range(50)] != [other.lengths_of(step) for step in range(50)]
+    assert trainer(None).lengths_of(0) == (0, 1, 2)
+
+
+def test_a_step_of_some_lengths_taught_by_the_average():
+    """Its losses, and the gradients, are those of each length by itself; the log's means count the steps of each."""
+    run = trainer(None, replace(SAMPLED, clip=0.0))
+    model, images = run.model.eval(), torch.from_numpy(FakeSet().array[:8]).to(DEVICE)
+    targets = torch.from_numpy(FakeSet().targets[:8]).to(DEVICE)
+    with torch.no_grad():
+        for p in run.average.parameters():
+            p.mul_(1.5)  # else it would answer as the model does
+    z = {i: model(images, grids=[MENU[i]] * 8, channels_last=True) for i in run.lengths_of(0)}
+    (short,) = set(z) - {0}
+    with torch.no_grad():
+        teacher = run.average.module.eval()(images, grids=[MENU[0]] * 8, channels_last=True).log_softmax(-1)
+    truth = {i: F.cross_entropy(logits, targets) for i, logits in z.items()}
+    apart = F.kl_div(z[short].log_softmax(-1), teacher, reduction="batchmean", log_target=True)
+    losses = {0: truth[0], short: 0.5 * truth[short] + 0.5 * apart}
+    expected = torch.autograd.grad(sum(losses.values()) / 2, list(model.parameters()), materialize_grads=True)
+    run.optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    for group in run.optimiser.param_groups:
+        group["scale"] = 1.0
+    before = [p.detach().clone() for p in model.parameters()]
+    found = run.train_step(images, targets)
+    lr = run.optimiser.param_groups[0]["lr"]
+    assert found.isnan().tolist() == [i not in losses for i in range(3)]
+    torch.testing.assert_close(found[[0, short]], torch.stack([losses[0], losses[short]]).detach())
+    for old, new, gradient in zip(before, model.parameters(), expected):
+        torch.testing.assert_close(old - new, lr * gradient, rtol=1e-3, atol=1e-6 + old.abs().max().item() * 2e-7)
 
 
 def test_it_learns():
@@ -258,7 +299,8 @@ from test_training import Recipe, trainer
 if "RANK" in __import__("os").environ:
     dist.init_process_group("gloo")
 torch.set_num_threads(1)
-run = trainer(None, Recipe(epochs=1, batch=int(sys.argv[1]), lr=1e-3), dtype=torch.float64)
+recipe = Recipe(epochs=1, batch=int(sys.argv[1]), lr=1e-3, lengths={lengths}, seed=1)
+run = trainer(None, recipe, dtype=torch.float64, embedding="per_length")
 for m in run.model.modules():
     if type(m).__name__ == "DropPath":
         m.drop_prob = 0.0
@@ -268,17 +310,18 @@ if run.rank == 0:
 """
 
 
-def test_two_processes_equal_one_with_the_double_batch(tmp_path):
+@pytest.mark.parametrize("lengths", [0, 2])
+def test_two_processes_equal_one_with_the_double_batch(tmp_path, lengths):
     """In fp64, so that what differs but by rounding is far from what differs at all."""
     script = tmp_path / "worker.py"
-    script.write_text(WORKER.format(path=sys.path))
+    script.write_text(WORKER.format(path=sys.path, lengths=lengths))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one.pt", tmp_path / "two.pt"
     subprocess.run([sys.executable, script, "8", one], check=True, env=env)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launch, script, "4", two], check=True, env=env, capture_output=True)
     first, second = torch.load(one), torch.load(two)
-    start = make(torch.float64, drop_path_rate=0.2).state_dict()
+    start = make(torch.float64, "per_length", drop_path_rate=0.2).state_dict()
     for key, value in first.items():
         assert (value - start[key].cpu()).abs().max() > 0, f"{key} was not trained"
         # AdamW divides by the gradient's own size: an error of rounding in it is one of rounding in the step
@@ -324,7 +367,7 @@ def test_full_disk_keeps_the_state_of_before(tmp_path, monkeypatch):
 
 
 def test_wrong_recipes():
-    for wrong in ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}):
+    for wrong in ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}, {"lengths": 1}, {"teacher": "other"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Recipe(**wrong)
     with pytest.raises(ValueError, match="smaller batch"):

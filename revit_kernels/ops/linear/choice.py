@@ -22,11 +22,11 @@ RATE, BANDWIDTH = 790e12, 4.3e12  # FLOP/s in bf16 and bytes/s, measured on an H
 SHORTFALL = 0.53  # how much slower Triton's fc1 of ViT-B, with its GELU, is than cuBLASLt's fc2: 416 and 886 TFLOP/s
 
 
-def shape_key(step: str, dtype: torch.dtype, weight_shape, activation, gate, residual: bool) -> str:
+def shape_key(step: str, dtype: torch.dtype, weight_shape, activation, gate) -> str:
     """What the measured table calls a shape: "forward bfloat16 768x3072 gelu", from in and out."""
     out, inputs = weight_shape
     words = [step, str(dtype).removeprefix("torch."), f"{inputs}x{out}", activation, gate and f"gate-{gate}"]
-    return " ".join(word for word in (*words, "residual" if residual else None) if word)
+    return " ".join(word for word in words if word)
 
 
 def _lookup(device: torch.device, *shape) -> tuple | None:
@@ -36,39 +36,37 @@ def _lookup(device: torch.device, *shape) -> tuple | None:
     return {"triton": TRITON_FIRST, "vendor": VENDOR_FIRST}.get(fastest)
 
 
-def saved_bytes(itemsize: int, activation, gate, residual: bool, gamma: bool) -> int:
+def saved_bytes(itemsize: int, activation, gate) -> int:
     """Bytes per number of the result that an epilogue keeps from memory."""
-    steps = (3 if gate else 2 if activation else 0) + (2 if residual else 2 if gamma else 0)
-    return steps * itemsize
+    return (3 if gate else 2 if activation else 0) * itemsize
 
 
-def favours_epilogue(inputs: int, itemsize: int, activation, gate, residual: bool, gamma: bool) -> bool:
-    saved = saved_bytes(itemsize, activation, gate, residual, gamma)
+def favours_epilogue(inputs: int, itemsize: int, activation, gate) -> bool:
+    saved = saved_bytes(itemsize, activation, gate)
     products = 2 if gate else 1
     return saved / BANDWIDTH > SHORTFALL * products * 2 * inputs / RATE
 
 
-def forward_order(x, weight, bias, residual, gamma, activation, gate, recorded) -> tuple:
+def forward_order(x, weight, bias, activation, gate, recorded) -> tuple:
     if not x.is_cuda:
         return ON_CPU
-    order = _lookup(x.device, "forward", x.dtype, weight.shape, activation, gate, residual is not None)
+    order = _lookup(x.device, "forward", x.dtype, weight.shape, activation, gate)
     if order is not None:
         return order
     if x.dtype == torch.float32:  # off the tensor cores a product is long whatever comes behind it
         return VENDOR_FIRST
-    form = activation, gate, residual is not None, gamma is not None
-    return TRITON_FIRST if favours_epilogue(x.shape[1], x.element_size(), *form) else VENDOR_FIRST
+    return TRITON_FIRST if favours_epilogue(x.shape[1], x.element_size(), activation, gate) else VENDOR_FIRST
 
 
-def backward_order(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight) -> tuple:
+def backward_order(dy, x, weight, bias, kept, activation, gate, need_x, need_weight) -> tuple:
     """Both backends leave the products to the vendor; Triton's pass before them reads and writes everything once."""
-    one_pass = x.is_cuda and (activation is not None or gate is not None or gamma is not None)
+    one_pass = x.is_cuda and (activation is not None or gate is not None)
     return TRITON_FIRST if one_pass else VENDOR_FIRST
 
 
-def fp8_order(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized) -> tuple:
+def fp8_order(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, quantized) -> tuple:
     if not x.is_cuda:
         return ("reference", "triton", "vendor")
-    order = _lookup(x.device, "fp8", dtype, weight.shape, activation, gate, residual is not None)
-    plain = activation is None and gate is None and residual is None
+    order = _lookup(x.device, "fp8", dtype, weight.shape, activation, gate)
+    plain = activation is None and gate is None
     return order or (VENDOR_FIRST if plain else TRITON_FIRST)

@@ -23,11 +23,11 @@ def refusal(step, args):
     return None
 
 
-def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
+def forward(x, weight, bias, activation, gate, recorded):
     fused = activation if activation in ACTIVATIONS and gate is None and not recorded else None
     h = multiply(x, pack_weight(weight, bias, None, x.dtype), len(weight), fused)
-    y = finish(h, residual, gamma, None if fused else activation, gate)
-    return y, h if keeps(recorded, activation, gate, gamma) else x.new_empty(0)
+    y = finish(h, None if fused else activation, gate)
+    return y, h if keeps(recorded, activation, gate) else x.new_empty(0)
 
 
 backward = reference.backward

@@ -56,19 +56,19 @@ def _fake_quantize(x, group, backend):
     return torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
 
 
-def _fake_fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized, backend):
+def _fake_fp8(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, quantized, backend):
     rows, columns = x.shape[0], weight.shape[0] // (2 if gate else 1)
     if quantized:
         return x.new_empty(rows, columns), x_scale.new_empty(rows, columns // GROUP)
-    return x.new_empty(rows, columns, dtype=dtype if residual is None else residual.dtype), x_scale.new_empty(0)
+    return x.new_empty(rows, columns, dtype=dtype), x_scale.new_empty(0)
 
 
 _quantize = register("linear", "quantize", "(Tensor x, int group, str? backend) -> (Tensor, Tensor)", _fake_quantize)
 _fp8 = register(
     "linear",
     "fp8",
-    "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, Tensor? residual, Tensor? gamma,"
-    " str? activation, str? gate, ScalarType dtype, bool quantized, str? backend) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor x_scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation, str? gate,"
+    " ScalarType dtype, bool quantized, str? backend) -> (Tensor, Tensor)",
     _fake_fp8,
     lambda args: choice.fp8_order(*args),
 )
@@ -94,8 +94,6 @@ def linear_fp8(
     *,
     activation: str | None = None,
     gate: str | None = None,
-    residual: Tensor | None = None,
-    gamma: Tensor | None = None,
     quantized: bool = False,
     backend: str | None = None,
 ) -> Tensor | Quantized:
@@ -110,7 +108,7 @@ def linear_fp8(
     only between the groups of 128 inputs). Raises ValueError for a wrong shape or dtype, NotImplementedError where no
     backend takes the arguments.
     """
-    check(x.values, weight.values, bias, residual, gamma, activation, gate)
+    check(x.values, weight.values, bias, activation, gate)
     for name, numbers, groups in (("x", x, {1, x.shape[1] / GROUP}), ("weight", weight, {1})):
         rows = numbers.shape[0]
         if numbers.values.dtype != E4M3:
@@ -123,8 +121,6 @@ def linear_fp8(
     columns = weight.shape[0] // (2 if gate else 1)
     if quantized and columns % GROUP:
         raise ValueError(f"a quantized result has a scale every {GROUP} columns, got {columns} columns")
-    y, scale = _fp8(
-        x.values, x.scale, weight.values, weight.scale[:, 0], bias, residual, gamma, activation, gate,
-        x.dtype, quantized, backend,
-    )  # fmt: skip
+    args = (x.values, x.scale, weight.values, weight.scale[:, 0], bias, activation, gate, x.dtype, quantized)
+    y, scale = _fp8(*args, backend)
     return Quantized(y, scale, x.dtype) if quantized else y

@@ -57,9 +57,9 @@ def derivative_products(dh: Tensor, x: Tensor, weight: Tensor, need_x: bool, nee
     return dx, product(dh.t(), x.t().contiguous()) if len(x) else torch.zeros_like(weight)
 
 
-def keeps(recorded: bool, activation, gate, gamma) -> bool:
+def keeps(recorded: bool, activation, gate) -> bool:
     """Whether a backward needs the product itself."""
-    return recorded and (activation is not None or gate is not None or gamma is not None)
+    return recorded and (activation is not None or gate is not None)
 
 
 def activate(h: Tensor, activation: str | None) -> Tensor:
@@ -70,16 +70,9 @@ def activate(h: Tensor, activation: str | None) -> Tensor:
     return F.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def branch(h: Tensor, activation: str | None, gate: str | None) -> Tensor:
+def finish(h: Tensor, activation: str | None, gate: str | None) -> Tensor:
+    """The activation of a product, or with a gate that of one half times the other half."""
     if gate is None:
         return activate(h, activation)
     first, second = h.chunk(2, -1)
     return activate(first, activation) * second if gate == "first" else first * activate(second, activation)
-
-
-def finish(h: Tensor, residual, gamma, activation, gate) -> Tensor:
-    """residual + gamma * branch(h)"""
-    y = branch(h, activation, gate)
-    if residual is None:
-        return y if gamma is None else (y * gamma).to(y.dtype)
-    return (residual + y if gamma is None else torch.addcmul(residual, y, gamma)).to(residual.dtype)

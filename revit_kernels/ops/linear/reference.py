@@ -41,52 +41,38 @@ def _slope(h, activation):
     return s * (1 + h * (1 - s))
 
 
-def _branch(h, activation, gate):
+def _finish(h, activation, gate):
     if gate is None:
         return _activate(h, activation)
     first, second = h.chunk(2, -1)
     return _activate(first, activation) * second if gate == "first" else first * _activate(second, activation)
 
 
-def _finish(h, residual, gamma, activation, gate):
-    y = _branch(h, activation, gate)
-    if gamma is not None:
-        y = y * gamma.to(y.dtype)
-    return y if residual is None else residual.to(y.dtype) + y
-
-
-def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
+def forward(x, weight, bias, activation, gate, recorded):
     wide = _wide(x.dtype)
     h = x.to(wide) @ weight.to(wide).T
     if bias is not None:
         h = h + bias.to(wide)
-    y = _finish(h, residual, gamma, activation, gate)
-    return y.to(x.dtype if residual is None else residual.dtype), h.to(x.dtype) if keeps(
-        recorded, activation, gate, gamma
-    ) else x.new_empty(0)
+    y = _finish(h, activation, gate).to(x.dtype)
+    return y, h.to(x.dtype) if keeps(recorded, activation, gate) else x.new_empty(0)
 
 
-def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight):
+def backward(dy, x, weight, bias, kept, activation, gate, need_x, need_weight):
     wide = _wide(x.dtype)
     none = x.new_empty(0)
     dy, kept = dy.to(wide), kept.to(wide)
-    dgamma = none
-    dbranch = dy
-    if gamma is not None:
-        dgamma = (dy * _branch(kept, activation, gate)).sum(0).to(gamma.dtype)
-        dbranch = dy * gamma.to(wide)
     if gate is not None:
         first, second = kept.chunk(2, -1)
         if gate == "first":
-            parts = dbranch * second * _slope(first, activation), dbranch * _activate(first, activation)
+            parts = dy * second * _slope(first, activation), dy * _activate(first, activation)
         else:
-            parts = dbranch * _activate(second, activation), dbranch * first * _slope(second, activation)
+            parts = dy * _activate(second, activation), dy * first * _slope(second, activation)
         dh = torch.cat(parts, -1)
     else:
-        dh = dbranch if activation is None else dbranch * _slope(kept, activation)
+        dh = dy if activation is None else dy * _slope(kept, activation)
     dx = (dh @ weight.to(wide)).to(x.dtype) if need_x else none
     dweight = (dh.T @ x.to(wide)).to(weight.dtype) if need_weight else none
-    return dx, dweight, none if bias is None else dh.sum(0).to(bias.dtype), dgamma
+    return dx, dweight, none if bias is None else dh.sum(0).to(bias.dtype)
 
 
 def quantize(x, group):
@@ -97,13 +83,11 @@ def quantize(x, group):
     return values.to(E4M3), scale.float()
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
+def fp8(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, quantized):
     wide = _wide(dtype)
     values = x.to(wide).unflatten(1, (x_scale.shape[1], -1)) * x_scale.to(wide)[:, :, None]
     h = values.flatten(1) @ (weight.to(wide) * weight_scale.to(wide)[:, None]).T
     if bias is not None:
         h = h + bias.to(wide)
-    y = _finish(h, residual, gamma, activation, gate)
-    if quantized:
-        return quantize(y, 128)
-    return y.to(dtype if residual is None else residual.dtype), x_scale.new_empty(0)
+    y = _finish(h, activation, gate)
+    return quantize(y, 128) if quantized else (y.to(dtype), x_scale.new_empty(0))

@@ -1,4 +1,4 @@
-"""Linear layers in Triton: one product with bias, activation, gate, LayerScale and residual in its epilogue.
+"""Linear layers in Triton: one product with bias, activation and gate in its epilogue.
 
 Tiles depend on the weight's shape, the dtype and the GPU, never on the number of rows: so a row's bits do not depend on
 the rows beside it. From Hopper on the operands come by the hardware's tile loads (TMA) where rows start on 16 bytes.
@@ -125,8 +125,8 @@ def _multiply(x, weight, total, WIDEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=("rows",))
 def _forward_kernel(
-    x, weight, bias_ptr, residual_ptr, gamma_ptr, x_scale_ptr, weight_scale_ptr, y_ptr, y_scale_ptr, kept_ptr,
-    rows, columns, inputs, x_row, weight_row, residual_row,
+    x, weight, bias_ptr, x_scale_ptr, weight_scale_ptr, y_ptr, y_scale_ptr, kept_ptr,
+    rows, columns, inputs, x_row, weight_row,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, GROUPED: tl.constexpr, TMA: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INPUTS: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
@@ -195,12 +195,6 @@ def _forward_kernel(
             total = total * _activate(second, ACTIVATION, SHORT)
     else:
         total = _activate(total, ACTIVATION, SHORT)
-    if gamma_ptr is not None:
-        total *= _columns(gamma_ptr + column, across_tile, wanted)
-    if residual_ptr is not None:
-        residual = residual_ptr + wide_row * residual_row + column
-        at = down_tile[:, None] * residual_row + across_tile[None, :]
-        total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if y_scale_ptr is not None:
         total, scale = quantize_rows(tl.where(inside, total, 0.0))
         of_row = y_scale_ptr + wide_row * across + column // BLOCK_COLUMNS
@@ -232,54 +226,40 @@ def _quantize_kernel(
 
 @triton.jit(do_not_specialize=("rows", "rows_per_program"))
 def _backward_kernel(
-    dy_ptr, kept_ptr, gamma_ptr, dh_ptr, partial_ptr, rows, columns, rows_per_program,
+    dy_ptr, kept_ptr, dh_ptr, partial_ptr, rows, columns, rows_per_program,
     ACTIVATION: tl.constexpr, GATE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dh of some rows and columns, and over these rows the sums of dh, and of gamma's gradient where there is one."""
+    """dh of some rows and columns, and the sums of dh over these rows."""
     program = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     wanted = cols < columns
     out = columns if GATE is None else 2 * columns
     sums = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
     second_sums = sums
-    gamma_sums = sums
     end = tl.minimum((program + 1) * rows_per_program, rows)
     for row in tl.range(program * rows_per_program, end, BLOCK_ROWS):
         at = (row + tl.arange(0, BLOCK_ROWS))[:, None].to(tl.int64)
         inside = (at < end) & wanted[None, :]
         dy = tl.load(dy_ptr + at * columns + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         h = tl.load(kept_ptr + at * out + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        grad = dy
-        if gamma_ptr is not None:
-            grad = dy * tl.load(gamma_ptr + cols, mask=wanted, other=0.0).to(tl.float32)[None, :]
         if GATE is None:
-            y = _activate(h, ACTIVATION)
-            dh = grad * _slope(h, ACTIVATION)
+            dh = dy * _slope(h, ACTIVATION)
         else:
             other = tl.load(kept_ptr + at * out + columns + cols[None, :], mask=inside, other=0.0).to(tl.float32)
             if GATE == "first":
-                y = _activate(h, ACTIVATION)
-                dh = grad * other * _slope(h, ACTIVATION)
-                second = grad * y
-                y *= other
+                dh = dy * other * _slope(h, ACTIVATION)
+                second = dy * _activate(h, ACTIVATION)
             else:
-                y = _activate(other, ACTIVATION)
-                dh = grad * y
-                second = grad * h * _slope(other, ACTIVATION)
-                y *= h
+                dh = dy * _activate(other, ACTIVATION)
+                second = dy * h * _slope(other, ACTIVATION)
             tl.store(dh_ptr + at * out + columns + cols[None, :], second.to(dh_ptr.dtype.element_ty), mask=inside)
             second_sums += second
         tl.store(dh_ptr + at * out + cols[None, :], dh.to(dh_ptr.dtype.element_ty), mask=inside)
         sums += dh
-        if gamma_ptr is not None:
-            gamma_sums += dy * y
-    width = out if gamma_ptr is None else out + columns
-    partial_ptr += program.to(tl.int64) * width + cols
+    partial_ptr += program.to(tl.int64) * out + cols
     tl.store(partial_ptr, tl.sum(sums, 0), mask=wanted)
     if GATE is not None:
         tl.store(partial_ptr + columns, tl.sum(second_sums, 0), mask=wanted)
-    if gamma_ptr is not None:
-        tl.store(partial_ptr + out, tl.sum(gamma_sums, 0), mask=wanted)
 
 
 def _loads(x, *others):
@@ -295,13 +275,12 @@ def _rows_apart(x):
     return x if x.stride(1) == 1 or (x.shape[1] == 1 and x.stride(0)) else x.contiguous()
 
 
-def _product(x, weight, bias, residual, gamma, x_scale, weight_scale, y, y_scale, kept, activation, gate):
+def _product(x, weight, bias, x_scale, weight_scale, y, y_scale, kept, activation, gate):
     rows, columns = y.shape
     if not rows:
         return
     x, weight = _rows_apart(x), _rows_apart(weight)
-    residual = None if residual is None else _rows_apart(residual)
-    bias, gamma = (t if t is None else t.contiguous() for t in (bias, gamma))
+    bias = None if bias is None else bias.contiguous()
     inputs = x.shape[1]
     loads = _loads(x, weight, y)
     tiles = measured.tiles(
@@ -316,30 +295,27 @@ def _product(x, weight, bias, residual, gamma, x_scale, weight_scale, y, y_scale
             for t, block in ((x, block_rows), (weight, block_columns))
         )
     _forward_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)](
-        *matrices, bias, residual, gamma, x_scale, weight_scale, y, y_scale, kept, rows, columns, inputs,
-        x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+        *matrices, bias, x_scale, weight_scale, y, y_scale, kept, rows, columns, inputs, x.stride(0), weight.stride(0),
         ACTIVATION=activation, GATE=gate, GROUPED=x_scale is not None and x_scale.shape[1] > 1, TMA=loads == TILES,
         WIDEN=INTERPRETED and not x.is_cuda, **tiles,
     )  # fmt: skip
 
 
-def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
+def forward(x, weight, bias, activation, gate, recorded):
     rows, out = x.shape[0], weight.shape[0]
-    dtype = x.dtype if residual is None else residual.dtype
-    y = x.new_empty(rows, out // 2 if gate else out, dtype=dtype)
-    kept = x.new_empty(rows, out) if keeps(recorded, activation, gate, gamma) else None
-    _product(x, weight, bias, residual, gamma, None, None, y, None, kept, activation, gate)
+    y = x.new_empty(rows, out // 2 if gate else out)
+    kept = x.new_empty(rows, out) if keeps(recorded, activation, gate) else None
+    _product(x, weight, bias, None, None, y, None, kept, activation, gate)
     return y, x.new_empty(0) if kept is None else kept
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
+def fp8(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, quantized):
     rows, out = x.shape[0], weight.shape[0]
     columns = out // 2 if gate else out
-    dtype = E4M3 if quantized else dtype if residual is None else residual.dtype
-    y = x.new_empty(rows, columns, dtype=dtype)
+    y = x.new_empty(rows, columns, dtype=E4M3 if quantized else dtype)
     y_scale = x_scale.new_empty(rows, columns // GROUP) if quantized else None
     scales = x_scale.contiguous(), weight_scale.contiguous()
-    _product(x, weight, bias, residual, gamma, *scales, y, y_scale, None, activation, gate)
+    _product(x, weight, bias, *scales, y, y_scale, None, activation, gate)
     return y, x_scale.new_empty(0) if y_scale is None else y_scale
 
 
@@ -356,32 +332,29 @@ def quantize(x, group):
     return y, scale
 
 
-def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight):
-    none = x.new_empty(0)
+def backward(dy, x, weight, bias, kept, activation, gate, need_x, need_weight):
     rows, columns = dy.shape
     out = weight.shape[0]
-    if activation is None and gate is None and gamma is None:
-        dh, sums = dy.to(x.dtype), None
-        dbias = none if bias is None else dy.sum(0, dtype=torch.float32).to(bias.dtype)
+    if activation is None and gate is None:
+        dh, sums = dy, dy.sum(0, dtype=torch.float32)
     else:
         per_program = max(ROWS_PER_PROGRAM, triton.cdiv(triton.cdiv(rows, MOST_PROGRAMS), 16) * 16)
         programs = triton.cdiv(rows, per_program)
         dh = x.new_empty(rows, out)
-        partial = x.new_empty(programs, out if gamma is None else out + columns, dtype=torch.float32)
+        partial = x.new_empty(programs, out, dtype=torch.float32)
         tiles = measured.tiles("linear", "backward", x.device, parts=2 if gate else 1)
         if rows:
             _backward_kernel[(programs, triton.cdiv(columns, tiles["BLOCK_COLUMNS"]))](
-                dy, kept, gamma, dh, partial, rows, columns, per_program, ACTIVATION=activation, GATE=gate, **tiles
+                dy, kept, dh, partial, rows, columns, per_program, ACTIVATION=activation, GATE=gate, **tiles
             )
         sums = partial.sum(0)
-        dbias = none if bias is None else sums[:out].to(bias.dtype, copy=True)
-    dgamma = none if gamma is None else sums[out:].to(gamma.dtype, copy=True)
-    return *derivative_products(dh, x, weight, need_x, need_weight), dbias, dgamma
+    dbias = x.new_empty(0) if bias is None else sums.to(bias.dtype)
+    return *derivative_products(dh, x, weight, need_x, need_weight), dbias
 
 
 def specification(
     kernel, tiles, bits=16, parts=1, loads=TILES, inputs=768, out=3072, columns=768, dtype=None, activation="gelu",
-    missing=("residual", "gamma", "kept"), quantized=False, grouped=False,
+    missing=("kept",), quantized=False, grouped=False,
 ):  # fmt: skip
     """A kernel as a model calls it, for the compiler alone: see tests/machine_code.py.
 
@@ -390,9 +363,9 @@ def specification(
     half = dtype or {8: "bf16", 16: "bf16", 32: "fp32"}[bits]
     operand = "fp8e4nv" if bits == 8 else half
     tiles, gate = dict(tiles), "first" if parts == 2 else None
-    types = {f"{name}_ptr": f"*{half}" for name in "bias residual gamma y kept dy dh".split()}
+    types = {f"{name}_ptr": f"*{half}" for name in "bias y kept dy dh".split()}
     types |= {f"{name}_ptr": "*fp32" for name in "x_scale weight_scale y_scale partial scale".split()}
-    ints = "rows columns inputs x_row weight_row residual_row rows_per_program group"
+    ints = "rows columns inputs x_row weight_row rows_per_program group"
     types |= dict.fromkeys(ints.split(), "i32")
     function = {"forward": _forward_kernel, "backward": _backward_kernel, "quantize": _quantize_kernel}[kernel]
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages") if name in tiles}

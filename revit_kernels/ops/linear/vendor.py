@@ -3,7 +3,7 @@
 import torch
 
 from revit_kernels.ops.e4m3 import E4M3_SINCE
-from revit_kernels.ops.linear.products import activate, branch, derivative_products, finish, keeps, product
+from revit_kernels.ops.linear.products import activate, derivative_products, finish, keeps, product
 
 
 def refusal(step, args):
@@ -35,15 +35,14 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def forward(x, weight, bias, residual, gamma, activation, gate, recorded):
+def forward(x, weight, bias, activation, gate, recorded):
     bias = None if bias is None else bias.to(x.dtype)
-    keep = keeps(recorded, activation, gate, gamma)
+    keep = keeps(recorded, activation, gate)
     if x.is_cuda and bias is not None and activation == "gelu_tanh" and gate is None and not keep:
         # The only GELU that cuBLASLt's epilogue has.
-        y = torch._addmm_activation(bias, x, weight.t(), use_gelu=True)
-        return finish(y, residual, gamma, None, None), x.new_empty(0)
+        return torch._addmm_activation(bias, x, weight.t(), use_gelu=True), x.new_empty(0)
     h = product(x, weight, bias)
-    return finish(h, residual, gamma, activation, gate), h if keep else x.new_empty(0)
+    return finish(h, activation, gate), h if keep else x.new_empty(0)
 
 
 def _slope_times(dy, h, activation):
@@ -54,26 +53,20 @@ def _slope_times(dy, h, activation):
     return torch.ops.aten.gelu_backward(dy, h, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
-def backward(dy, x, weight, bias, gamma, kept, activation, gate, need_x, need_weight):
-    none = x.new_empty(0)
-    dgamma, dbranch = none, dy
-    if gamma is not None:
-        dgamma = (dy.to(_wide(x.dtype)) * branch(kept, activation, gate)).sum(0).to(gamma.dtype)
-        dbranch = dy * gamma
-    dbranch = dbranch.to(x.dtype)
+def backward(dy, x, weight, bias, kept, activation, gate, need_x, need_weight):
     if gate is not None:
         first, second = kept.chunk(2, -1)
         acted, other = (first, second) if gate == "first" else (second, first)
-        parts = _slope_times(dbranch * other, acted, activation), dbranch * activate(acted, activation)
+        parts = _slope_times(dy * other, acted, activation), dy * activate(acted, activation)
         dh = torch.cat(parts if gate == "first" else parts[::-1], -1)
     else:
-        dh = _slope_times(dbranch, kept, activation)
-    dbias = none if bias is None else dh.sum(0, dtype=_wide(x.dtype)).to(bias.dtype)
-    return *derivative_products(dh, x, weight, need_x, need_weight), dbias, dgamma
+        dh = _slope_times(dy, kept, activation)
+    dbias = x.new_empty(0) if bias is None else dh.sum(0, dtype=_wide(x.dtype)).to(bias.dtype)
+    return *derivative_products(dh, x, weight, need_x, need_weight), dbias
 
 
-def fp8(x, x_scale, weight, weight_scale, bias, residual, gamma, activation, gate, dtype, quantized):
+def fp8(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, quantized):
     bias = None if bias is None else bias.to(dtype)
     scales = {"scale_a": x_scale, "scale_b": weight_scale[None]}
     h = torch._scaled_mm(x, weight.t(), **scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
-    return finish(h, residual, gamma, activation, gate), x_scale.new_empty(0)
+    return finish(h, activation, gate), x_scale.new_empty(0)
