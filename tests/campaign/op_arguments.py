@@ -395,10 +395,7 @@ def layer_norm_fp8(m):
 def linear(m):
     weight, bias, *_ = pack_cpu(m)
     bias = None if bias is None else bias.to(weight.dtype)
-    gate, activation = m.random.choice(GATES), m.random.choice(EPILOGUES)
-    columns = weight.shape[0] // (2 if gate else 1)
-    residual, gamma = m.maybe(m.normal(m.tokens, columns)), m.maybe(m.normal(columns))
-    how = dict(activation=activation, gate=gate, residual=residual, gamma=gamma)
+    how = dict(activation=m.random.choice(EPILOGUES), gate=m.random.choice(GATES))
     return ops.linear, dict(x=m.normal(m.tokens, weight.shape[1]), weight=weight, bias=bias, **how)
 
 
