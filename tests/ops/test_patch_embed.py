@@ -199,6 +199,14 @@ def test_resized_weight_equals_timm(size):
     assert resize_patch_weight(weight, (16, 16)) is weight
 
 
+@pytest.mark.parametrize("size", [(2**40, 4), (4, 2**31), (0, 4), (4,)])
+def test_patches_that_no_weight_can_have(size):
+    with pytest.raises(ValueError, match="size must be"):
+        resize_patch_weight(torch.zeros(2, 3, 8, 8), size)
+    with pytest.raises(ValueError, match="the weight's must be"):
+        resize_patch_weight(torch.zeros(2, 3, 1, 1).expand(2, 3, 2**40, 1), (4, 4))
+
+
 @every_backend
 def test_resized_patches(backend):
     """method="patch": what a weight resized by hand gives image by image, with gradients, in the packing's order."""
