@@ -82,6 +82,20 @@ class OneLength(AnyLength):
         return super().forward(images, self.own)
 
 
+def of_size(vit: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """timm's model with rotary positions for images of one size, with its tables of angles made once."""
+    import timm
+    from timm.layers import resample_abs_pos_embed
+
+    model = timm.create_model(vit.pretrained_cfg["architecture"], img_size=size, num_classes=vit.num_classes).eval()
+    state, grids = vit.state_dict(), (model.patch_embed.grid_size, vit.patch_embed.grid_size)
+    if vit.pos_embed is not None:
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], *grids, prefix)
+    model.load_state_dict(state)
+    return model
+
+
 class Way(NamedTuple):
     """How OpenVINO runs.
 
@@ -129,8 +143,8 @@ class Converted:
                 found = free.clone()
                 found.reshape(shape)
             elif shapes == "batch":
-                model = self.vit if getattr(self.vit, "rope", None) else OneLength(self.vit, shape[2:])
-                found = self._convert(model, (torch.zeros(2, *shape[1:]),), [key])
+                one_size = of_size if getattr(self.vit, "rope", None) else OneLength
+                found = self._convert(one_size(self.vit, shape[2:]), (torch.zeros(2, *shape[1:]),), [key])
                 if self.calibration is not None:
                     found = self._quantized(found, self.calibration[shape[2:]])
             else:

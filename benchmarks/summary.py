@@ -7,7 +7,11 @@ from fnmatch import fnmatchcase
 
 # About a duel for each op, the whole model against its strongest rivals, int8, and a training step: minutes on 2 cores.
 DEFAULT = (
-    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-*",
+    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-bucketed]",
+    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-naflex_fastest]",
+    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-openvino]",
+    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-zentorch]",
+    "bench_vit.py::bench_vit[vit_small*-32-torch.bfloat16-packed_varlen]",
     "bench_vit.py::bench_vit_one_length[torch.bfloat16-32-(14, 14)]",
     "bench_cpu.py::bench_one_image[vit_small*-(14, 14)-torch.bfloat16-eager]",
     "bench_cpu.py::bench_int8_shipped[*",
@@ -30,6 +34,8 @@ NAMES = {  # of columns of a row: benchmark, parameters, rival, milliseconds, ra
     "recipe": "training step",
 }
 
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
 
 def is_default(nodeid: str) -> bool:
     """Whether this benchmark is measured without --all."""
@@ -42,7 +48,8 @@ def called(nodeid: str) -> str:
     """What is measured, in words: the name of the benchmark, or its file's where many files have that name."""
     file, _, function = nodeid.rpartition("/")[2].partition("[")[0].partition(".py::bench_")
     if function.startswith(("forward", "residual", "backward", "triton")):
-        return f"{file.removeprefix('bench_')}, {function}".replace("_", " ")
+        function = function.removesuffix("_forward").removeprefix("forward")
+        return f"{file.removeprefix('bench_')}{', ' if function else ''}{function}".replace("_", " ")
     return NAMES.get(function, function.replace("_", " "))
 
 
@@ -60,10 +67,9 @@ def table(rows: list[tuple[str, dict]], case, rivals: dict[str, str], width: int
         lines.append(
             (
                 f"{called(nodeid)}: {told}" if told else called(nodeid),
-                info["dtype"],
+                DTYPES.get(info["dtype"], info["dtype"]),
                 rivals.get(info["rival"], info["rival"]),
-                f"{info['ours_ms']:,.3g}",
-                f"{info['rival_ms']:,.3g}",
+                *(f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}" for ms in (info["ours_ms"], info["rival_ms"])),
                 f"{info['speedup']:.2f}x",
                 f"{share:.0f} %" if share else "",
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revit_kernels.device_cache import together
+from revit_kernels.device_cache import copied_at_once
 from revit_kernels.packing import Packing, _on_host
 
 ClipGrid = tuple[int, int, int]
@@ -125,7 +125,7 @@ class ClipPacking(Packing):
             more.append(np.delete(np.arange(total, dtype=np.int32), prefix_rows))
 
         device = torch.get_default_device() if device is None else torch.device(device)
-        tensors = together([*of_clips, *of_frames, *more], device)
+        tensors = copied_at_once([*of_clips, *of_frames, *more], device)
         n, m = len(of_clips), len(of_clips) + len(of_frames)
         *four, _, first_row = tensors[:n] if n == 6 else (*tensors[:n], None)
         frame_grids = tuple(grid[1:] for grid in grids for _ in range(grid[0]))

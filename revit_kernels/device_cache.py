@@ -51,7 +51,7 @@ def host_buffer(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor
     return torch.empty(*shape, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
-def together(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+def copied_at_once(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """The arrays as int32 tensors on `device`, in one copy: views of one buffer, each from a multiple of 64 bytes."""
     starts = list(accumulate([-(-array.size // _LINE) * _LINE for array in arrays], initial=0))
     buffer = host_buffer(starts[-1], dtype=torch.int32, device=device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revit_kernels.device_cache import DeviceCache, together, watched
+from revit_kernels.device_cache import DeviceCache, copied_at_once, watched
 
 Grid = tuple[int, int]
 
@@ -176,7 +176,7 @@ class Packing:
         device = torch.get_default_device() if device is None else torch.device(device)
         index = np.array(rows, np.int32)
         arrays = _on_host(index, np.array(lengths, np.int32)[index], capacity, menu)
-        return cls._of(together(arrays, device), *known)
+        return cls._of(copied_at_once(arrays, device), *known)
 
     @classmethod
     def _of(cls, tensors: list[Tensor], *known) -> Packing:

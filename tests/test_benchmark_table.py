@@ -36,6 +36,11 @@ def test_rows_of_the_table_are_aligned(summary, width):
     rows = [(VIT, row | {"rival": "bucketed"}), (POOL, row | {"rival": "padded", "speedup": 0.5})]
     lines = summary.table(rows, lambda parameters, info: parameters, {"bucketed": "one dense batch per length"}, width)
     assert lines[-1].startswith("1 of 2 duels are won") and "one dense batch per length" in lines[1]
-    assert "whole ViT, mixed" in lines[1] and lines[2].startswith("pool, forward") and "61 %" in lines[1]
+    assert (
+        "whole ViT, mixed" in lines[1]
+        and lines[2].startswith("pool:")
+        and " 1,234  " in lines[1]
+        and "61 %" in lines[1]
+    )
     ends = [re.search(r"\d\.\d\dx", line).end() for line in lines[1:3]]
     assert ends[0] == ends[1] and (width < 200 or len(lines[1]) <= width)

@@ -63,8 +63,11 @@ def test_the_library_runs_on_the_system_that_its_wheel_names(check):
     assert check.too_new(library, dict.fromkeys(check.NEWEST, (0,)))  # it does find some
 
 
-def test_a_wheel_without_its_library_is_refused(check, tmp_path):
+def test_a_wheel_that_holds_too_little_or_too_much_is_refused(check, tmp_path):
     path = tmp_path / "revit_kernels-0-py3-none-manylinux_2_28_x86_64.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("revit_kernels/py.typed", "")
-    assert "revit_kernels/_cpu.so is missing" in check.problems(path)
+        archive.writestr("csrc/pool/cpu.cpp", "")
+    found = check.problems(path)
+    assert "revit_kernels/_cpu.so is missing" in found and "csrc/pool/cpu.cpp does not belong there" in found
+    assert "revit_kernels/serving/page.html is missing" in found and "revit_kernels/py.typed is missing" not in found

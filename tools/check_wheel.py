@@ -18,13 +18,7 @@ NEWEST = {  # versions of symbols that manylinux_2_28 has
     "CXXABI": (1, 3, 11),
     "GCC": (7, 0, 0),
 }
-FILES = (
-    "revit_kernels/_cpu.so",
-    "revit_kernels/py.typed",
-    "revit_kernels/models/registry.json",
-    "revit_kernels/models/shipped/fashion_mnist.safetensors",
-    "revit_kernels/models/shipped/fashion_mnist_assigner.safetensors",
-)
+ROOT = Path(__file__).parents[1]
 SYMBOL = re.compile(r"\*UND\*.*\((GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)\)\s+(\S+)")
 
 
@@ -38,12 +32,21 @@ def too_new(library: Path, newest: dict[str, tuple[int, ...]] = NEWEST) -> list[
     return found
 
 
+def wanted() -> set[str]:
+    """The files that a wheel must hold: those of the package, its command, and the CPU library."""
+    files = (path for path in (ROOT / "revit_kernels").rglob("*") if path.is_file())
+    names = {str(path.relative_to(ROOT)) for path in files if path.suffix not in (".so", ".pyc")}
+    return names | {"revit_command.py", "revit_kernels/_cpu.so"}
+
+
 def problems(wheel: Path) -> list[str]:
     """What is wrong with the wheel."""
     found = []
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         names = archive.namelist()
-        found += [f"{name} is missing" for name in FILES if name not in names]
+        found += [f"{name} is missing" for name in sorted(wanted() - set(names))]
+        others = {name for name in names if not name.startswith("revit_kernels")} - {"revit_command.py"}
+        found += [f"{name} does not belong there" for name in sorted(others)]
         for name in names:
             if name.endswith(".so"):
                 needed = too_new(Path(archive.extract(name, folder)))

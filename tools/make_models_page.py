@@ -53,6 +53,8 @@ def table() -> str:
     """A table for each family, a line for each name."""
     families, parity = defaultdict(list), json.loads(PARITY.read_text())
     for name, entry in registry()["models"].items():
+        if entry.get("module") == "clips":  # docs/video.md lists them
+            continue
         kwargs = entry["kwargs"]
         head_dim = kwargs.get("embed_dim", 768) // kwargs.get("num_heads", 12)
         size = kwargs.get("img_size", 224)

@@ -18,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from revit_kernels.models.convert_timm import describe as describe_timm
 from revit_kernels.models.lvvit import VarLenLVViT
+from revit_kernels.models.timesformer import VarLenTimeSformer
+from revit_kernels.models.video_vit import VarLenVideoViT
 
 OUTPUT = Path(__file__).parents[1] / "revit_kernels" / "models" / "registry.json"
 MODULES = ("vision_transformer", "deit", "eva")
@@ -27,6 +29,20 @@ LVVIT = {  # of its authors, not in timm: dim, depth, heads, skip_lam, channels 
     "lvvit_s": (384, 16, 6, 2.0, 64, 0.9),
     "lvvit_m": (512, 20, 8, 2.0, 64, 1.0),
     "lvvit_l": (768, 24, 12, 3.0, 128, 1.0),
+}
+SMALL, TINY = {"embed_dim": 384, "num_heads": 6}, {"embed_dim": 192, "num_heads": 3}
+CLIPS = {  # arguments of the constructor
+    "timesformer_base_patch16_224": {},
+    "timesformer_base_patch16_448": {"img_size": 448, "num_frames": 16},
+    "timesformer_small_patch16_224": SMALL,
+    "timesformer_small_patch14_224": SMALL | {"patch_size": 14},
+    "timesformer_tiny_patch16_224": TINY,
+    "videomae_base_patch16_224": {"fc_norm": True, "final_norm": False},
+    "videomae_small_patch16_224": SMALL | {"fc_norm": True, "final_norm": False},
+    "vivit_base_patch16_224": {"num_frames": 32, "pos_embed": "learn", "class_token": True, "global_pool": "token"},
+    "vjepa2_large_patch16_256": {
+        **{"img_size": 256, "num_frames": 64, "embed_dim": 1024, "depth": 24, "num_heads": 16, "pos_embed": "rope"}
+    },
 }
 FAMILIES = {VisionTransformer: {"weight_init": "skip"}, Eva: {}}  # and what keeps their weights from being drawn
 OURS = {VisionTransformerDistilled: "VarLenViTDistilled", Eva: "VarLenEva"}
@@ -52,6 +68,7 @@ STATISTICS = (  # mean and std of each colour; a tag lists which, where it is no
     (0.48145466, 0.4578275, 0.40821073, 0.26862954, 0.26130258, 0.27577711),
     (0.0, 0.0, 0.0, 1.0, 1.0, 1.0),
     (0.43, 0.411, 0.296, 0.213, 0.156, 0.143),
+    (0.45, 0.45, 0.45, 0.225, 0.225, 0.225),
 )
 NORMS = {"LayerNorm": "layernorm", "RmsNorm": "rmsnorm", "RMSNorm": "rmsnorm"}
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
@@ -170,6 +187,18 @@ def lvvit(name):
     return {"parameters": parameters, "module": "lvvit", "class": "VarLenLVViT", "kwargs": kwargs, "tags": {"": row}}
 
 
+def clips(name):
+    kwargs, family = CLIPS[name], name.partition("_")[0]
+    cls = VarLenTimeSformer if family == "timesformer" else VarLenVideoViT
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in cls(**kwargs, num_classes=400, weight_init="skip").parameters())
+    row = {"num_classes": 400, "interpolation": "bilinear", "license": None}
+    row |= {"input_size": [3, kwargs["img_size"], kwargs["img_size"]]} if "img_size" in kwargs else {}
+    if statistics := {"timesformer": 5, "vivit": 0}.get(family, 1):
+        row["statistics"] = statistics
+    return {"parameters": parameters, "module": "clips", "class": cls.__name__, "kwargs": kwargs, "tags": {"": row}}
+
+
 def main():
     deprecated = timm_registry._deprecated_models
     models = {}
@@ -189,7 +218,7 @@ def main():
         for name in sorted(timm_registry._module_to_models[module] - deprecated.keys()):
             if entry := neighbour(name, module):
                 models[name] = entry
-    models |= {name: lvvit(name) for name in LVVIT}
+    models |= {name: lvvit(name) for name in LVVIT} | {name: clips(name) for name in CLIPS}
     renamed = {}
     for old, new in sorted(deprecated.items()):
         base, _, tag = (new or "").partition(".")

@@ -1,6 +1,6 @@
 """Writes benchmarks/parity.json: how far every name's answers are from timm's in float32 on this CPU.
 
-Run as `python tools/measure_parity.py [PATTERN]`, half an hour for all. Models of up to 130 million parameters are
+Run as `python tools/measure_parity.py [PATTERN ...]`, half an hour for all. Models of up to 130 million parameters are
 measured whole, larger ones two blocks deep. The number is the largest difference over a dense batch and a mixed one,
 image by image, relative to the largest value where that exceeds one.
 """
@@ -13,7 +13,7 @@ import timm
 import torch
 
 import revit_kernels
-from revit_kernels.models.registry import registry
+from revit_kernels.models.registry import NOT_TIMMS, registry
 
 OUTPUT = Path(__file__).parents[1] / "benchmarks" / "parity.json"
 LARGEST = 130_000_000
@@ -54,10 +54,10 @@ def difference(name: str) -> float:
 
 
 def main() -> None:
-    pattern = sys.argv[1] if len(sys.argv) > 1 else ""
+    names = {name for pattern in sys.argv[1:] or [""] for name in revit_kernels.list_models(pattern)}
     found = json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}
-    for name in sorted(revit_kernels.list_models(pattern), key=lambda name: registry()["models"][name]["parameters"]):
-        if registry()["models"][name].get("module") != "lvvit":  # which timm does not have
+    for name in sorted(names, key=lambda name: registry()["models"][name]["parameters"]):
+        if registry()["models"][name].get("module") not in NOT_TIMMS:
             found[name] = float(f"{difference(name):.1e}")
             OUTPUT.write_text(json.dumps(dict(sorted(found.items())), indent=0) + "\n")
 

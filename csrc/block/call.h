@@ -3,18 +3,21 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #include "block/problem.h"
 #include "block/share.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
+#include "temporal_attention/temporal_attention.h"
 
 namespace revit {
 namespace {
 
 // Rows for each thread, below which threads share a product's columns instead: measured at 1 to 50 rows on 2 threads.
 constexpr int64_t kFewRows = 24;
+constexpr int64_t kPositions = 16;       // of a clip that a thread attends across its frames at a time
 constexpr int64_t kMostKept = 64 << 20;  // bytes that a thread keeps from call to call: a huge batch gives its own back
 
 // `bytes` of the arena, in which whatever it held before is lost.
@@ -23,19 +26,20 @@ inline char* room(Arena& arena, int64_t bytes) {
   return arena.take<char>(bytes);
 }
 
-// What a step multiplies with; null where it is no product.
+// What a step multiplies with; null where it is no product, or there is no such step.
 inline const Linear* weight_of(const Problem& p, Step step) {
+  auto given = [](const Linear& weight) { return weight.panels ? &weight : nullptr; };
   switch (step) {
     case Step::kQueriesKeysValues:
-      return &p.to_qkv;
+      return given(p.to_qkv);
     case Step::kProjection:
-      return &p.proj;
+      return given(p.proj);
     case Step::kUp:
-      return &p.fc1;
+      return given(p.fc1);
     case Step::kGate:
-      return p.fc1_x.panels ? &p.fc1_x : nullptr;
+      return given(p.fc1_x);
     case Step::kDown:
-      return &p.fc2;
+      return given(p.fc2);
     default:
       return nullptr;
   }
@@ -63,7 +67,9 @@ inline std::vector<Step> steps_of(Half half, const Problem& p, const Shape& shap
   }
   add(Step::kNormAttended, p.attended_norm.weight),
       add(Step::kStageAttended, !p.attended_norm.weight && shape.stages[0]);
-  add(Step::kProjection), add(Step::kNorm2), add(Step::kUp), add(Step::kGate, p.fc1_x.panels);
+  add(Step::kProjection);
+  if (p.of_time) return steps;
+  add(Step::kNorm2), add(Step::kUp), add(Step::kGate, p.fc1_x.panels);
   add(Step::kNormHidden, p.hidden_norm.weight), add(Step::kStageHidden, !p.hidden_norm.weight && shape.stages[1]);
   add(Step::kDown);
   return steps;
@@ -108,20 +114,27 @@ struct Between {
 struct Call {
   std::vector<Problem> problems;
   Shape shape;
-  const int32_t* boundaries;
+  const int32_t* boundaries;  // of images; or of clips
   int64_t images, tokens;
-  float scale;
+  const int32_t* frames;  // of each clip; null for images
+  std::vector<Span>
+      sequences{};  // what attends within itself: images; or frames, each behind a copy of its clip's class
   int64_t threads = torch::stable::get_num_threads();
 
   int64_t begin() const { return boundaries[0]; }
   int64_t end() const { return boundaries[images]; }
 
   void run() {
-    const Problem& p = problems[0];
+    for (int64_t i = 0; i < images; ++i) {
+      const Span all{boundaries[i], boundaries[i + 1]};
+      const int64_t parts = frames ? patches_of(i).frames : 1;
+      for (int64_t f = 0; f < parts; ++f) sequences.push_back(all.part(f, parts));
+    }
+    const Problem& p = problems.back();
     // multiplications of a token, and of a pair of them
-    const int64_t ways = p.fc1_x.panels ? 3 : 2;
-    const double products = 4. * p.dim * p.attended_dim + static_cast<double>(ways) * p.dim * p.hidden;
-    const std::vector<Group> groups = shares(boundaries, images, 2. * p.attended_dim / products, threads);
+    const int64_t ways = p.fc1_x.panels ? 3 : 2, attentions = frames ? 2 : 1;
+    const double products = 4. * attentions * p.dim * p.attended_dim + static_cast<double>(ways) * p.dim * p.hidden;
+    const std::vector<Group> groups = shares(boundaries, images, frames, 2. * p.attended_dim / products, threads);
     if (!groups.empty())
       share_groups(groups);
     else if (end() > begin())
@@ -133,14 +146,53 @@ struct Call {
   void attend(const Problem& p, const Between& between, const Piece& piece) const {
     Rotation rotation = p.rotation;
     rotation.row += rotation.cos ? p.between_first : 0;
-    attend_piece(p.is_bf16, between.qkv, piece, p.heads, p.attended_dim / p.heads, scale, rotation, between.attended,
+    attend_piece(p.is_bf16, between.qkv, piece, p.heads, p.attended_dim / p.heads, p.scale, rotation, between.attended,
                  between.lse);
+  }
+
+  // The patches of a clip: what is behind the class in each frame.
+  Clip patches_of(int64_t clip) const {
+    const int64_t first = boundaries[clip], rows = boundaries[clip + 1] - first;
+    return rows ? Clip{first + 1, rows / frames[clip] - 1, rows / frames[clip], frames[clip]} : Clip{first, 0, 0, 0};
+  }
+
+  // Across frames. patches: of a clip, or some of them
+  void attend_time(const Problem& p, const Between& between, Clip patches) const {
+    patches.first -= p.between_first;
+    attend_frames(p.is_bf16, between.qkv, patches, p.heads, p.attended_dim / p.heads, p.scale, between.attended,
+                  between.lse);
+  }
+
+  // What a clip's classes attended to becomes its mean: the same is then made of it for each of them.
+  void average_classes(const Problem& p, const Between& between, const Clip& patches, char* line) const {
+    static const auto average = EVERY_ISA_PICK(average_rows);
+    const int64_t first = (patches.first - 1 - p.between_first) * p.attended_dim;
+    average(p.is_bf16, between.attended + first * (p.is_bf16 ? 2 : 4), p.attended_dim, patches.frames,
+            patches.stride * p.attended_dim, reinterpret_cast<float*>(line));
+  }
+
+  // f(sequence) for those that begin in these rows.
+  template <class F>
+  void each_sequence(Span rows, F f) const {
+    auto next = std::lower_bound(sequences.begin(), sequences.end(), rows.begin,
+                                 [](const Span& sequence, int64_t row) { return sequence.begin < row; });
+    for (; next != sequences.end() && next->begin < rows.end; ++next) f(*next);
+  }
+
+  // Some rows through half a block, on the calling thread. What time adds to is patches alone.
+  void run_half(const Problem& p, Half half, const std::vector<Step>& steps, Span rows, char* memory) const {
+    if (!p.of_time || half == Half::kFirst) return run_steps(p, steps, shape, rows.begin, rows.size(), memory);
+    int64_t first = rows.begin;
+    auto run_to = [&](int64_t end) {
+      if (end > first) run_steps(p, steps, shape, first, end - first, memory);
+      first = end + 1;
+    };
+    each_sequence(rows, [&](const Span& frame) { run_to(frame.begin); });
+    run_to(rows.end);
   }
 
   // Each thread takes the next images that are left through all blocks.
   void share_groups(const std::vector<Group>& groups) const {
-    const std::vector<Step> first = steps_of(Half::kFirst, problems[0], shape);
-    const std::vector<Step> second = steps_of(Half::kSecond, problems[0], shape);
     std::atomic<size_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       static thread_local Arena of_rows, of_group;
@@ -151,19 +203,24 @@ struct Call {
         const int64_t parts = (rows + shape.rows - 1) / shape.rows;
         for (Problem problem : problems) {
           problem.qkv = between.qkv, problem.attended = between.attended, problem.between_first = top;
-          auto each_part = [&](const std::vector<Step>& steps) {
-            for (int64_t i = 0; i < parts; ++i) {
-              const Span part = Span{top, top + rows}.part(i, parts);
-              run_steps(problem, steps, shape, part.begin, part.size(), memory);
-            }
+          auto each_part = [&](Half half) {
+            const std::vector<Step> steps = steps_of(half, problem, shape);
+            for (int64_t i = 0; i < parts; ++i)
+              run_half(problem, half, steps, Span{top, top + rows}.part(i, parts), memory);
           };
-          each_part(first);
-          for (int64_t image = groups[g].first; image < groups[g].last; ++image) {
-            const int64_t length = boundaries[image + 1] - boundaries[image], at = boundaries[image] - top;
-            for (int64_t head = 0; length && head < problem.heads; ++head)
-              attend(problem, between, {head, at, length, at, length});
-          }
-          each_part(second);
+          each_part(Half::kFirst);
+          if (!problem.of_time)
+            each_sequence({top, top + rows}, [&](const Span& sequence) {
+              const int64_t length = sequence.size(), at = sequence.begin - top;
+              for (int64_t head = 0; length && head < problem.heads; ++head)
+                attend(problem, between, {head, at, length, at, length});
+            });
+          for (int64_t clip = groups[g].first; frames && clip < groups[g].last; ++clip)
+            if (problem.of_time)
+              attend_time(problem, between, patches_of(clip));
+            else
+              average_classes(problem, between, patches_of(clip), memory);
+          each_part(Half::kSecond);
         }
       }
     });
@@ -174,11 +231,12 @@ struct Call {
     static thread_local Arena kept, of_thread;
     Arena once;
     const int64_t rows = end() - begin(), of_between = Between::bytes(problems[0], tokens);
-    const bool few = rows < threads * kFewRows;
+    const bool few = !frames && rows < threads * kFewRows;
     const int64_t bytes = of_between + (few ? shape.bytes(rows) : 0);
     char* memory = room(bytes <= kMostKept ? kept : once, bytes);
     const Between between(problems[0], tokens, memory);
     const std::vector<Piece> pieces = pieces_of_attention();
+    const std::vector<Clip> across = pieces_of_time();
     const std::vector<Span> parts = parts_of_rows();
     Phases phases;
     for (Problem& problem : problems) {
@@ -189,11 +247,17 @@ struct Call {
         if (few)
           for (const Step step : steps) share_step(block, step, phases);
         else
-          phases.add(parts.size(), [&, steps](int64_t i, char* memory) {
-            run_steps(problem, steps, shape, parts[i].begin, parts[i].size(), memory);
-          });
-        if (half == Half::kFirst)
-          phases.add(pieces.size(), [&](int64_t i, char*) { attend(problem, between, pieces[i]); });
+          phases.add(parts.size(),
+                     [&, steps](int64_t i, char* memory) { run_half(problem, half, steps, parts[i], memory); });
+        if (half == Half::kSecond) continue;
+        if (problem.of_time) {
+          phases.add(across.size(), [&](int64_t i, char*) { attend_time(problem, between, across[i]); });
+          continue;
+        }
+        phases.add(pieces.size(), [&](int64_t i, char*) { attend(problem, between, pieces[i]); });
+        if (frames)
+          phases.add(images,
+                     [&](int64_t clip, char* memory) { average_classes(problem, between, patches_of(clip), memory); });
       }
     }
     const int64_t own = shape.line + (few ? 0 : shape.bytes(shape.rows));
@@ -214,15 +278,25 @@ struct Call {
 
   // Heads, and of few long images parts of them.
   std::vector<Piece> pieces_of_attention() const {
-    const int64_t heads = problems[0].heads;
+    const int64_t heads = problems[0].heads, items = static_cast<int64_t>(sequences.size()) * heads;
     std::vector<Piece> pieces;
-    for (int64_t image = 0; image < images; ++image) {
-      const Span all{boundaries[image], boundaries[image + 1]};
+    for (const Span& all : sequences) {
       const int64_t fitting = (all.size() + kFewRows - 1) / kFewRows;
-      const int64_t parts = std::min(fitting, (threads + images * heads - 1) / (images * heads));
+      const int64_t parts = std::min(fitting, (threads + items - 1) / items);
       for (int64_t i = 0; i < parts; ++i)
         for (int64_t head = 0; head < heads; ++head)
           pieces.push_back({head, all.part(i, parts).begin, all.part(i, parts).size(), all.begin, all.size()});
+    }
+    return pieces;
+  }
+
+  // A few positions of each clip.
+  std::vector<Clip> pieces_of_time() const {
+    std::vector<Clip> pieces;
+    for (int64_t clip = 0; frames && clip < images; ++clip) {
+      const Clip all = patches_of(clip);
+      for (int64_t at = 0; at < all.positions; at += kPositions)
+        pieces.push_back({all.first + at, std::min(kPositions, all.positions - at), all.stride, all.frames});
     }
     return pieces;
   }

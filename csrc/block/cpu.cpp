@@ -95,23 +95,40 @@ std::vector<Rotation> rotations_of(const std::vector<Tensor>& cos, const std::ve
   return rotations;
 }
 
+// How many frames each clip has: its tokens are as many for each of them.
+const int32_t* check_frames(const Tensor& frames, const Boundaries& boundaries) {
+  check("frames", frames, {boundaries.images}, ScalarType::Int);
+  const auto* counts = static_cast<const int32_t*>(frames.data_ptr());
+  for (int64_t i = 0; i < boundaries.images; ++i)
+    REVIT_CHECK(!boundaries.length(i) || (counts[i] > 0 && boundaries.length(i) % counts[i] == 0),
+                "frames must share the ", boundaries.length(i), " tokens of their clip evenly, got ", counts[i]);
+  return counts;
+}
+
 // Blocks of one form, from x to y.
 Call call_of(std::vector<Problem> problems, const std::vector<Rotation>& rotations, const Tensor& x, Tensor& y,
-             const Boundaries& boundaries, const std::optional<Tensor>& row, double scale) {
+             const Boundaries& boundaries, const int32_t* frames, const std::optional<Tensor>& row) {
   const auto blocks = static_cast<int64_t>(problems.size());
   REVIT_CHECK(rotations.size() <= 1 || rotations.size() == problems.size(), "there must be angles for each of ", blocks,
               " blocks, one for all, or none, got ", rotations.size());
   static const auto shape_of = EVERY_ISA_PICK(shape_of);
-  const Shape shape = shape_of(problems[0]);
-  Call call{std::move(problems), shape, boundaries.at, boundaries.images, boundaries.tokens, static_cast<float>(scale)};
+  const Shape shape = shape_of(problems.back());
+  Call call{std::move(problems), shape, boundaries.at, boundaries.images, boundaries.tokens, frames};
   for (int64_t i = 0; i < blocks; ++i) {
     Problem& p = call.problems[i];
-    p.x = i ? y.data_ptr() : x.data_ptr(), p.y = y.data_ptr();
+    p.x = i || frames ? y.data_ptr() : x.data_ptr(), p.y = y.data_ptr();
     p.row = row ? static_cast<const int32_t*>(row->data_ptr()) : nullptr;
     if (!rotations.empty()) p.rotation = rotations[rotations.size() == 1 ? 0 : i];
     p.next = &call.problems[std::min(i + 1, blocks - 1)].to_qkv;
   }
   return call;
+}
+
+// What is between the first image and the last, from x to y: of clips, time leaves some of it alone.
+void copy_rows(const Call& call, const Tensor& x, Tensor& y) {
+  const int64_t row = x.size(1) * x.element_size(), first = call.begin() * row;
+  std::memcpy(static_cast<char*>(y.data_ptr()) + first, static_cast<const char*>(x.data_ptr()) + first,
+              (call.end() - call.begin()) * row);
 }
 
 // Rows of no image.
@@ -127,12 +144,15 @@ void zero_tail(const Call& call, Tensor& y) {
 // cos, sin: none, one for all blocks, or one for each; rotary_row: (tokens,) int32
 // head: none, or 3: the final norm's weight and bias, (lengths, dim) fp32, and the weight to the classes, made by
 // pack_cpu of the dtype of x
-// Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
+// frames, time: none; or how many frames each clip has, (clips,) int32, and of each block 4 tensors, as problem_of_time
+// takes them: blocks of divided attention, of clips in place of images, whose frames each begin with a copy of the
+// class Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
 Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row,
                   std::vector<Tensor> weights, std::vector<int64_t> fields, std::vector<double> eps, bool rms,
                   int64_t heads, int64_t width, int64_t hidden, double scale, int64_t activation, int64_t kind,
                   std::vector<Tensor> cos, std::vector<Tensor> sin, const std::optional<Tensor>& rotary_row, bool half,
-                  std::vector<Tensor> head, double head_eps, int64_t classes) {
+                  std::vector<Tensor> head, double head_eps, int64_t classes, const std::optional<Tensor>& frames,
+                  std::vector<Tensor> time, double time_eps, double time_scale) {
   check_sizes("x", x, {kAny, kAny});
   const Form form{x.size(1), width, hidden, heads, std::move(eps), rms, activation, kind, is_bf16(x)};
   const Boundaries boundaries = check_call(x, cu_seqlens, row, form);
@@ -142,11 +162,24 @@ Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional
   REVIT_CHECK(head.empty() || head.size() == kHeadTensors, "a head has ", kHeadTensors, " tensors, got ", head.size());
   if (!head.empty())
     norm_of(head[0], head[1], form.dim, head_eps), packed_weight(head[2], form.is_bf16 ? 1 : 0, form.dim, classes);
+  const int64_t blocks = given / each, of_time = static_cast<int64_t>(time.size());
+  REVIT_CHECK(of_time == (frames ? blocks * kTimeTensors : 0), "blocks of clips have frames, and ", kTimeTensors,
+              " tensors of time each, got ", of_time, " for ", blocks, " blocks");
+  REVIT_CHECK(!frames || cos.empty(), "there is no rotation in blocks of clips");
+  const int32_t* counts = frames ? check_frames(*frames, boundaries) : nullptr;
   std::vector<Problem> problems;
-  for (int64_t i = 0; i < given; i += each) problems.push_back(problem_of_packed(form, {weights.data() + i, fields}));
+  for (int64_t i = 0; i < blocks; ++i) {
+    if (frames) {
+      problems.push_back(problem_of_time(form, time.data() + i * kTimeTensors, time_eps));
+      problems.back().scale = static_cast<float>(time_scale);
+    }
+    problems.push_back(problem_of_packed(form, {weights.data() + i * each, fields}));
+    problems.back().scale = static_cast<float>(scale);
+  }
   Tensor y = torch::stable::new_empty(x, {tokens, x.size(1)});
   const std::vector<Rotation> rotations = rotations_of(cos, sin, rotary_row, half, form, tokens);
-  Call call = call_of(std::move(problems), rotations, x, y, boundaries, row, scale);
+  Call call = call_of(std::move(problems), rotations, x, y, boundaries, counts, row);
+  if (frames && call.end() > call.begin()) copy_rows(call, x, y);
   call.run();
   if (!head.empty()) {
     Tensor logits = torch::stable::new_empty(x, {images, classes});
@@ -171,16 +204,17 @@ Tensor block_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<
   const Weights own(weights.data(), fields);
   static thread_local Arena kept;
   Arena once;
-  const Problem problem = problem_of_parameters(form, own, [&](int64_t bytes) -> Arena& {
+  Problem problem = problem_of_parameters(form, own, [&](int64_t bytes) -> Arena& {
     Arena& memory = bytes <= kMostKept ? kept : once;
     memory.reserve(bytes);
     return memory;
   });
+  problem.scale = static_cast<float>(scale);
   std::vector<Tensor> cosines, sines;
   if (cos && sin) cosines.push_back(*cos), sines.push_back(*sin);
   const std::vector<Rotation> rotations = rotations_of(cosines, sines, rotary_row, half, form, boundaries.tokens);
   Tensor y = torch::stable::new_empty(x, {boundaries.tokens, form.dim});
-  Call call = call_of({problem}, rotations, x, y, boundaries, row, scale);
+  Call call = call_of({problem}, rotations, x, y, boundaries, nullptr, row);
   call.run();
   zero_tail(call, y);
   return y;
@@ -192,7 +226,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {
   m.def(
       "blocks_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor[] weights, int[] fields, float[] eps, bool rms,"
       " int heads, int width, int hidden, float scale, int activation, int kind, Tensor[] cos, Tensor[] sin,"
-      " Tensor? rotary_row, bool half, Tensor[] head, float head_eps, int classes) -> Tensor");
+      " Tensor? rotary_row, bool half, Tensor[] head, float head_eps, int classes, Tensor? frames, Tensor[] time,"
+      " float time_eps, float time_scale) -> Tensor");
   m.def(
       "block_cpu(Tensor x, Tensor cu_seqlens, Tensor? row, Tensor[] weights, int[] fields, float[] eps, bool rms,"
       " int heads, int width, int hidden, float scale, int activation, int kind, Tensor? cos, Tensor? sin,"

@@ -29,6 +29,8 @@ struct Problem {
   Linear to_qkv, proj, fc1, fc1_x, fc2;  // fc1_x without panels: the MLP has no gate
   Activation activation;
   Rotation rotation;
+  float scale;         // of attention
+  bool of_time;        // attention is across a clip's frames, and leaves its classes alone; there is no norm2, no MLP
   Kind kind;           // of the weights
   bool is_bf16;        // the activations
   const Linear* next;  // what is multiplied with after these

@@ -294,6 +294,21 @@ inline Shape shape_of(const Problem& p) {
   });
 }
 
+// Each of `count` rows of x, `stride` numbers apart, becomes their mean. mean: room for a row, (width,)
+template <class T>
+inline void average(T* x, int64_t width, int64_t count, int64_t stride, float* mean) {
+  each_vector(width, [&](int64_t i, auto n, int) {
+    Floats sum{};
+    for (int64_t r = 0; r < count; ++r) sum += load(x + r * stride + i, n);
+    store(mean + i, sum / splat(count), n);
+  });
+  for (int64_t r = 0; r < count; ++r) copy(x + r * stride, mean, width);
+}
+inline void average_rows(bool is_bf16, void* x, int64_t width, int64_t count, int64_t stride, float* mean) {
+  is_bf16 ? average(static_cast<Bfloat16*>(x), width, count, stride, mean)
+          : average(static_cast<float*>(x), width, count, stride, mean);
+}
+
 // One step of some of a block's rows, which are counted from its first. columns, next: see matmul.h.
 inline void run_step(const Block& block, Step step, Span rows, Span columns, const char* next, float* line) {
   with_types(block.problem.kind, block.problem.is_bf16, [&](auto math, auto type) {

@@ -21,14 +21,17 @@ struct Group {
   double cost;
 };
 
+// frames: of each; null where each attends to all of itself
 // Neighbouring images together, up to `most` tokens; those that cost most first.
-inline std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t most) {
+inline std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, const int32_t* frames,
+                                    double cost_of_pair, int64_t most) {
   std::vector<Group> groups;
   for (int64_t i = 0; i < images;) {
     Group group{i, i, 0};
     do {
       const double length = boundaries[group.last + 1] - boundaries[group.last];
-      group.cost += length + cost_of_pair * length * length;
+      const double keys = frames ? length / std::max(frames[group.last], 1) : length;
+      group.cost += length + cost_of_pair * length * keys;
       ++group.last;
     } while (group.last < images && boundaries[group.last + 1] - boundaries[i] <= most);
     groups.push_back(group);
@@ -47,11 +50,12 @@ inline double imbalance(const std::vector<Group>& groups, int64_t threads) {
 }
 
 // The groups that threads take through all blocks by themselves; none where they would wait for one another too long.
-inline std::vector<Group> shares(const int32_t* boundaries, int64_t images, double cost_of_pair, int64_t threads) {
+inline std::vector<Group> shares(const int32_t* boundaries, int64_t images, const int32_t* frames, double cost_of_pair,
+                                 int64_t threads) {
   std::vector<Group> best;
   double least = kMostImbalance;
   for (const int64_t rows : kGroupRows) {
-    std::vector<Group> groups = groups_of(boundaries, images, cost_of_pair, rows);
+    std::vector<Group> groups = groups_of(boundaries, images, frames, cost_of_pair, rows);
     const double found = imbalance(groups, threads);
     if (found < least) best = std::move(groups), least = found;
     if (least <= kImbalance) break;

@@ -119,6 +119,18 @@ inline Problem problem_of_packed(const Form& form, const Weights& weights) {
   return problem_of(form, product, norm);
 }
 
+// The part of a divided block before that: a norm's weight and bias, the product to queries, keys and values, and the
+// one behind attention, packed alike.
+constexpr int64_t kTimeTensors = 4;
+inline Problem problem_of_time(const Form& form, const Tensor* tensors, double eps) {
+  Problem p = problem_of(form, [](auto...) { return Linear{}; }, [](auto...) { return Norm{}; });
+  p.norm1 = norm_of(tensors[0], tensors[1], form.dim, eps);
+  p.to_qkv = packed_weight(tensors[2], form.kind, form.dim, 3 * form.width);
+  p.proj = packed_weight(tensors[3], form.kind, form.width, form.dim);
+  p.of_time = true;
+  return p;
+}
+
 // Of a block's parameters, fp32 or bf16, packed into memory that `reserve(bytes)` gives: an Arena's.
 template <class F>
 Problem problem_of_parameters(const Form& form, const Weights& weights, F reserve) {

@@ -23,6 +23,13 @@
 namespace revit {
 namespace {
 
+template <class F>
+void each_item(const Clip& clip, int64_t heads, F f) {
+  const int64_t width = EVERY_ISA_PICK(lanes)();
+  for (int64_t lane = 0, end = clip.positions * heads; lane < end; lane += width)
+    f(Item{clip, lane, std::min(width, end - lane)});
+}
+
 // The clips' rows, each checked against the rows there are.
 struct Clips {
   std::vector<Clip> all;
@@ -51,13 +58,10 @@ struct Clips {
 
   // A few lanes of each clip, those with the most work first.
   std::vector<Item> items(int64_t heads) const {
-    const int64_t width = EVERY_ISA_PICK(lanes)();
     std::vector<Clip> longest = all;
     std::stable_sort(longest.begin(), longest.end(), [](const Clip& a, const Clip& b) { return a.frames > b.frames; });
     std::vector<Item> items;
-    for (const Clip& clip : longest)
-      for (int64_t lane = 0, end = clip.positions * heads; lane < end; lane += width)
-        items.push_back({clip, lane, std::min(width, end - lane)});
+    for (const Clip& clip : longest) each_item(clip, heads, [&](const Item& item) { items.push_back(item); });
     return items;
   }
 
@@ -100,6 +104,17 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Clips& cli
   Problem<T> p = problem<T>(q, k, v, scale);
   p.y = strided<T>(y), p.lse = static_cast<float*>(lse.data_ptr());
   run<T>(EVERY_ISA_PICK(forward_item<T>), p, clips.items(p.heads));
+}
+
+template <class T>
+void attend(const void* qkv, const Clip& clip, int64_t heads, int64_t head_dim, float scale, void* y, float* lse) {
+  const int64_t width = heads * head_dim;
+  auto part = [&](int64_t i) { return Strided<const T>{static_cast<const T*>(qkv) + i * width, 3 * width, head_dim}; };
+  Problem<T> p{};
+  p.q = part(0), p.k = part(1), p.v = part(2), p.y = {static_cast<T*>(y), width, head_dim}, p.lse = lse;
+  p.heads = heads, p.dim = head_dim, p.scale = scale;
+  const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
+  each_item(clip, heads, [&](const Item& item) { kernel(p, item); });
 }
 
 template <class T>
@@ -150,6 +165,13 @@ std::tuple<Tensor, Tensor, Tensor> temporal_attention_backward_cpu(const Tensor&
 }
 
 }  // namespace
+
+void attend_frames(bool is_bf16, const void* qkv, const Clip& clip, int64_t heads, int64_t head_dim, float scale,
+                   void* y, float* lse) {
+  is_bf16 ? attend<Bfloat16>(qkv, clip, heads, head_dim, scale, y, lse)
+          : attend<float>(qkv, clip, heads, head_dim, scale, y, lse);
+}
+
 }  // namespace revit
 
 STABLE_TORCH_LIBRARY_FRAGMENT(revit_kernels, m) {

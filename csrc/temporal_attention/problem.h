@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/scratch.h"
+#include "temporal_attention/temporal_attention.h"
 
 namespace revit {
 namespace {
@@ -25,12 +26,7 @@ struct Problem {
   float scale;
 };
 
-// The sequences of a clip: for each position from the prefix on, a row in each frame, `stride` rows apart.
-struct Clip {
-  int64_t first, positions, stride, frames;
-};
-
-// Some of them: a lane for each head of each position, numbered head by head.
+// Some sequences of a clip: a lane for each head of each position, numbered head by head.
 struct Item {
   Clip clip;
   int64_t begin, count;  // lanes

@@ -71,7 +71,7 @@ class Budget:
                 return cls(accuracy=float(text[:-1]) / 100)
         except ValueError:
             pass
-        raise ValueError(f"a budget is written 2.0x, 80tokens, 95%, full or full-0.3 (points), got {budget!r}")
+        raise ValueError(f"a budget is written 2x, 80tokens, 95%, full or full-0.3 (points), got {budget!r}")
 
     def __str__(self) -> str:
         if self.speed is not None:

@@ -101,12 +101,6 @@ def model_dtype(model) -> str:
     return getattr(model, "quantize", None) or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def vit_macs(dim: int, depth: int, tokens: int, patch: int, mlp_ratio: float = 4.0) -> int:
-    """Multiply-accumulates of the blocks and the patch embedding for one image of so many tokens."""
-    block = (4 + 2 * mlp_ratio) * dim * dim * tokens + 2 * dim * tokens * tokens
-    return int(depth * block + patch * dim * tokens)
-
-
 def model_macs(model, grid: Grid, blocks: int | None = None) -> int:
     """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
     tokens = tokens_of(model, grid)

@@ -9,7 +9,6 @@ from torch import Tensor
 from revit_kernels.device_cache import constant
 
 SHARES = (0.5, 0.7)  # of the assigner's class posterior in the mixed confidences
-MIXED = (*(f"confidence mixed at {share}" for share in SHARES), "log posterior of the answer", "posterior's entropy")
 RIDGE = 1.0  # of the logistic regressions, on standardised columns
 STEPS = 30  # of Newton's method, at most
 
@@ -23,7 +22,8 @@ def summary(logits: Tensor) -> Tensor:
 
 
 def mixed(logits: Tensor, posterior: Tensor) -> Tensor:
-    """(images, 4) float32: the columns MIXED, what an assigner's class posterior adds to a pass's answer.
+    """(images, 4) float32: what an assigner's class posterior adds to a pass's answer. Columns: the confidence mixed at
+    each of SHARES, the log posterior of the answer, the posterior's entropy.
 
     logits:    (images, classes) of the pass
     posterior: (images, classes) logits of the assigner's class head

@@ -6,7 +6,9 @@ A module may say in INTERRUPTED how its command goes on.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import warnings
@@ -31,8 +33,21 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
+    """One sentence for what is wrong, with the nearest name; the usage is a --help away."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # here, where the command's options are known
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message):
-        self.exit(2, _clean(f"{self.prog}: error: {message}") + "\n")  # one sentence; the usage is a --help away
+        given, known = re.search(r"unrecognized arguments: (-[^ =]+)", message), self._option_string_actions
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            given, known = choice, re.findall(r"[^\s',]+", choice[2])
+        near = difflib.get_close_matches(given[1], known, n=1) if given else []
+        message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, _clean(f"{self.prog}: error: {message}") + "\n")
 
 
 def parser() -> argparse.ArgumentParser:

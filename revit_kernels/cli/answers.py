@@ -52,13 +52,13 @@ class Rows:
         self.named = max((cells(label) for label in labels), default=len("class"))
         self.named = 30 if columns.features else max(5, min(WIDEST, self.named, width // 3))
         longest = max((cells(path[len(self.folder) :]) for path in shown), default=0)
-        rest = width - self.named - (0 if columns.features else 8) - 9 - 15 - 3
+        rest = width - self.named - (0 if columns.features else 8) - 9 - 17 - 3
         self.file = max(LEAST, min(longest, rest))
         self.begun = False
 
     def _line(self, file: str, found: str, probability: str, grid: str, share: str) -> str:
         middle = "" if self.columns.features else f"{probability:>8}"
-        return f"{fit(file, self.file, end=True)}  {fit(found, self.named)}{middle}{grid:>9}{share:>15}".rstrip()
+        return f"{fit(file, self.file, end=True)}  {fit(found, self.named)}{middle}{grid:>9}{share:>17}".rstrip()
 
     def _head(self) -> list[str]:
         what = f"first of {self.columns.features:,} features" if self.columns.features else "class"

@@ -42,7 +42,7 @@ background-image:linear-gradient(to right,var(--card) var(--gap),transparent var
 linear-gradient(to bottom,var(--card) var(--gap),transparent var(--gap));
 background-size:calc(100%/var(--columns)) calc(100%/var(--rows))}
 figcaption{margin-top:8px;font-size:13px}figcaption b{display:block;overflow-wrap:anywhere}
-figcaption span{display:block;color:var(--dim);overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+figcaption span{display:block;color:var(--dim);font-size:12px;overflow-wrap:anywhere}
 .error{color:#b34700}
 """
 

@@ -42,7 +42,7 @@ def lengths(
 def no_policy(known: bool, otherwise: list[str]) -> list[str]:
     """Why a ReViT answers without a policy, and what would give it one.
 
-    known:     whether an assigner or outcomes are at hand
+    known:     whether an assigner or outcomes are given
     otherwise: the options that leave no room for a policy
     """
     if known and otherwise:

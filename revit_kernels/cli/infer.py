@@ -241,7 +241,7 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     if gallery is not None:
         with _written(args.gallery, "--gallery"):
             gallery.save(totals, args.model or "The ReViT that comes with the package")
-    if not args.quiet:
+    if not args.quiet and totals.images > len(totals.errors):
         _say(("\n" if on_terminal(args.output, args.json) else "") + closing_line(totals, others))
     if sample is not None and sample.pixels:
         _say(table(*compare(prepared.model, sample, args.batch_tokens), images=len(sample.pixels)))

@@ -11,7 +11,6 @@ from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.dispatch import BACKENDS, OPS, refusal
 from revit_kernels.engines.packed import refusal as block_refusal
 from revit_kernels.grids import grid_text
-from revit_kernels.models import video_names
 from revit_kernels.models.registry import SHIPPED, create_model, model_file, registry, resolve
 from revit_kernels.modules.lengths import cells
 
@@ -34,9 +33,6 @@ def run(args) -> int:
     name = model_file(args.model or str(SHIPPED))
     if Path(name).suffix == ".safetensors":
         model = create_model(name)
-        parameters, blocks = sum(p.numel() for p in model.parameters()), len(model.blocks)
-    elif name in video_names.MODELS:
-        model = create_model(name, weight_init="skip")
         parameters, blocks = sum(p.numel() for p in model.parameters()), len(model.blocks)
     else:  # one block tells what all are, and takes no gigabytes
         entry = registry()["models"][resolve(name)[0]]

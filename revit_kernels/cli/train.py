@@ -22,6 +22,7 @@ from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
 from revit_kernels.modules.lengths import cells
+from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
@@ -189,7 +190,8 @@ def run(args) -> int:
     size = _size(images, args.size, model)
     longest = tuple(g * p for g, p in zip(model.menu[0][-2:], model.patch_embed.patch_size))
     images, held = (x if x is None else x.reduced(lambda _: longest) for x in (images, held))
-    augment = augmentation(size, args.crop, args.flip, args.rand, args.erase)
+    mode = resize_mode(model.pretrained_cfg)
+    augment = augmentation(size, args.crop, args.flip, args.rand, args.erase, mode)
     world = dist.get_world_size() if dist.is_initialized() else 1
     if args.fsdp:
         args.batch = _share(args, world)
@@ -213,7 +215,7 @@ def run(args) -> int:
         dist.barrier()
     trainer = Trainer(
         model,
-        Augmented(images, size, augment),
+        Augmented(images, size, augment, mode),
         recipe,
         folder,
         mix=mixing(len(images.classes), args.mixup, args.cutmix),

@@ -22,7 +22,7 @@ class Archive(NamedTuple):
     sha256:  of the file; None where the reader checks what is inside
     bytes:   its size
     get:     the client's command, which leaves the file in the folder that it is run in
-    by_hand: where the file is to be had without the client
+    by_hand: where the file can be downloaded without the client
     """
 
     file: str

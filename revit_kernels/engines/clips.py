@@ -19,8 +19,8 @@ class ClipEngine(Engine):
     """A model of clips made ready to answer: `engine(clips, ...)` gives what `model(clips, ...)` gives.
 
     A snapshot of the model's weights, as `Engine` is. On a CPU it packs them once (temporal_fc and the projection
-    before it as one), and takes a few clips at a time through all blocks, so that their tokens stay in cache. Where the
-    model cannot be packed, `engine.refusal` says why, and the engine runs the model as it is.
+    before it as one) and runs all blocks in one call. Where the model cannot be packed, `engine.refusal` says why, and
+    the engine runs the model as it is.
 
     model: a VarLenTimeSformer or another ClipModel
     stale: what to do in a call where the model changed: "raise" StaleEngine, or "refresh"; see `Engine`
@@ -48,7 +48,7 @@ class ClipEngine(Engine):
             x = running._tokens(frames, packing, channels_last)
             return running, add(*running.run_blocks([x, None, None], packing)), packing, dense
         x = running._tokens(frames, packing, channels_last, blocks.positions(running, packing.menu), blocks.patch)
-        return running, blocks.run(x, packing, running._of_blocks, 0, None), packing, dense
+        return running, blocks.run(x, running._of_blocks(packing), 0, None), packing, dense
 
     @torch.no_grad()
     def __call__(
@@ -94,4 +94,4 @@ class ClipEngine(Engine):
         running, blocks = self._current()
         if blocks is None:
             return running.run_blocks(stream, packing, start, stop)
-        return [blocks.run(add(*stream), packing, running._of_blocks, start, stop), None, None]
+        return [blocks.run(add(*stream), running._of_blocks(packing), start, stop), None, None]

@@ -38,7 +38,7 @@ class Engine:
     model:    a VarLenViT
     quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
               "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
-    stale:    what to do in a call where the model went through `train()`, or the versions, addresses or identities of
+    stale:    what to do in a call where the model went through `train()`, or the versions, memory or identities of
               its parameters, or hooks on its modules, show a change: "raise" StaleEngine, or "refresh". A write through
               `.data`, a NumPy view or, without `train()`, a fused optimizer raises no version and goes unnoticed: call
               `refresh()` after one

@@ -56,7 +56,7 @@ class Evaluation:
 
     @property
     def random(self) -> list[Measured]:
-        """All that was measured of lengths by lot: at budgets, and at the mixes of policies."""
+        """All that was measured of random lengths: at budgets, and in the mixes of policies."""
         lots = [one.lot for one in self.policies if one.lot is not None]
         return [one for one in self.policies if one.name == "random"] + lots
 
@@ -147,8 +147,8 @@ def evaluate(
 
     model:     resizable, in eval mode; assigner: of it, or None
     held_out:  outcomes to solve budgets from; the assigner's, if not given
-    policies:  of adaptive.policies.POLICIES; all that can be had, if not given. "random" is by lot: the best mix of two
-               lengths at each budget, and the mix that each other policy gave
+    policies:  of adaptive.policies.POLICIES; all that are possible, if not given. "random" draws lengths: the best mix
+               of two at each budget, and the mix that each other policy gave
     configurations: (name, AdaptiveViT) of the same model, to measure as well
     rounds:    how often each configuration is timed, all in turn
     timed:     on how many of the images, every class alike; on all, if not given

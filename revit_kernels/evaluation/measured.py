@@ -102,7 +102,7 @@ def passes(policy: Policy, row: np.ndarray, lengths: int) -> np.ndarray:
 
 
 def macs_of(adaptive: AdaptiveViT, row: np.ndarray) -> float:
-    """Mean multiply-accumulates of an image: of its passes, and of the assigner; tokens gone on from count once."""
+    """Mean multiply-accumulates of an image: of its passes, and of the assigner; reused tokens count once."""
     model, assigner, policy = adaptive.model, adaptive.assigner, adaptive.policy
     ran = passes(policy, row, len(model.menu))
     total = float((ran @ np.array([model_macs(model, grid) for grid in model.menu], float)).mean())
@@ -144,7 +144,7 @@ class Bench:
         return time.perf_counter() - start, answers
 
     def measure(self, made, lots: bool) -> list[Measured]:
-        """Each (name, budget, AdaptiveViT); with `lots` also, for each policy, what gives its mix of lengths by lot."""
+        """Each (name, budget, AdaptiveViT); with `lots` also, for each policy, random lengths in its mix."""
         rows, made = len(self.outcomes.menu), list(made)
         found = self._answers(made)
         timed = list(zip(found, (adaptive for _, _, adaptive in made)))

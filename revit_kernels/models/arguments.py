@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 
@@ -73,7 +74,9 @@ def check_arguments(cls: type[nn.Module], kwargs: dict) -> None:
     known = constructor_arguments(cls)
     for name, value in kwargs.items():
         if name not in known:
-            raise ValueError(f"{cls.__name__} has no argument {name!r}: it has {', '.join(known)}")
+            near = difflib.get_close_matches(name, known, n=1)
+            others = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+            raise ValueError(f"{cls.__name__} has no argument {name!r}: {others}")
         if name == "depth" and _whole(value) and value > DEEPEST:
             raise ValueError(f"depth must be at most {DEEPEST}, got {value}")
         annotation = known[name].annotation

@@ -26,7 +26,8 @@ FC_NORM = dict.fromkeys(
 )  # what a class calls the argument that says whether there is such a norm
 UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
 AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
-CFG = ("mean", "std", "label_names", "trained_on", "stride")  # fields of pretrained_cfg that a file keeps
+# Fields of pretrained_cfg that a file keeps.
+CFG = ("mean", "std", "interpolation", "label_names", "trained_on", "stride")
 
 
 def resample_positions(

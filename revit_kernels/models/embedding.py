@@ -17,7 +17,8 @@ from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
-from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
+from revit_kernels.modules.patch_embed import PatchEmbed, is_grid, resize_mode
+from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
 if TYPE_CHECKING:
@@ -262,11 +263,27 @@ class Embedding:
         """(capacity, dim): patches and prefix tokens with their positions."""
         pos, prefix = self._positions(packing.menu) if positions is None else positions
         first = images if isinstance(images, Tensor) else images[0] if images else None
-        statistics = self._statistics() if first is not None and first.dtype == torch.uint8 else {}
+        options = self._statistics() if first is not None and first.dtype == torch.uint8 else {}
+        options["channels_last"] = channels_last
         if self.menu is not None and self.resizable["embedding"] != "resize":
-            return self._embed_by_length(images, packing, pos, prefix, channels_last=channels_last, **statistics)
-        options = {"channels_last": channels_last, "method": self.patch_method, "packed": packed}
-        return self.patch_embed.pack(images, packing, pos, prefix, **options, **statistics)
+            options["interpolation"] = resize_mode(self.pretrained_cfg)
+            return self._embed_by_length(images, packing, pos, prefix, **options)
+        if self.patch_method == "resize":
+            options["interpolation"] = self._resize_mode(images, packing, channels_last)
+        return self.patch_embed.pack(images, packing, pos, prefix, method=self.patch_method, packed=packed, **options)
+
+    def _resize_mode(self, images, packing: Packing, channels_last: bool) -> str:
+        """The interpolation of pretrained_cfg, with which images are resized to their grids.
+
+        Raises ValueError for a mode that there is not, unless all images have their grid's size.
+        """
+        if self.pretrained_cfg.get("interpolation", "bicubic") not in MODES and packing.grids is not None:
+            at = slice(-3, -1) if channels_last else slice(-2, None)
+            sizes = [images.shape[at]] * packing.images if isinstance(images, Tensor) else [x.shape[at] for x in images]
+            p, q = self.patch_embed.patch_size
+            if all(tuple(size) == (p * h, q * w) for size, (h, w) in zip(sizes, packing.grids)):
+                return "bicubic"
+        return resize_mode(self.pretrained_cfg)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
         """timm's step of this name, on dense patches (images, patches, dim) or (images, rows, columns, dim)."""

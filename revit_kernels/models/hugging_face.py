@@ -20,7 +20,8 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 STATISTICS = {"deit": IMAGENET, "dinov2": IMAGENET, "dinov2_with_registers": IMAGENET, "dinov3_vit": IMAGENET}
 STATISTICS |= {"vit": HALF, "clip_vision_model": CLIP, "siglip_vision_model": HALF, "siglip2_vision_model": HALF}
 BILINEAR = ("vit", "dinov3_vit", "siglip2_vision_model")  # how their image processors resize; the others bicubically
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+ACTIVATIONS = dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")
+ACTIVATIONS |= {"gelu": "gelu", "quick_gelu": "quick_gelu"}
 TAKEN = (
     *("ViTModel", "ViTForImageClassification", "DeiTModel", "DeiTForImageClassification"),
     *("DeiTForImageClassificationWithTeacher", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"),
@@ -70,9 +71,10 @@ def is_hugging_face(keys) -> bool:
     return any(re.search(r"(?:^|\.)embeddings\.(?:patch_embedding|cls_token|class_embedding)", key) for key in keys)
 
 
-def _renamed(key: str) -> str:
+def renamed(key: str, of_block, around) -> str:
+    """timm's key for one of transformers', by the rules (pattern, name) of blocks, or of what is around them."""
     block = re.match(r"(?:encoder\.|model\.)*layers?\.(\d+)\.(.+)", key)
-    rules, start, rest = (OF_BLOCK, f"blocks.{block[1]}.", block[2]) if block else (AROUND, "", key)
+    rules, start, rest = (of_block, f"blocks.{block[1]}.", block[2]) if block else (around, "", key)
     for pattern, name in rules:
         if found := re.match(pattern, rest):
             return start + found.expand(name) + rest[found.end() :]
@@ -103,7 +105,7 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if any(key.startswith("text_model.") for key in state):
         state = {key: x for key, x in state.items() if key.startswith(("vision_model.", "visual_projection."))}
     state = {PREFIX.sub("", key): x for key, x in state.items()}
-    new = {_renamed(key): x for key, x in state.items() if not DROPPED.match(key) and x.numel()}
+    new = {renamed(key, OF_BLOCK, AROUND): x for key, x in state.items() if not DROPPED.match(key) and x.numel()}
     blocks = {key[: key.index(".", len("blocks.")) + 1] for key in new if key.startswith("blocks.")}
     rotary = "pos_embed" not in new
     for block in blocks:
@@ -133,21 +135,20 @@ def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return new
 
 
-def _common(config, mlp: str | None = None) -> dict:
-    """The constructor's arguments that every layout has."""
+def size_of(size):
+    return size if isinstance(size, int) else tuple(size)
+
+
+def of_blocks(config, mlp: str | None = None) -> dict:
+    """The constructor's arguments that every model has, of images or of clips."""
     activation = getattr(config, "hidden_act", "gelu")
     if activation not in ACTIVATIONS:
         raise NotImplementedError(f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
     hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
     if mlp == "SwiGLU":
         hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
-    size = config.image_size
     return {
-        "img_size": size if isinstance(size, int) else tuple(size),
-        "patch_size": config.patch_size if isinstance(config.patch_size, int) else tuple(config.patch_size),
-        "in_chans": config.num_channels,
         "num_classes": 0,
-        "global_pool": "token",
         "embed_dim": config.hidden_size,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
@@ -157,6 +158,12 @@ def _common(config, mlp: str | None = None) -> dict:
         "weight_init": "skip",
         "device": "meta",
     }
+
+
+def _common(config, mlp: str | None = None) -> dict:
+    """The constructor's arguments that every model of images has."""
+    sizes = {"img_size": size_of(config.image_size), "patch_size": size_of(config.patch_size)}
+    return of_blocks(config, mlp) | sizes | {"in_chans": config.num_channels, "global_pool": "token"}
 
 
 def _plain(config, **kwargs) -> VarLenViT:

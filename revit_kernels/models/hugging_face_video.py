@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
-from revit_kernels.models import hugging_face
+from revit_kernels.models.hugging_face import _pooler, of_blocks, renamed, size_of
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.video_vit import VarLenVideoViT
@@ -16,7 +16,6 @@ from revit_kernels.modules.layer_norm import LayerNorm
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 STATISTICS = {"timesformer": HALF, "vivit": HALF, "videomae": IMAGENET, "vjepa2": IMAGENET}  # of their processors
-ACTIVATIONS = hugging_face.ACTIVATIONS | {"gelu_fast": "gelu_tanh"}
 TAKEN = (
     *("TimesformerModel", "TimesformerForVideoClassification", "VideoMAEModel", "VideoMAEForVideoClassification"),
     *("VivitModel", "VivitForVideoClassification", "VJEPA2Model"),
@@ -57,15 +56,6 @@ def is_hugging_face(keys) -> bool:
     return any(re.search(r"(?:^|\.)(?:embeddings\.patch_embeddings|encoder\.layer)\.", key) for key in keys)
 
 
-def _renamed(key: str) -> str:
-    block = re.match(r"(?:encoder\.)?layers?\.(\d+)\.(.+)", key)
-    rules, start, rest = (OF_BLOCK, f"blocks.{block[1]}.", block[2]) if block else (AROUND, "", key)
-    for pattern, name in rules:
-        if found := re.match(pattern, rest):
-            return start + found.expand(name) + rest[found.end() :]
-    raise ValueError(f"{key} is no key of a model of clips in Hugging Face's layout")
-
-
 def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a model of clips of `transformers` with our keys.
 
@@ -75,7 +65,7 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises ValueError for a key that is none of that layout's.
     """
     state = {PREFIX.sub("", key): x for key, x in state.items()}
-    new = {_renamed(key): x for key, x in state.items() if not DROPPED.match(key)}
+    new = {renamed(key, OF_BLOCK, AROUND): x for key, x in state.items() if not DROPPED.match(key)}
     for block in [key.removesuffix("q.weight") for key in new if key.endswith(".attn.q.weight")]:
         new[f"{block}qkv.weight"] = torch.cat([new.pop(f"{block}{x}.weight") for x in "qkv"])
         q, k, v = (new.pop(f"{block}{x}.bias", None) for x in "qkv")
@@ -110,30 +100,13 @@ def load(model: ClipModel, path, prefix: str = "") -> None:
 
 
 def _common(config) -> dict:
-    if config.hidden_act not in ACTIVATIONS:
-        raise NotImplementedError(f"hidden_act must be one of {sorted(ACTIVATIONS)}, got {config.hidden_act!r}")
     if getattr(config, "attention_probs_dropout_prob", 0.0):
         raise NotImplementedError("attention_probs_dropout_prob must be 0: there is no dropout of attention of clips")
-    hidden = getattr(config, "intermediate_size", None) or int(config.hidden_size * config.mlp_ratio)
-    return {
-        "num_classes": 0,
-        "embed_dim": config.hidden_size,
-        "depth": config.num_hidden_layers,
-        "num_heads": config.num_attention_heads,
-        "mlp_ratio": (hidden + 0.5) / config.hidden_size,
-        "norm_layer": {"name": "layernorm", "eps": config.layer_norm_eps},
-        "act_layer": ACTIVATIONS[config.hidden_act],
-        "weight_init": "skip",
-        "device": "meta",
-    }
-
-
-def _size(size):
-    return size if isinstance(size, int) else tuple(size)
+    return of_blocks(config)
 
 
 def _timesformer(config, name: str) -> VarLenTimeSformer:
-    kwargs = {"img_size": _size(config.image_size), "patch_size": _size(config.patch_size)}
+    kwargs = {"img_size": size_of(config.image_size), "patch_size": size_of(config.patch_size)}
     kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "qkv_bias": config.qkv_bias}
     kwargs |= {"attention_type": config.attention_type, "drop_path_rate": float(config.drop_path_rate)}
     kwargs |= {"pos_drop_rate": config.hidden_dropout_prob, "proj_drop_rate": config.hidden_dropout_prob}
@@ -144,7 +117,7 @@ def _timesformer(config, name: str) -> VarLenTimeSformer:
 
 def _videomae(config, name: str) -> VarLenVideoViT:
     mean = config.use_mean_pooling
-    kwargs = {"img_size": _size(config.image_size), "patch_size": _size(config.patch_size)}
+    kwargs = {"img_size": size_of(config.image_size), "patch_size": size_of(config.patch_size)}
     kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "tubelet_size": config.tubelet_size}
     kwargs |= {"qkv_bias": config.qv_bias, "proj_drop_rate": config.hidden_dropout_prob, "final_norm": not mean}
     new = VarLenVideoViT(**_common(config), **kwargs, global_pool="avg" if mean else "token")
@@ -155,14 +128,14 @@ def _videomae(config, name: str) -> VarLenVideoViT:
 
 def _vivit(config, name: str) -> VarLenVideoViT:
     frames, *patch = config.tubelet_size
-    kwargs = {"img_size": _size(config.image_size), "patch_size": tuple(patch), "tubelet_size": frames}
+    kwargs = {"img_size": size_of(config.image_size), "patch_size": tuple(patch), "tubelet_size": frames}
     kwargs |= {"in_chans": config.num_channels, "num_frames": config.num_frames, "qkv_bias": config.qkv_bias}
     kwargs |= {"proj_drop_rate": config.hidden_dropout_prob, "pos_drop_rate": config.hidden_dropout_prob}
     return VarLenVideoViT(**_common(config), **kwargs, pos_embed="learn", class_token=True, global_pool="token")
 
 
 def _vjepa2(config, name: str) -> VarLenVideoViT:
-    kwargs = {"img_size": config.crop_size, "patch_size": _size(config.patch_size), "in_chans": config.in_chans}
+    kwargs = {"img_size": config.crop_size, "patch_size": size_of(config.patch_size), "in_chans": config.in_chans}
     kwargs |= {"num_frames": config.frames_per_clip, "tubelet_size": config.tubelet_size}
     kwargs |= {"qkv_bias": config.qkv_bias, "drop_path_rate": float(config.drop_path_rate)}
     return VarLenVideoViT(**_common(config), **kwargs, pos_embed="rope")
@@ -182,7 +155,8 @@ def from_transformers(model: nn.Module) -> ClipModel:
         new.head = nn.Linear(config.hidden_size, new.num_classes, device="meta")
     new.load_state_dict(state, strict=True, assign=True)
     if pooler:
-        new.num_classes, new.head = len(pooler["weight"]), hugging_face._pooler(pooler, model)
+        new.num_classes, new.head = len(pooler["weight"]), _pooler(pooler, model)
     if new.in_chans == 3:
-        new.pretrained_cfg = new.default_cfg = dict(zip(("mean", "std"), STATISTICS[config.model_type]))
+        mean, std = STATISTICS[config.model_type]
+        new.pretrained_cfg = new.default_cfg = {"mean": mean, "std": std, "interpolation": "bilinear"}
     return new.train(model.training)

@@ -1,4 +1,4 @@
-"""The names of timm's Vision Transformers, without timm: `create_model("vit_small_patch16_224.augreg_in1k")`."""
+"""Models by name: timm's Vision Transformers, without timm, LV-ViT's and those of clips."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from typing import Any
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models import video_names
+from revit_kernels.models import clip_weights
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.hub import hub_or_cache
 from revit_kernels.models.lvvit import VarLenLVViT
+from revit_kernels.models.timesformer import VarLenTimeSformer
+from revit_kernels.models.video import ClipModel
+from revit_kernels.models.video_vit import VarLenVideoViT
 from revit_kernels.models.vision_towers import VarLenGemma4, VarLenTower
 from revit_kernels.models.vit import SCRIPT, VarLenViT
 
-CLASSES = {
-    cls.__name__: cls for cls in (VarLenViT, VarLenViTDistilled, VarLenEva, VarLenTower, VarLenGemma4, VarLenLVViT)
-}
+OF_IMAGES = (VarLenViT, VarLenViTDistilled, VarLenEva, VarLenTower, VarLenGemma4, VarLenLVViT)
+CLASSES = {cls.__name__: cls for cls in (*OF_IMAGES, VarLenTimeSformer, VarLenVideoViT)}
+NOT_TIMMS = ("lvvit", "clips")  # modules of registry.json
 SHIPPED = Path(__file__).with_name("shipped") / "fashion_mnist.safetensors"  # what `revit infer` runs without --model
 SHIPPED_ASSIGNER = SHIPPED.with_name("fashion_mnist_assigner.safetensors")
 MODULES = "vision_transformer.py, deit.py or eva.py, NaFlexVit, nor a classifier of a language model's tower"
@@ -55,13 +58,20 @@ def list_models(filter: str = "", tags: bool = False) -> list[str]:
 
 def _nearest(name: str, names) -> str:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
-    return f"; the nearest are {', '.join(near)}" if near else "; see list_models()"
+    if len(name) > 3:  # a beginning counts for more than the length
+        begun = difflib.get_close_matches(name, {other[: len(name)] for other in names}, n=1, cutoff=0.8)
+        same = [other for other in names if begun and other.startswith(begun[0])]
+        near = [*difflib.get_close_matches(name, same, n=5, cutoff=0), *near]
+    near = list(dict.fromkeys(near))[:5]
+    return f"; the nearest are {', '.join(near)}" if near else "; `revit models` lists them"
 
 
 def _refuse(name: str):
     """Raise what is wrong with a name that is none of ours."""
     homes = {other: module for module, names in registry()["others"].items() for other in names.split()}
     known = registry()["models"]
+    if Path(name).is_dir():
+        raise ValueError(f"there is no model named {name!r}, and the folder of that name has no {MODEL_FILE}")
     if name in homes:
         raise ValueError(f"{name!r} is of timm's {homes[name]}.py, not a Vision Transformer of timm's {MODULES}")
     raise ValueError(f"there is no model named {name!r}{_nearest(name, known)}")
@@ -73,8 +83,6 @@ def resolve(name: str) -> tuple[str, str]:
     Raises ValueError for an unknown name or tag.
     """
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")
-    if name in video_names.MODELS:
-        return name, ""
     current = registry()["deprecated"].get(name, name)
     if current != name:
         warnings.warn(f"{name} is now called {current}", DeprecationWarning, stacklevel=3)
@@ -90,8 +98,6 @@ def resolve(name: str) -> tuple[str, str]:
 def get_pretrained_cfg(name: str) -> dict:
     """The fields of timm's pretrained_cfg that preprocessing reads: input_size, mean, std, interpolation, ..."""
     base, tag = resolve(name)
-    if base in video_names.MODELS:
-        return video_names.cfg_of(base)
     row = dict(registry()["models"][base]["tags"][tag])
     statistics = registry()["statistics"][row.pop("statistics", 0)]
     cfg = registry()["cfg"] | row | {"mean": statistics[:3], "std": statistics[3:]}
@@ -102,8 +108,6 @@ def get_pretrained_cfg(name: str) -> dict:
 def constructor_kwargs(name: str) -> dict:
     """The arguments of the class's constructor that `name` stands for, where they differ from the defaults."""
     base, _ = resolve(name)
-    if base in video_names.MODELS:
-        return video_names.kwargs_of(base)
     kwargs = dict(registry()["models"][base]["kwargs"])
     num_classes = get_pretrained_cfg(name)["num_classes"]
     return kwargs if num_classes == 1000 else kwargs | {"num_classes": num_classes}
@@ -115,12 +119,9 @@ def model_file(name) -> str:
     return str(inside) if str(name) not in registry()["models"] and inside.is_file() else str(name)
 
 
-def class_of(name: str) -> type[VarLenViT]:
+def class_of(name: str) -> type[VarLenViT] | type[ClipModel]:
     """The class of the model that `name` stands for."""
-    base, _ = resolve(name)
-    if base in video_names.MODELS:
-        return video_names.class_of(base)
-    return CLASSES[registry()["models"][base].get("class", "VarLenViT")]
+    return CLASSES[registry()["models"][resolve(name)[0]].get("class", "VarLenViT")]
 
 
 def create_model(
@@ -138,11 +139,10 @@ def create_model(
     out_indices: int | Sequence[int] = 3,
     **kwargs: Any,
 ) -> Any:
-    """The model that timm knows by this name, or the one that a file holds. Arguments as of timm.create_model.
+    """The model that is known by this name, or the one that a file holds. Arguments as of timm.create_model.
 
-    model_name:      a name of list_models(), which are timm's and LV-ViT's, with or without a tag; a name of
-                     video_names.MODELS; or the path of a .safetensors file that save_checkpoint wrote, or of the folder
-                     of a run that has it
+    model_name:      a name of list_models(), with or without a tag; or the path of a .safetensors file that
+                     save_checkpoint wrote, or of the folder of a run that has it
     pretrained:      load timm's weights for this name; needs timm
     pretrained_cfg:  a tag of the name's weights; or fields, as of an overlay
     checkpoint_path: load these weights, see load_checkpoint
@@ -152,11 +152,10 @@ def create_model(
     features_only:   return timm's FeatureGetterNet of the model instead, which gives the features after blocks
                      `out_indices`, as `forward_intermediates` does without timm
     exportable, no_jit: change nothing: every model can be exported, and none uses TorchScript
-    kwargs:          arguments of the constructor (VarLenViT's, or VarLenEva's) that replace the name's own; None is
-                     passed over
+    kwargs:          arguments of the class's constructor that replace the name's own; None is passed over
 
-    Returns the VarLenViT. Raises ValueError for a name that is unknown or belongs to another family, and for weights
-    that do not fit; NotImplementedError for scriptable=True.
+    Returns the model, of class_of(model_name). Raises ValueError for a name that is unknown or belongs to another
+    family, and for weights that do not fit; NotImplementedError for scriptable=True.
     """
     if scriptable:
         raise NotImplementedError(SCRIPT)
@@ -185,32 +184,40 @@ def create_model(
     if pretrained and checkpoint_path is not None:
         raise ValueError("give pretrained=True or checkpoint_path, not both")
     base, tag = resolve(name)
-    cls = class_of(base)
+    cls, entry = class_of(base), registry()["models"][base]
     full = f"{base}.{tag}" if tag else base
     arguments = constructor_kwargs(full) | kwargs
-    if pretrained and base in video_names.MODELS:
-        raise ValueError(f"{base} has no weights to download: give a checkpoint_path, of clips or of images")
     if pretrained:
-        if registry()["models"].get(base, {}).get("module") == "lvvit":
+        if entry.get("module") in NOT_TIMMS:
             raise ValueError(f"timm has no weights of {base}: pass checkpoint_path")
         source = {"pretrained_cfg_overlay": pretrained_cfg_overlay, "cache_dir": cache_dir}
         source = {key: value for key, value in source.items() if value is not None}
         model = cls.from_timm(_timm_model(full, kwargs | source))
     else:
         model = cls(**arguments)
-    for attribute, value in registry()["models"].get(base, {}).get("positions", {}).items():
+    for attribute, value in entry.get("positions", {}).items():
         setattr(model, attribute, value)
     model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(full) | overlay
     model.created_from = {"name": full, "kwargs": kwargs, "arguments": arguments}  # save_checkpoint reads it
-    if checkpoint_path is not None and base in video_names.MODELS:
-        if found := video_names.load_clip_checkpoint(model, checkpoint_path, "num_classes" in kwargs):
-            cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})  # images' weights know images' statistics
-            statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
-            model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
-    elif checkpoint_path is not None:
+    if checkpoint_path is not None:
         smooth = {"interpolation": "bilinear", "antialias": False} if "flexi" in base or "radio" in base else {}
-        load_checkpoint(model, checkpoint_path, new_head="num_classes" in kwargs, **smooth)
+        _load(model, checkpoint_path, "num_classes" in kwargs, **smooth)
     return model
+
+
+def _load(model: VarLenViT | ClipModel, path, new_head: bool, **resampling) -> None:
+    """Load the weights of a file; a model of clips also takes those of a model of images, with their statistics."""
+    if not isinstance(model, ClipModel):
+        load_checkpoint(model, path, new_head=new_head, **resampling)
+        return
+    found = description(path) if str(path).endswith(".safetensors") else None
+    of_clips = found is not None and issubclass(class_of(found["name"]), ClipModel)
+    if of_clips or not clip_weights.inflate(model, path, found):
+        clip_weights.load(model, path, new_head)
+    elif found:
+        cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})
+        statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | statistics
 
 
 def _of_overlay(overlay: dict) -> dict:
@@ -243,8 +250,7 @@ def _from_file(path: str, kwargs: dict) -> VarLenViT:
     model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | cfg
     if "resizable" in found:
         model.make_resizable(**found["resizable"])
-    load = video_names.load_clip_checkpoint if found["name"] in video_names.MODELS else load_checkpoint
-    load(model, path, new_head="num_classes" in kwargs)
+    _load(model, path, "num_classes" in kwargs)
     model.created_from["fingerprint"] = fingerprint(model)
     return model
 

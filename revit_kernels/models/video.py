@@ -20,6 +20,7 @@ from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.lengths import check_menu, tokens_of
 from revit_kernels.modules.linear import is_plain, is_plain_itself, linear, takes_packing
+from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.packing import Packing
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ class ClipModel(nn.Module):
         first = frames if isinstance(frames, Tensor) else frames[0] if frames else None
         options = self._statistics() if first is not None and first.dtype == torch.uint8 else {}
         options |= {"channels_last": channels_last, "packed": packed, "pos": cells}
+        options["interpolation"] = resize_mode(self.pretrained_cfg)
         weight = conv.weight if conv.weight.ndim == 4 else conv.weight.flatten(1, 2)
         if self.per_frame:
             options["prefix"] = prefix

@@ -46,7 +46,17 @@ class ConvStem(PatchEmbed):
         return self.norm(x)
 
     def pack(
-        self, images, packing: Packing, pos=None, prefix=None, *, mean=None, std=None, channels_last=False, **options
+        self,
+        images,
+        packing: Packing,
+        pos=None,
+        prefix=None,
+        *,
+        mean=None,
+        std=None,
+        interpolation="bicubic",
+        channels_last=False,
+        **options,
     ) -> Tensor:
         """As of PatchEmbed. Images of one size go through together; in inference on a CPU each goes alone, so
         that it has the same bits in every batch. Raises ValueError for method "patch" and for grids not on the host.
@@ -65,7 +75,8 @@ class ConvStem(PatchEmbed):
         parts: list[Tensor] = [self.proj.weight[:0, 0, 0, 0]] * packing.images
         for (grid, _), members in groups.items():
             batch = torch.stack([images[i] for i in members])
-            x = self._project(batch.permute(0, 3, 1, 2) if channels_last else batch, grid, mean, std)
+            batch = batch.permute(0, 3, 1, 2) if channels_last else batch
+            x = self._project(batch, grid, mean, std, interpolation)
             x = x if pos is None else x + pos[starts[grid] : starts[grid] + grid[0] * grid[1]]
             x = x if prefix is None else torch.cat([prefix.to(x.dtype).expand(len(x), -1, -1), x], 1)
             for i, part in zip(members, x):

@@ -129,8 +129,25 @@ def _make_mlp(dim, mlp_ratio, swiglu_mlp, apart, scale_mlp, align_to, drop, act_
     return GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, norm_layer=norm, gate_last=False, drop=drop, **kwargs)
 
 
-class _EvaBlock(nn.Module):
+class StreamingBlock(nn.Module):
     """A block whose work is `stream`. x: (capacity, dim) with its packing, or (images, length, dim) without."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rotary | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        packing = fitting(packing, x)
+        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        return add(*self.stream([x, None, None], packing, rope=rope, **mask))
+
+
+class _EvaBlock(StreamingBlock):
+    """What both blocks of Eva are made of."""
 
     def __init__(
         self,
@@ -190,19 +207,6 @@ class _EvaBlock(nn.Module):
         self.init_values = init_values
         scales = (init_values is not None, init_values is not None and not attn_only_layer_scale)
         self._make_scales(dim, scales, kwargs)
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rotary | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        packing = fitting(packing, x)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-        return add(*self.stream([x, None, None], packing, rope=rope, **mask))
 
 
 class EvaBlock(_EvaBlock):

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.block import DropPath, Stream, drop_path, run_attention, take
-from revit_kernels.modules.eva import AttentionRope
-from revit_kernels.modules.layer_norm import RmsNorm, add, normalise
+from revit_kernels.modules.eva import AttentionRope, StreamingBlock
+from revit_kernels.modules.layer_norm import RmsNorm, normalise
 from revit_kernels.modules.linear import traced
 from revit_kernels.modules.mlp import SwiGLU
 from revit_kernels.modules.patch_embed import PatchEmbed
@@ -77,7 +76,7 @@ class SandwichAttention(AttentionRope):
         return q, k, self.v_norm(v)
 
 
-class SandwichBlock(nn.Module):
+class SandwichBlock(StreamingBlock):
     """Attention, then a gated MLP, each between two norms. x: (capacity, dim) with its packing, or dense without."""
 
     def __init__(
@@ -116,16 +115,3 @@ class SandwichBlock(nn.Module):
         y, x = normalise(self.norm3, x, packing, drop_path(self.drop_path, branch, packing))
         branch, _ = normalise(self.norm4, self.mlp(y), packing)
         return [x, drop_path(self.drop_path, branch, packing), None]
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: Rotary | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        *,
-        packing: Packing | None = None,
-    ) -> Tensor:
-        packing = fitting(packing, x)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-        return add(*self.stream([x, None, None], packing, rope=rope, **mask))

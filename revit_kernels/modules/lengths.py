@@ -104,23 +104,23 @@ def whole_table(longest: Tensor, shorter: Tensor) -> Tensor:
 
 
 def join(longest: nn.Parameter, shorter: nn.Parameter) -> None:
-    """Lay two plain parameters out one behind the other, so that `select` reads them as one table without a copy.
+    """Place both plain parameters in one buffer, so that `select` reads them as one table without a copy.
 
-    Both stay what they are, with names, gradients and optimizer states of their own. Whoever writes to one in place
-    writes to the table; whoever gives one new memory only takes the short cut away.
+    Both stay parameters with their own names, gradients and optimizer states. A write to one in place writes to the
+    table; after one was given new memory, `select` copies.
     """
     tensors = longest.data, shorter.data
     one = tensors[0].dtype == tensors[1].dtype and tensors[0].device == tensors[1].device
     plain = all(type(t) is Tensor and not (t.is_meta or t.is_inference()) for t in tensors)
     if not (one and plain and tensors[0].layout == tensors[1].layout == torch.strided):
         return
-    if _get_current_dispatch_mode() is None and _together(*tensors) is None:
+    if _get_current_dispatch_mode() is None and _one_table(*tensors) is None:
         table = torch.cat([tensors[0][None], tensors[1]])
         longest.data, shorter.data = table[0], table[1:]
 
 
-def _together(longest: Tensor, shorter: Tensor) -> Tensor | None:
-    """Both as one table (1 + lengths, dim), a view, where the one lies behind the other in the same memory."""
+def _one_table(longest: Tensor, shorter: Tensor) -> Tensor | None:
+    """Both as one table (1 + lengths, dim), a view, if the second follows the first in one buffer; else None."""
     dim = longest.shape[0]
     if longest.untyped_storage().data_ptr() != shorter.untyped_storage().data_ptr() or not shorter.is_contiguous():
         return None
@@ -137,7 +137,7 @@ def _joined(longest: Tensor, shorter: Tensor) -> Tensor | None:
         return None
     if type(longest) is not nn.Parameter or type(shorter) is not nn.Parameter or longest.dtype != shorter.dtype:
         return None
-    return _together(longest.detach(), shorter.detach())
+    return _one_table(longest.detach(), shorter.detach())
 
 
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Images of any sizes to packed tokens, with the weights in a Conv2d as timm keeps them."""
 
 import math
+from collections.abc import Mapping
 from numbers import Integral
 
 import torch
@@ -12,11 +13,26 @@ from revit_kernels import ops
 from revit_kernels.device_cache import constant
 from revit_kernels.modules.linear import is_plain
 from revit_kernels.ops.patch_embed.reference import resized
+from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
 
 def pair(n) -> tuple[int, int]:
     return (int(n), int(n)) if isinstance(n, Integral) else tuple(n)
+
+
+def resize_mode(cfg: Mapping) -> str:
+    """How images are resized to their grids: what a pretrained_cfg's field `interpolation` says, else "bicubic".
+
+    Raises ValueError for a mode that `ops.patch_embed` does not have.
+    """
+    mode = cfg.get("interpolation") or "bicubic"
+    if mode not in MODES:
+        raise ValueError(
+            f"the model's pretrained_cfg has interpolation {mode!r}, and images are resized by one of {MODES} only: "
+            "resize them to grid x patch before, or set pretrained_cfg['interpolation']"
+        )
+    return mode
 
 
 def is_grid(grid, other: tuple[int, int]) -> bool:
@@ -131,6 +147,7 @@ class PatchEmbed(nn.Module):
         *,
         mean=None,
         std=None,
+        interpolation: str = "bicubic",
         channels_last: bool = False,
         method: str = "resize",
         packed: Tensor | None = None,
@@ -145,7 +162,7 @@ class PatchEmbed(nn.Module):
             and conv.stride == conv.kernel_size == self.patch_size
             and not (torch.is_grad_enabled() and any(image.requires_grad for image in listed))
         )
-        options = {"mean": mean, "std": std, "channels_last": channels_last}
+        options = {"mean": mean, "std": std, "interpolation": interpolation, "channels_last": channels_last}
         how = {"pos": pos, "prefix": prefix, "method": method, "packed": packed}
         if fused:
             # Under autocast too in the weight's own dtype: it is a hundredth of the work, and starts the fp32 stream.
@@ -161,7 +178,7 @@ class PatchEmbed(nn.Module):
         """Images, and what uint8 ones are normalised with, as the projection takes them."""
         return images, mean, std
 
-    def _pack_stepwise(self, images, packing, pos, prefix, mean, std, channels_last) -> Tensor:
+    def _pack_stepwise(self, images, packing, pos, prefix, mean, std, interpolation, channels_last) -> Tensor:
         """`pack` through the submodules' own forward, for a wrapped projection, a norm, or image gradients."""
         if packing.grids is None:
             raise ValueError("a wrapped patch projection needs grids that the host knows")
@@ -174,7 +191,7 @@ class PatchEmbed(nn.Module):
         parts = []
         for batch, grid in zip(batches, packing.grids):
             batch = batch.permute(0, 3, 1, 2) if channels_last else batch
-            x = self._project(batch, grid, mean, std)
+            x = self._project(batch, grid, mean, std, interpolation)
             if pos is not None:
                 x = x + pos[starts[grid] : starts[grid] + grid[0] * grid[1]]
             if prefix is not None:
@@ -186,12 +203,12 @@ class PatchEmbed(nn.Module):
         x = torch.cat(parts)
         return F.pad(x, (0, 0, 0, packing.capacity - len(x)))
 
-    def _project(self, batch: Tensor, grid, mean, std) -> Tensor:
+    def _project(self, batch: Tensor, grid, mean, std, interpolation: str) -> Tensor:
         """(images, channels, height, width) -> (images, cells, dim)."""
         x = batch / 255 if batch.dtype == torch.uint8 else batch
         size = tuple(g * p for g, p in zip(grid, self.patch_size))
         if tuple(x.shape[-2:]) != size:
-            x = resized(x.float(), size, "bicubic")
+            x = resized(x.float(), size, interpolation)
         if mean is not None:
             mean, std = _statistics(tuple(mean), tuple(std), x)
             x = (x - mean) / std

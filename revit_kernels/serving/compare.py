@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revit_kernels.grids import Grid
+from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.serving.batching import token_batches
 
 KEEP_BYTES = 1 << 30
@@ -69,9 +70,10 @@ def rival(model):
 def compare(model, sample: Sample, batch_tokens: int, rounds: int = 3) -> tuple[list[Way], str]:
     """Time the sample three ways, in turn; medians of `rounds` rounds after one that warms up.
 
-    Each starts at decoded images and ends at logits. Padded and dense batches hold images resized (bicubic,
-    antialiased) and normalised one by one, then batched up to the same number of tokens, in the order given. Padding
-    goes up to the longest image of a batch and is masked out (its positions are no image's own, but cost the same).
+    Each starts at decoded images and ends at logits. Padded and dense batches hold images resized (antialiased, by the
+    model's interpolation) and normalised one by one, then batched up to the same number of tokens, in the order given.
+    Padding goes up to the longest image of a batch and is masked out (its positions are no image's own, but cost the
+    same).
     """
     dense, name = rival(model)
     indices = range(len(sample.pixels))
@@ -153,13 +155,13 @@ class Resize:
     """A decoded image (height, width, 3) as the float tensor (3, height, width) that timm's models take."""
 
     def __init__(self, model, device, dtype):
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.mode = device, dtype, resize_mode(model.pretrained_cfg)
         self.mean = torch.tensor(model.pretrained_cfg["mean"], device=device).view(3, 1, 1) * 255
         self.std = torch.tensor(model.pretrained_cfg["std"], device=device).view(3, 1, 1) * 255
 
     def __call__(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         x = pixels.to(self.device).permute(2, 0, 1)[None]
-        x = F.interpolate(x, size, mode="bicubic", antialias=True)[0]  # on uint8: torch's fastest path
+        x = F.interpolate(x, size, mode=self.mode, antialias=True)[0]  # on uint8: torch's fastest path
         return ((x.float() - self.mean) / self.std).to(self.dtype)
 
 

@@ -21,7 +21,12 @@ def _transforms():
 
 
 def augmentation(
-    size: tuple[int, int], crop: str = "none", flip: bool = False, rand: tuple[int, int] | None = None, erase=0.0
+    size: tuple[int, int],
+    crop: str = "none",
+    flip: bool = False,
+    rand: tuple[int, int] | None = None,
+    erase: float = 0.0,
+    interpolation: str = "bicubic",
 ) -> Callable[[Tensor], Tensor] | None:
     """What happens to one training image (3, height, width), or clip (frames, 3, height, width), of uint8.
 
@@ -32,6 +37,7 @@ def augmentation(
           at a random aspect, resized; "none"
     rand: RandAugment's number of operations and their magnitude
     erase: probability of a random rectangle being erased
+    interpolation: of "resized"
 
     Draws from torch's global generator alone. Raises ValueError without torchvision.
     """
@@ -44,7 +50,11 @@ def augmentation(
     if crop == "pad":
         steps.append(v2.RandomCrop(size, padding=[size[1] // 8, size[0] // 8], padding_mode="reflect"))
     elif crop == "resized":
-        steps.append(v2.RandomResizedCrop(size, scale=(0.3, 1.0), interpolation=3, antialias=True))
+        steps.append(
+            v2.RandomResizedCrop(
+                size, scale=(0.3, 1.0), interpolation=v2.InterpolationMode(interpolation), antialias=True
+            )
+        )
     if flip:
         steps.append(v2.RandomHorizontalFlip())
     if rand is not None:

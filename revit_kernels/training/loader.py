@@ -48,10 +48,11 @@ class Augmented(Dataset):
     images:  a data.datasets.ImageSet
     size:    (height, width) of what is returned; of every frame, of a set of clips
     augment: of `augmentation`, or None
+    interpolation: how the model resizes images, see `modules.patch_embed.resize_mode`
     """
 
-    def __init__(self, images, size: tuple[int, int], augment: Callable | None = None):
-        self.images, self.size, self.augment = images, size, augment
+    def __init__(self, images, size: tuple[int, int], augment: Callable | None = None, interpolation: str = "bicubic"):
+        self.images, self.size, self.augment, self.interpolation = images, size, augment, interpolation
 
     def __len__(self) -> int:
         return len(self.images)
@@ -64,14 +65,14 @@ class Augmented(Dataset):
                 torch.manual_seed(seed)
                 pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the frames of a clip all alike
         if tuple(pixels.shape[-3:-1]) != self.size:
-            pixels = _fit(pixels, self.size)
+            pixels = _fit(pixels, self.size, self.interpolation)
         return pixels.contiguous(), int(self.images.targets[index])
 
 
-def _fit(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def _fit(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """The whole image, or every frame, stretched to the size: as the model sees an image at evaluation."""
     planes = pixels.view(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2).float()
-    planes = F.interpolate(planes, size, mode="bicubic", antialias=True)
+    planes = F.interpolate(planes, size, mode=interpolation, antialias=True)
     planes = planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
     return planes.view(*pixels.shape[:-3], *size, pixels.shape[-1])
 

@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import isfinite
 
 import numpy as np
@@ -78,9 +78,6 @@ class Recipe:
             raise ValueError(f'teacher must be "self" or "average", got {self.teacher!r}')
         if self.teacher == "average" and not self.ema:
             raise ValueError("the average of the weights can teach only where one is kept: set ema")
-
-    def as_settings(self) -> dict:
-        return asdict(self)
 
 
 class Trainer:

@@ -7,12 +7,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from revit_kernels import dispatch, native, ops
-from revit_kernels.models import listed as listed  # registers its torch ops
 from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
 from revit_kernels.ops.linear import ACTIVATIONS as EPILOGUES
 from revit_kernels.ops.linear import GATES
 from revit_kernels.ops.linear.fp8 import quantize
+from revit_kernels.ops.patch_embed import listed as listed  # registers its torch ops
 from revit_kernels.ops.pool import KINDS
 from revit_kernels.packing import Packing
 
@@ -216,11 +216,18 @@ def blocks_cpu(m):
     weights, fields = backend.listed([backend.pack(w, "int8" if form[-1] == 2 else None)])
     head = m.normal(3, dim, dtype=torch.float32)
     packed = _packed(m.normal(classes, dim), None, None, int(m.dtype == torch.bfloat16))
-    head, rotary = m.maybe([head, head.clone(), packed]) or [], _rotary(m, heads, width // heads)
+    head, of_clips = m.maybe([head, head.clone(), packed]) or [], m.maybe(True)
+    rotary = None if of_clips else _rotary(m, heads, width // heads)
     angles = ([], [], None, False) if rotary is None else ([rotary.cos], [rotary.sin], rotary.row, rotary.half)
     x, row = m.normal(m.tokens, dim), m.maybe(m.rows(3))
     blocks = m.random.randrange(1, 3)
-    return [x, m.cu_seqlens(), row, weights * blocks, fields, *form, *angles, head, 1e-6, classes]
+    time = (None, [], 0.0, 0.0)
+    if of_clips:
+        counts = [m.random.choice([n for n in range(1, length + 1) if length % n == 0] or [0]) for length in m.lengths]
+        norm = m.normal(2, m.random.randrange(1, 4), dim, dtype=torch.float32).unbind()
+        products = [_packed(m.normal(*size), None, None, form[-1]) for size in ((3 * width, dim), (dim, width))]
+        time = (torch.tensor(counts, dtype=torch.int32), [*norm, *products] * blocks, 1e-6, 0.3)
+    return [x, m.cu_seqlens(), row, weights * blocks, fields, *form, *angles, head, 1e-6, classes, *time]
 
 
 def _images(m):
@@ -318,22 +325,22 @@ def linear_quantize(m):
 
 
 @torch_op
-def listed_places(m):
+def patch_embed_places(m):
     images, weight, _, last = _images(m)
     images = images or [torch.zeros(2, 2, 2)]
     return [images, list(weight.shape[2:]), m.random.randrange(1, 30), m.prefix, last]
 
 
 @torch_op
-def listed_embed(m):
+def patch_embed_listed(m):
     images, weight, _, last = _images(m)
     images, dim = images or [m.normal(*[weight.shape[1]] * 3)], weight.shape[0]
     limits = [list(weight.shape[2:]), m.random.randrange(1, 30), m.prefix, last]
-    image = torch.ops.revit_kernels.listed_places(images, *limits)[1]
+    image = torch.ops.revit_kernels.patch_embed_places(images, *limits)[1]
     rows = [m.maybe(m.normal(*shape, dim)) for shape in ((), (3, 4))]
     rows.append(m.normal(m.prefix, dim) if m.prefix else None)
     statistics = [[0.5] * weight.shape[1]] * 2
-    how = ["bicubic", m.random.random() < 0.5]
+    how = [m.random.choice(("bicubic", "bilinear")), "bicubic", m.random.random() < 0.5]
     return [images, weight, *rows, image, *statistics, *how, *limits]
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 from tiny_revit import trained
@@ -101,3 +102,22 @@ def test_a_hub_behind_a_proxy_is_taken_for_reachable(monkeypatch):
     assert not hub.reachable("http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy"})
     assert hub.reachable("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("infer x.png --galery page.html", "unrecognized arguments: --galery page.html; did you mean --gallery?"),
+        ("infer x.png --bugdet=2x", "did you mean --budget?"),
+        ("infr x.png", "did you mean infer?"),
+        ("infer x.png --policy assinger", "did you mean assigner?"),
+        ("infer x.png --qqq", "unrecognized arguments: --qqq"),
+        ("info {folder}", "the folder of that name has no model.safetensors"),
+        ("info vit_smal", "the nearest are vit_small_patch"),
+    ],
+)
+def test_a_slip_is_answered_with_the_nearest_name(tmp_path, capsys, line, said):
+    with suppress(SystemExit):  # argparse's way
+        assert cli.main(line.format(folder=tmp_path).split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and said in err and ("--qqq" not in err or "mean" not in err)

@@ -16,22 +16,10 @@ import pytest
 import torch
 from PIL import Image
 from test_images import noise
-from test_infer import StandIn
 
 from revit_kernels import cli
-from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.infer import NOT_FINITE
 from revit_kernels.serving.records import _cell
-
-SCRIPT = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
-SCRIPT += "sys.exit(cli.main(sys.argv[1:]))"
-
-
-@pytest.fixture
-def model(monkeypatch):
-    model = StandIn()
-    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
-    return model
 
 
 @pytest.fixture
@@ -50,7 +38,7 @@ def run(closed, *arguments):
     """The command in a shell that closes a stream of it."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     line = f'"$0" "$@" {closed}'
-    shell = ["sh", "-c", line, sys.executable, "-c", SCRIPT, "infer", "--model", "m", *map(str, arguments)]
+    shell = ["sh", "-c", line, sys.executable, "-m", "stand_in", "infer", "--model", "m", *map(str, arguments)]
     return subprocess.run(shell, capture_output=True, text=True, env=env)
 
 

@@ -10,7 +10,7 @@ import torch
 from revit_kernels import from_timm
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
-from revit_kernels.models.registry import create_model, get_pretrained_cfg, list_models, registry, resolve
+from revit_kernels.models.registry import NOT_TIMMS, create_model, get_pretrained_cfg, list_models, registry, resolve
 from revit_kernels.models.vit import VarLenViT
 
 NAMES = list_models()
@@ -55,7 +55,12 @@ def test_every_neighbour_has_the_tensors_that_timms_become():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_base_patch16_224", "vit_giant_patch14_dinov2", "aimv2_1b_patch14_224", "vit_7b_patch16_dinov3"]
+    "name",
+    [
+        *("vit_base_patch16_224", "vit_giant_patch14_dinov2", "aimv2_1b_patch14_224", "vit_7b_patch16_dinov3"),
+        *list_models("timesformer"),
+        *list_models("vjepa2"),
+    ],
 )
 def test_parameter_counts(name):
     with torch.device("meta"):
@@ -65,14 +70,14 @@ def test_parameter_counts(name):
 
 def test_every_tag_has_timms_preprocessing():
     timm = pytest.importorskip("timm")
-    for name in [name for name in list_models(tags=True) if module_of(name) != "lvvit"]:
+    for name in [name for name in list_models(tags=True) if module_of(name) not in NOT_TIMMS]:
         theirs, ours = timm.get_pretrained_cfg(name).to_dict(), get_pretrained_cfg(name)
         for field, value in ours.items():
             if field == "first_conv" and module_of(name):  # by our names
                 continue
             assert value == theirs.get(field), f"{name}: {field}"
         assert ours["tag"] == theirs["tag"]
-    for name in [name for name in NAMES if module_of(name) != "lvvit"]:
+    for name in [name for name in NAMES if module_of(name) not in NOT_TIMMS]:
         assert get_pretrained_cfg(name)["tag"] == timm.get_pretrained_cfg(name).tag
 
 
@@ -132,8 +137,9 @@ def test_pretrained_without_timm_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ValueError, match=r"revit_kernels\[timm\]"):
         create_model("vit_tiny_patch16_224", pretrained=True)
-    with pytest.raises(ValueError, match="timm has no weights of lvvit_s: pass checkpoint_path"):
-        create_model("lvvit_s", pretrained=True)
+    for name in ("lvvit_s", "vivit_base_patch16_224"):
+        with pytest.raises(ValueError, match=f"timm has no weights of {name}: pass checkpoint_path"):
+            create_model(name, pretrained=True)
     with pytest.raises(ValueError, match="not both"):
         create_model("vit_tiny_patch16_224", pretrained=True, checkpoint_path="x.pth")
 

@@ -7,8 +7,8 @@ from concurrent.futures import wait
 import numpy as np
 import pytest
 from PIL import Image
+from stand_in import StandIn
 from test_images import noise
-from test_infer import StandIn
 
 from revit_kernels.data.images import ImageError, upright_size
 from revit_kernels.serving.batcher import Batcher, Busy

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,40 +22,6 @@ from revit_kernels.serving import loading
 from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.infer import GridRule, Totals, bottleneck, measured
 from revit_kernels.serving.records import WRITERS, Answer, Columns, check_output
-
-
-class StandIn(torch.nn.Module):
-    """Answers with the mean colour of each image, and remembers the batches it was given."""
-
-    def __init__(self, classes=3):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.patch_embed = SimpleNamespace(patch_size=(16, 16), grid_size=(14, 14), img_size=(224, 224))
-        self.per_frame = None  # it is of images
-        self.num_prefix_tokens, self.num_classes, self.num_features = 1, classes, 3
-        self.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-        self.calls = []
-
-    def engine(self, **options):
-        return self
-
-    def forward_features(self, images, grids, channels_last):
-        assert channels_last and all(i.dtype == torch.uint8 and i.shape[2] == 3 for i in images)
-        self.calls.append(list(grids))
-        return torch.stack([image.float().mean((0, 1)) / 255 for image in images])
-
-    def forward_head(self, x, pre_logits=False):
-        return x
-
-    def forward(self, images, grids, channels_last):
-        return self.forward_features(images, grids, channels_last)
-
-
-@pytest.fixture
-def model(monkeypatch):
-    model = StandIn()
-    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
-    return model
 
 
 @pytest.fixture
@@ -291,7 +256,7 @@ def test_an_interrupt_from_outside(photos, tmp_path):
         import signal, sys, time
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup, or in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        from test_infer import StandIn
+        from stand_in import StandIn
         from revit_kernels import cli
         from revit_kernels.serving import prepare as preparing
         from revit_kernels.serving import loading
@@ -453,12 +418,10 @@ def test_a_full_disk_is_no_wrong_command(model, photos, tmp_path, capsys, monkey
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_standard_output_on_a_full_disk(photos):
-    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
-    script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [sys.executable, "-c", script, "infer", "--model", "m", "-q", str(photos)],
+            [sys.executable, "-m", "stand_in", "infer", "--model", "m", "-q", str(photos)],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -490,12 +453,10 @@ def test_version_and_help(capsys):
 
 
 def test_the_reader_of_a_pipe_may_leave(photos):
-    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
-    script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     many = [str(photos)] * 300
     with subprocess.Popen(
-        [sys.executable, "-c", script, "infer", "--model", "m", "-q", "--batch-tokens", "1", *many],
+        [sys.executable, "-m", "stand_in", "infer", "--model", "m", "-q", "--batch-tokens", "1", *many],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

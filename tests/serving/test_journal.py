@@ -13,21 +13,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from test_images import noise
-from test_infer import StandIn
 
 from revit_kernels import cli
-from revit_kernels.serving import prepare as preparing
 from revit_kernels.serving.journal import Journal
 from revit_kernels.serving.records import Answer
 
 SUFFIXES = ("jsonl", "csv", "parquet", "npz", "shards/")
-
-
-@pytest.fixture
-def model(monkeypatch):
-    model = StandIn()
-    monkeypatch.setattr(preparing, "load_model", lambda *args, **kwargs: model)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +129,7 @@ def begin(shard, output, number):
     script = f"""if True:
         import os, signal, sys
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        from test_infer import StandIn
+        from stand_in import StandIn
         from revit_kernels import cli
         from revit_kernels.serving import prepare
         model = StandIn()
@@ -249,10 +240,8 @@ def test_a_disk_that_fills_up_loses_no_record(model, shard, tmp_path, monkeypatc
 
 
 def test_a_list_on_standard_input(shard):
-    script = "import sys; from test_infer import *; preparing.load_model = lambda *a, **k: StandIn(); "
-    script += "sys.exit(cli.main(sys.argv[1:]))"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", script, "infer", "--model", "m", "-q", "-"]
+    command = [sys.executable, "-m", "stand_in", "infer", "--model", "m", "-q", "-"]
     done = subprocess.run(command, input=f"{shard}\n", capture_output=True, text=True, env=env)
     assert done.returncode == 1 and len(done.stdout.splitlines()) == 12
 

@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -195,7 +195,7 @@ RECIPE = Recipe(epochs=2, batch=8, lr=3e-3, ema=0.9, layer_decay=0.8)
 
 
 def trainer(path, recipe=RECIPE, resume=False, **kwargs):
-    folder = RunFolder(path, recipe.as_settings(), resume) if path else None
+    folder = RunFolder(path, asdict(recipe), resume) if path else None
     model = make(drop_path_rate=0.2, **kwargs)
     return Trainer(model, Augmented(FakeSet(), (16, 16)), recipe, folder)
 

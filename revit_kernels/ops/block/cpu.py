@@ -4,6 +4,8 @@ Measured by benchmarks/bench_block.py (2 cores of AMD Zen 4, AVX512-BF16) agains
 products: dim 384 1.2x to 1.7x, dim 768 1.1x to 1.2x in bf16; 1.1x to 1.25x, and 1.0x to 1.15x in fp32.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,21 @@ from revit_kernels.ops.linear.panels import ACTIVATIONS, KINDS, has_kernel, pack
 native.load("cpu")
 _block = torch.ops.revit_kernels.block_cpu.default
 _blocks = torch.ops.revit_kernels.blocks_cpu.default
+
+
+class Time(NamedTuple):
+    """What blocks of divided attention do before the rest: across frames, which leaves the classes as they are.
+
+    frames:     (clips,) int32: how many each clip has; its tokens are [class copy, patches] of each, one after another
+    weights:    of each block the `affine` of its norm, and packed the products to queries, keys and values, and behind
+                attention
+    eps, scale: of its norm, and of its attention
+    """
+
+    frames: Tensor
+    weights: list[Tensor]
+    eps: float
+    scale: float
 
 
 def refusal(step, args):
@@ -87,6 +104,7 @@ def run(
     head=(),
     head_eps: float = 0.0,
     classes: int = 0,
+    time: Time | None = None,
 ) -> Tensor:
     """Blocks one after the other, equal in all but their weights.
 
@@ -94,6 +112,7 @@ def run(
     rotary:          none; one for all blocks, or one for each, of the same rows
     head:            none; or the final norm's `affine` and the packed weight to `classes`: then (images, classes) come
                      back, of each image's first token
+    time:            of blocks of divided attention, whose images are clips: see `Time`
     """
     _, width, hidden = form.widths
     cos, sin, rotary_row, half = [], [], None, False
@@ -105,6 +124,7 @@ def run(
         *(ACTIVATIONS.index(form.activation), KINDS[kind or x.dtype]),
         *(cos, sin, rotary_row, half),
         *(head, head_eps, classes),
+        *((None, [], 0.0, 0.0) if time is None else time),
     )
 
 

@@ -1,6 +1,6 @@
 """Linear layers on e4m3 numbers, for inference: rows quantized as they come, the weight once, per output.
 
-A number is its e4m3 value times a scale. Where a whole row is at hand (LayerNorm, `quantize`) it has one scale. A
+A number is its e4m3 value times a scale. Where a whole row is known (LayerNorm, `quantize`) it has one scale. A
 GELU's result is wide and spread over many blocks of a product, none of which sees a whole row: there every 128 columns
 of a row have a scale of their own, taken from the block that holds them, and the next product applies it every 128
 inputs. The other way, a bf16 result, the rows' maxima, and a pass to divide by them, reads and writes the widest tensor
