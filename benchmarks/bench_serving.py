@@ -1,8 +1,11 @@
 """`revit serve` under load on one machine: every answer checked, latency, and tokens a second against the model's own.
 
     python benchmarks/bench_serving.py --output benchmarks/results/serving.json
+    python benchmarks/bench_serving.py --output benchmarks/results/serving.json --service padded
 
-Rivals: the same service with batches of a fixed number of images, padded to the longest. Loopback only.
+The rival: the same service with batches of a fixed number of images, padded to the longest. Loopback only. Clients
+share the cores with the service; they make their requests before the clock starts. A service whose figures the output
+has keeps them, unless it is named.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import platform
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,27 +51,8 @@ def padded_batcher():
     from revit_kernels.serving.compare import Resize, rival
 
     class Padded(Batcher):
-        def take(self):
-            batch = []
-            with self.changed:
-                while True:
-                    while not self.entries and not batch:
-                        if self.closed:
-                            return None
-                        self.changed.wait()
-                    if not self.entries or len(batch) == COUNT:
-                        return batch
-                    head = self.entries[0]
-                    if not head.loaded.done():
-                        if batch:
-                            return batch
-                        self.limit.wait_for(head.number)
-                        self.changed.wait()
-                        continue
-                    self.entries.popleft()
-                    self.tokens, self.bytes = self.tokens - head.tokens, self.bytes - head.size
-                    if head.reply.set_running_or_notify_cancel():
-                        batch.append((head, head.loaded.result()))
+        def full_with(self, images, tokens, more):
+            return images == COUNT
 
         def answer(self, kind, images):
             model = self.prepared.model.model
@@ -88,6 +73,14 @@ def padded_batcher():
             return [_reply(v, i, i.grid, c) for v, i, c in zip(values.float().numpy(), images, costs)]
 
     return Padded
+
+
+def make_weights(model: str, path: str) -> None:
+    from revit_kernels import create_model
+    from revit_kernels.models.checkpoints import save_checkpoint
+
+    torch.manual_seed(0)
+    save_checkpoint(create_model(model, num_classes=0), path)
 
 
 def own_rate(weights: str, images: list[bytes], seconds: float) -> tuple[float, list[np.ndarray], list[int]]:
@@ -118,15 +111,17 @@ def own_rate(weights: str, images: list[bytes], seconds: float) -> tuple[float, 
     return computed / spent, features, tokens
 
 
-def load_service(port: int, images: list[bytes], expected, requests: int, clients: int, queue) -> None:
+def load_service(port: int, images: list[bytes], expected, requests: int, clients: int, queue, begin) -> None:
     """In a process of its own: `requests` from `clients` threads, each answer checked; the results go to the queue."""
     order = np.random.default_rng(2).integers(0, len(images), requests).tolist()
     bodies = {}
     for i in set(order):
         url = f"data:image/jpeg;base64,{base64.b64encode(images[i]).decode()}"
         bodies[i] = json.dumps({"input": url, "encoding_format": "base64", "model": "revit"}).encode()
+    queue.put("ready")
+    begin.get()
     lock, latencies, wrong, statuses = threading.Lock(), [], [], {}
-    begun = time.perf_counter()
+    begun, spent = time.perf_counter(), time.process_time()
 
     def work():
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
@@ -153,93 +148,118 @@ def load_service(port: int, images: list[bytes], expected, requests: int, client
         thread.start()
     for thread in threads:
         thread.join()
-    queue.put((time.perf_counter() - begun, latencies, statuses, len(wrong)))
+    queue.put((time.perf_counter() - begun, time.process_time() - spent, latencies, statuses, len(wrong)))
 
 
-def memory() -> dict[str, int]:
-    """Peak MB of the service's processes, which descend from this one."""
+def processes() -> dict[str, tuple[float, int]]:
+    """CPU seconds and peak MB of the service's processes: of the model by Ray's name for it, and of HTTP: this one."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and b"ray::ServeReplica:revit:" in (name := (entry / "cmdline").read_bytes()):
+            line = (entry / "cmdline").read_bytes() if entry.name.isdigit() else b""
+            name = "model" if line.startswith(b"ray::ServeReplica:revit:model") else None
+            name = "http" if entry.name == str(os.getpid()) else name
+            if name:
                 status = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines())
-                found[name.split(b":")[-1].strip(b"\0").decode()] = int(status["VmHWM"].split()[0]) >> 10
+                times = (entry / "stat").read_text().rpartition(")")[2].split()[11:13]
+                seconds = sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+                found[name] = seconds, int(status["VmHWM"].split()[0]) >> 10
         except (OSError, ValueError):
             continue
     return found
 
 
-def serve_and_load(arguments: dict, port: int, images, expected, requests: int, clients: int) -> dict:
-    from ray import serve
-
-    from revit_kernels.serving.ray_serve import app
-
-    serve.run(app(arguments), name="revit", route_prefix="/")
-    spawned = multiprocessing.get_context("fork")
-    for count in (clients, requests):  # the first warms up
-        queue = spawned.SimpleQueue()
-        process = spawned.Process(target=load_service, args=(port, images, expected, count, clients, queue))
-        process.start()
-        seconds, latencies, statuses, wrong = queue.get()
-        process.join()
+def scrape(port: int) -> dict[str, float]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
-    metrics = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(v) for name, v in (li.rsplit(" ", 1) for li in text.splitlines() if not li.startswith("#"))}
+
+
+def load_from_a_process(port: int, images, tokens, expected, requests: int, clients: int) -> dict:
+    spawned = multiprocessing.get_context("fork")
+    for count in (2 * clients, requests):  # the first warms up
+        queue, begin = spawned.SimpleQueue(), spawned.SimpleQueue()
+        process = spawned.Process(target=load_service, args=(port, images, expected, count, clients, queue, begin))
+        process.start()
+        queue.get()
+        before, counted = processes(), scrape(port)
+        begin.put("begin")
+        seconds, client, latencies, statuses, wrong = queue.get()
+        after, counts = processes(), scrape(port)
+        process.join()
     p50, p99 = np.percentile(latencies, [50, 99])
     order = np.random.default_rng(2).integers(0, len(images), requests)
-    found = {"requests": requests, "seconds": seconds, "statuses": statuses, "wrong": wrong}
-    found |= {"p50_ms": 1000 * p50, "p99_ms": 1000 * p99, "memory_mb": memory(), "order": order.tolist()}
-    found["images_per_batch"] = (float(metrics["revit_images_total"])) / float(metrics["revit_batches_total"])
-    serve.delete("revit")
+    total = sum(tokens[i] for i in order)
+    cpu = {name: used - before[name][0] for name, (used, _) in after.items()} | {"clients": client}
+    batches, busy = (counts[n] - counted[n] for n in ("revit_batches_total", "revit_busy_seconds_total"))
+    found = {"requests": requests, "clients": clients, "seconds": seconds, "statuses": statuses, "wrong": wrong}
+    found |= {"tokens_per_s": total / seconds, "p50_ms": 1000 * p50, "p99_ms": 1000 * p99}
+    found |= {"images_per_batch": requests / batches, "model_busy_share": busy / seconds}
+    found |= {"cpu_ms_per_request": {name: 1000 * used / requests for name, used in cpu.items()}}
+    found |= {"peak_mb": {name: most for name, (_, most) in after.items()}}
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--service", choices=("packed", "padded"), help="this one alone, anew")
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--padded-requests", type=int, default=400)
+    parser.add_argument("--padded-requests", type=int, default=500)
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--depth", type=int, default=8, help="blocks of ViT-B/16")
+    parser.add_argument("--model", default="vit_base_patch16_224")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--port", type=int, default=18555)
     parser.add_argument("--output")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    torch.set_num_threads(args.threads)
 
     import ray
     from ray import serve
 
-    from revit_kernels import create_model
-    from revit_kernels.models.checkpoints import save_checkpoint
+    from revit_kernels.serving.ray_serve import listening
 
+    output = Path(args.output) if args.output else None
+    result = json.loads(output.read_text()) if output and output.exists() else {}
+    runs = {"packed": args.requests, "padded": args.padded_requests}
+    wanted = [args.service] if args.service else [name for name in runs if name not in result]
     images = make_images()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
         weights = f"{folder}/model.safetensors"
-        save_checkpoint(create_model("vit_base_patch16_224", depth=args.depth, num_classes=0), weights)
-        rate, features, tokens = own_rate(weights, images, 5.0)
+        other.submit(make_weights, args.model, weights).result()  # there: this process is the service's
+        rate, features, tokens = other.submit(own_rate, weights, images, 10.0).result()
         ray.init(num_cpus=args.threads, include_dashboard=False, log_to_driver=False, object_store_memory=500 << 20)
-        serve.start(http_options={"host": "127.0.0.1", "port": args.port})
-        arguments = {"model": weights, "name": "revit", "features": True, "device": "cpu", "cpus": args.threads}
-        arguments |= {"workers": args.threads}
-        runs = {}
-        runs["packed"] = serve_and_load(arguments, args.port, images, features, args.requests, args.clients)
-        rival = arguments | {"batcher": padded_batcher()}
-        runs["padded"] = serve_and_load(rival, args.port, images, None, args.padded_requests, args.clients)
+        for name in wanted:
+            arguments = {"model": weights, "name": "revit", "features": True, "device": "cpu", "cpus": args.threads}
+            arguments |= {"workers": args.threads}
+            if name == "padded":
+                arguments |= {"batcher": padded_batcher()}
+            expected = features if name == "packed" else None  # padding adds other positions
+            with listening(arguments, port=args.port):
+                run = load_from_a_process(args.port, images, tokens, expected, runs[name], args.clients)
+            result[name] = run | {"share_of_the_model": run["tokens_per_s"] / rate, "model_tokens_per_s": [rate]}
+            write(result, args, output)
         serve.shutdown()
         ray.shutdown()
-    for run in runs.values():
-        run["tokens_per_s"] = sum(tokens[i] for i in run.pop("order")) / run["seconds"]
-    packed, padded = runs["packed"]["tokens_per_s"], runs["padded"]["tokens_per_s"]
-    result = {"machine": platform.processor() or platform.machine(), "threads": args.threads, "depth": args.depth}
-    result |= {"model_tokens_per_s": rate, "share_of_the_model": packed / rate, "against_padded": packed / padded}
-    result |= runs
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text + "\n")
+        again = other.submit(own_rate, weights, images, 10.0).result()[0]  # machines drift
+    for name in wanted:
+        result[name]["model_tokens_per_s"] = rate, again
+        result[name]["share_of_the_model"] = result[name]["tokens_per_s"] / max(rate, again)
+    write(result, args, output)
+    print(json.dumps(result, indent=1))
+
+
+def write(result: dict, args, output: Path | None) -> None:
+    result |= {"machine": machine(), "model": args.model, "threads_of_the_model_and_of_decoding": args.threads}
+    if result.keys() >= {"packed", "padded"}:
+        result["against_padded"] = result["packed"]["tokens_per_s"] / result["padded"]["tokens_per_s"]
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def machine() -> str:
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return found[0].partition(":")[2].strip() if found else platform.machine()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
 import sys
 import threading
+from contextlib import redirect_stdout
 
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
 
@@ -76,7 +78,8 @@ def add(commands):
     service.add_argument("--max-pixels", type=count, default=50_000_000, help="of an image (default: 50,000,000)")
     service.add_argument("--max-images", type=count, default=64, help="of a request (default: 64)")
     service.add_argument("--timeout", type=count, default=60, metavar="SECONDS", help="for an answer (default: 60)")
-    service.add_argument("--ray", metavar="ADDRESS", help="serve on this Ray cluster (default: start one here)")
+    service.add_argument("--log-requests", action="store_true", help="a line of JSON to standard output for each")
+    service.add_argument("--ray", metavar="ADDRESS", help="the model on this Ray cluster (default: start one here)")
     return serve
 
 
@@ -102,31 +105,33 @@ def run(args) -> int:
     """`revit serve`; returns the exit status once it is interrupted."""
     try:
         import ray
-        from ray import serve
 
         from revit_kernels.serving.batcher import Batcher
         from revit_kernels.serving.prepare import Settings, prepare
-        from revit_kernels.serving.ray_serve import app
+        from revit_kernels.serving.ray_serve import listening, parts
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
+    parts(arguments)  # what is wrong is said here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
-    Batcher(prepare(Settings(**of_the_model))).close()  # what is wrong with it is said here, not in a worker
-    made = app(arguments)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
+    Batcher(prepare(Settings(**of_the_model))).close()
     if not ray.is_initialized():
         ray.init(address=args.ray, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    serve.start(http_options={"host": args.host, "port": args.port}, logging_config={"enable_access_log": False})
-    try:
-        serve.run(made, name="revit", route_prefix="/")
-        print(f"revit: serving at http://{args.host}:{args.port}, until interrupted", file=sys.stderr, flush=True)
-        while not ended.wait(1):
-            pass
-    finally:
-        serve.shutdown()
-        ray.shutdown()
+
+    def log(line: dict, file=sys.stdout) -> None:
+        print(json.dumps(line), file=file, flush=True)
+
+    with redirect_stdout(sys.stderr):  # what Ray says of its processes
+        try:
+            with listening(arguments, args.host, args.port, log if args.log_requests else None):
+                ended, where = threading.Event(), f"http://{args.host}:{args.port}"
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, lambda *_: ended.set())
+                print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
+                while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                    pass
+        finally:
+            ray.shutdown()
     print("revit: served", file=sys.stderr)
     return 0

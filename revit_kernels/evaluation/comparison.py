@@ -124,7 +124,8 @@ def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
     if best.name == "fixed":
         lines = [f"Use {_named(e, best)}: **{_speed(e, best)}**."] if best is not e.full else []
         if not ones:
-            return lines + ["Only the lengths alone were measured, no policy."]
+            alike = "Every policy came out as one length for all images, at every budget."
+            return lines + [alike if e.fixed else "Only the lengths alone were measured, no policy."]
         lines = lines or [f"Use full length, {_named(e, best)}: no shorter length loses at most {limit}."]
         other = min(ones, key=lambda one: max(one.lost(e.full)[0], allowed) - one.speed(e.full) / 1e6)
         lines[0] += (

@@ -65,10 +65,11 @@ def _legend(e: Evaluation) -> list[str]:
     """What the headline's columns are, and how the numbers were taken."""
     about = e.about
     timed = "all images" if about["timed"] == len(e.outcomes) else f"{about['timed']:,} of the images"
+    times = "once" if about["rounds"] == 1 else f"{about['rounds']} times"
     speed = (
         "**speed**: from uint8 images in the device's memory to logits on the host. Decoding is not counted; the "
         "assigner, every pass of a cascade and the repacking between passes are. Everything ran "
-        f"{about['rounds']} times over {timed}, in batches of {about['batch']}, all rows in turn, a few batches at a "
+        f"{times} over {timed}, in batches of {about['batch']}, all rows in turn, a few batches at a "
         "time; the speed is the median of a row's ratios to full length in one round, **least to most** their range."
     )
     accuracy = "**accuracy**: of all images, with its standard error"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.data.archives import Member
@@ -46,7 +48,8 @@ class Reply:
 @dataclass
 class Stats:
     """Totals since the beginning. full: tokens, had every image been given the full length; busy: seconds that the
-    model computed; capacity: tokens that the batches had room for"""
+    model computed; capacity: tokens that the batches had room for; waited: seconds of each image before its batch;
+    waiting, waiting_tokens: now"""
 
     images: int = 0
     errors: int = 0
@@ -55,7 +58,9 @@ class Stats:
     batches: int = 0
     capacity: int = 0
     busy: float = 0.0
+    waited: float = 0.0
     waiting: int = 0
+    waiting_tokens: int = 0
 
 
 @dataclass
@@ -66,6 +71,7 @@ class _Entry:
     size: int  # bytes as they came
     loaded: Future
     reply: Future
+    came: float = field(default_factory=time.perf_counter)
 
 
 class Batcher:
@@ -152,6 +158,17 @@ class Batcher:
             self.changed.notify_all()
         return entry.reply
 
+    def warm_up(self) -> None:
+        """Answer an image of each kind that there is, at full length, and count from nothing: what compiles or is
+        captured at a first batch keeps nobody waiting."""
+        file, (h, w) = io.BytesIO(), self.prepared.model.patch_embed.img_size
+        Image.new("RGB", (w, h), "gray").save(file, "PNG")
+        kinds = KINDS if self.prepared.columns.classes else ("features",)
+        for reply in [self.submit(file.getvalue(), kind) for kind in kinds]:
+            reply.result()
+        with self.changed:
+            self.stats = Stats()
+
     def _notify(self, _) -> None:
         with self.changed:
             self.changed.notify_all()
@@ -195,9 +212,13 @@ class Batcher:
             finally:
                 for entry, _ in batch:
                     self.limit.settle(entry.number, 0)
-            self._count(batch, replies, time.perf_counter() - begun)
+            self._count(batch, replies, begun)
             for (entry, _), reply in zip(batch, replies):
                 entry.reply.set_result(reply)
+
+    def full_with(self, images: int, tokens: int, more: int) -> bool:
+        """Whether a batch of so many images and tokens ends before one of `more` tokens."""
+        return tokens + more > self.batch_tokens
 
     def take(self) -> list[tuple[_Entry, Loaded]] | None:
         """The next batch; None at the end."""
@@ -212,7 +233,7 @@ class Batcher:
                 if not self.entries:
                     return batch
                 head = self.entries[0]
-                if batch and tokens + head.tokens > self.batch_tokens:
+                if batch and self.full_with(len(batch), tokens, head.tokens):
                     return batch
                 if not head.loaded.done():
                     if batch:
@@ -228,7 +249,7 @@ class Batcher:
                 else:
                     self.limit.settle(head.number, 0)
 
-    def _count(self, batch, replies: list[Reply], seconds: float) -> None:
+    def _count(self, batch, replies: list[Reply], begun: float) -> None:
         stats, good = self.stats, [reply for reply in replies if reply.error is None]
         tokens = sum(reply.tokens for reply in good)
         with self.changed:
@@ -240,12 +261,13 @@ class Batcher:
                 full=stats.full + self.full * sum(max(1, len(reply.others)) for reply in good),
                 batches=stats.batches + 1,
                 capacity=stats.capacity + max(self.batch_tokens, tokens),
-                busy=stats.busy + seconds,
+                busy=stats.busy + time.perf_counter() - begun,
+                waited=stats.waited + sum(begun - entry.came for entry, _ in batch),
             )
 
     def totals(self) -> Stats:
         with self.changed:
-            return replace(self.stats, waiting=len(self.entries))
+            return replace(self.stats, waiting=len(self.entries), waiting_tokens=self.tokens)
 
     @torch.inference_mode()
     def _replies(self, batch: list[tuple[_Entry, Loaded]]) -> list[Reply]:

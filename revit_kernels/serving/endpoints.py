@@ -7,10 +7,15 @@ import base64
 import binascii
 import hmac
 import json
+import re
+import socket
+import threading
 import time
 import urllib.parse
 import urllib.request
+import uuid
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 
@@ -18,10 +23,12 @@ import numpy as np
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
+from revit_kernels import __version__
 from revit_kernels.data.images import ImageError, upright_size
 from revit_kernels.serving.batcher import Reply, Stats
 from revit_kernels.serving.records import short
 
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)  # seconds
 
 
@@ -78,10 +85,15 @@ class Endpoints:
     backend: `await backend.answer([bytes, ...], kind)` gives a list of batcher.Reply, `await backend.stats()` a
              batcher.Stats, `await backend.served()` a Served; they raise Unavailable
     key:     the bearer token that /v1 asks for, or None
+    log:     called with a dictionary of each request that was answered
+
+    A backend of None is one that is still being made ready: there is 503 until it is set.
     """
 
-    def __init__(self, backend, limits: Limits = Limits(), key: str | None = None):
-        self.backend, self.limits, self.key = backend, limits, key
+    def __init__(
+        self, backend, limits: Limits = Limits(), key: str | None = None, log: Callable[[dict], None] | None = None
+    ):
+        self.backend, self.limits, self.key, self.log = backend, limits, key, log
         self.page = (files("revit_kernels.serving") / "page.html").read_text()
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.buckets, self.seconds = Counter(), 0.0
@@ -90,6 +102,7 @@ class Endpoints:
         self.routes = {
             ("GET", "/"): self._page,
             ("GET", "/healthz"): self._health,
+            ("GET", "/health"): self._health,
             ("GET", "/metrics"): self._metrics,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/embeddings"): self._embeddings,
@@ -103,33 +116,47 @@ class Endpoints:
 
     async def respond(self, request: Request) -> Response:
         begun, path = time.perf_counter(), request.url.path.rstrip("/") or "/"
-        known = any(path == route for _, route in self.routes)
+        given = request.headers.get("x-request-id", "")
+        name = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        known, error = any(path == route for _, route in self.routes), None
         try:
             response = await self._routed(request, path, known)
         except Refused as refused:
-            kind = "invalid_request_error" if refused.status < 500 else "server_error"
-            body = {"message": str(refused), "type": kind, "param": refused.param, "code": None}
+            kind, error = "invalid_request_error" if refused.status < 500 else "server_error", str(refused)
+            body = {"message": error, "type": kind, "param": refused.param, "code": None}
             headers = {"retry-after": "1"} if refused.retry else {}
+            if refused.status == 401:
+                headers["www-authenticate"] = "Bearer"
             if refused.status in (408, 413):  # what is left of the body is not read
                 headers["connection"] = "close"
             response = JSONResponse({"error": body}, refused.status, headers)
         seconds = time.perf_counter() - begun
+        response.headers["x-request-id"] = name
         self.statuses[path if known else "other", response.status_code] += 1
         if path.startswith("/v1/") and request.method == "POST":
             self.seconds += seconds
             self.buckets[next((b for b in BUCKETS if seconds <= b), float("inf"))] += 1
+        if self.log is not None:
+            line = {"time": round(time.time(), 3), "id": name, "client": request.client and request.client.host}
+            line |= {"method": request.method, "path": path, "status": response.status_code}
+            line |= {"ms": round(1000 * seconds, 1), "images": getattr(request.state, "images", 0)}
+            self.log(line | {"tokens": getattr(request.state, "tokens", 0)} | ({"error": error} if error else {}))
         return response
 
     async def _routed(self, request: Request, path: str, known: bool) -> Response:
         handler = self.routes.get((request.method, path))
         if handler is None and request.method == "HEAD":
             handler = self.routes.get(("GET", path))
+        if handler is None and request.method == "GET" and path.startswith("/v1/models/"):
+            handler = self._model
         if handler is None:
             raise Refused(405 if known else 404, f"there is no {request.method} {path[:100]}")
         if path.startswith("/v1/") and self.key is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
                 raise Refused(401, "the bearer token is missing or wrong")
+        if self.backend is None and path != "/":
+            raise Refused(503, "the model is being made ready: try again later", retry=True)
         try:
             return await asyncio.wait_for(handler(request), self.limits.reading + self.limits.answering)
         except asyncio.TimeoutError:
@@ -152,14 +179,17 @@ class Endpoints:
         length = request.headers.get("content-length", "0")
         if not length.isdigit():
             raise Refused(400, "content-length must be a whole number")
+        stream = request.stream()
         if int(length) > limit:
+            await _throw_away(stream, 4 * limit)
             raise too_large
 
         async def read() -> bytes:
             parts, size = [], 0
-            async for part in request.stream():
+            async for part in stream:
                 size += len(part)
                 if size > limit:
+                    await _throw_away(stream, 4 * limit)
                     raise too_large
                 parts.append(part)
             return b"".join(parts)
@@ -184,10 +214,9 @@ class Endpoints:
             if not isinstance(asked, dict):
                 raise Refused(400, f"the body must be a JSON object, not {_kind(asked)}")
             images = await self._images(asked)
-        served = await self.served()
-        if asked.get("model") not in (None, served.name):
-            name = str(asked["model"])[:100]
-            raise Refused(404, f"there is no model {name!r}: this service has {served.name!r}", "model")
+        request.state.images = len(images)
+        if asked.get("model") is not None:
+            await self._check_model(asked["model"])
         for i, data in enumerate(images):
             try:
                 height, width = await asyncio.to_thread(upright_size, data)
@@ -198,8 +227,16 @@ class Endpoints:
                 raise Refused(400, f"input[{i}]: {message}", f"input[{i}]")
         return asked, images
 
+    async def _check_model(self, name) -> Served:
+        served = await self.served()
+        if name != served.name:
+            raise Refused(404, f"there is no model {str(name)[:100]!r}: this service has {served.name!r}", "model")
+        return served
+
     async def _images(self, asked: dict) -> list[bytes]:
         texts = asked.get("input")
+        if texts is None and "messages" in asked:
+            texts = _of_messages(asked["messages"])
         if isinstance(texts, str):
             texts = [texts]
         if not isinstance(texts, list) or not texts:
@@ -252,13 +289,17 @@ class Endpoints:
             dimensions = int(dimensions)
         if dimensions is not None and (type(dimensions) is not int or not 1 <= dimensions <= served.features):
             raise Refused(400, f"dimensions must be 1 to {served.features}, got {str(dimensions)[:50]}", "dimensions")
+        if (normalize := asked.get("normalize") or False) not in (True, False, "true", "false"):
+            raise Refused(400, f"normalize must be true or false, got {str(normalize)[:50]!r}", "normalize")
         replies = await self._answers(images, "features")
         data = []
         for i, reply in enumerate(replies):
             values = reply.values[:dimensions].astype("<f4")
+            if normalize in (True, "true"):
+                values /= max(np.linalg.norm(values), np.finfo(np.float32).tiny)
             text = base64.b64encode(values.tobytes()).decode() if format == "base64" else values.tolist()
             data.append({"object": "embedding", "index": i, "embedding": text})
-        return self._response(data, replies, served)
+        return self._response(request, data, replies, served)
 
     async def _classify(self, request: Request) -> Response:
         asked, images = await self._asked(request)
@@ -273,19 +314,19 @@ class Endpoints:
             for answer, reply in zip(data, each):
                 answer["lengths"] = [_classes(i, other, served) for i, other in enumerate(reply.others)]
             replies = replies + each
-        return self._response(data, replies, served)
+        return self._response(request, data, replies, served)
 
     @staticmethod
-    def _response(data: list[dict], replies: list[Reply], served: Served) -> Response:
-        tokens = sum(reply.tokens for reply in replies)
+    def _response(request: Request, data: list[dict], replies: list[Reply], served: Served) -> Response:
+        request.state.tokens = tokens = sum(reply.tokens for reply in replies)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return JSONResponse({"object": "list", "data": data, "model": served.name, "usage": usage})
 
     async def _models(self, request: Request) -> Response:
-        served = await self.served()
-        model = {"id": served.name, "object": "model", "created": 0, "owned_by": "revit_kernels"}
-        model |= {"features": served.features, "classes": served.classes, "full_tokens": served.full}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [_model(await self.served())]})
+
+    async def _model(self, request: Request) -> Response:
+        return JSONResponse(_model(await self._check_model(request.url.path.removeprefix("/v1/models/"))))
 
     async def _page(self, request: Request) -> Response:
         policy = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -297,6 +338,7 @@ class Endpoints:
         return JSONResponse({"status": "ok"})
 
     async def _metrics(self, request: Request) -> Response:
+        await self.served()
         return PlainTextResponse(self.metrics(await self.backend.stats()), media_type="text/plain; version=0.0.4")
 
     def metrics(self, stats: Stats) -> str:
@@ -305,8 +347,10 @@ class Endpoints:
 
         def metric(name: str, kind: str, help: str, *values: tuple[str, float]) -> None:
             lines.extend((f"# HELP revit_{name} {help}", f"# TYPE revit_{name} {kind}"))
-            lines.extend(f"revit_{name}{labels} {value:g}" for labels, value in values)
+            lines.extend(f"revit_{name}{labels} {value!r}" for labels, value in values)
 
+        name = self.known.name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+        metric("info", "gauge", "What is served.", (f'{{model="{name}",version="{__version__}"}}', 1))
         requests = [(f'{{path="{path}",status="{code}"}}', n) for (path, code), n in sorted(self.statuses.items())]
         metric("requests_total", "counter", "Requests by path and status.", *requests)
         count, latency = 0, []
@@ -327,7 +371,9 @@ class Endpoints:
         fill = stats.tokens / stats.capacity if stats.capacity else 0.0
         metric("batch_fill", "gauge", "Tokens of all batches over what they had room for.", ("", fill))
         metric("batches_total", "counter", "Batches computed.", ("", stats.batches))
+        metric("waited_seconds_total", "counter", "Seconds of each image before its batch.", ("", stats.waited))
         metric("waiting_images", "gauge", "Images that wait.", ("", stats.waiting))
+        metric("waiting_tokens", "gauge", "Tokens of the images that wait.", ("", stats.waiting_tokens))
         return "\n".join(lines) + "\n"
 
 
@@ -341,6 +387,39 @@ def _classes(i: int, reply: Reply, served: Served) -> dict:
     answer = {"object": "classification", "index": i, "classes": classes, "grid": list(reply.grid)}
     answer |= {"tokens": reply.tokens, "full_tokens": served.full, "crop": served.crop}
     return answer | {"patch_size": list(served.patch_size), "width": reply.size[1], "height": reply.size[0]}
+
+
+async def _throw_away(stream, size: int) -> None:
+    """Read what still comes, for a while: closed under a client that sends, a connection loses the answer."""
+
+    async def read() -> None:
+        seen = 0
+        while seen < size:
+            seen += len(await asyncio.wait_for(anext(stream), 0.5))
+
+    try:
+        await asyncio.wait_for(read(), 5)
+    except (asyncio.TimeoutError, StopAsyncIteration, ClientDisconnect):
+        pass
+
+
+def _model(served: Served) -> dict:
+    found = {"id": served.name, "object": "model", "created": 0, "owned_by": "revit_kernels"}
+    return found | {"features": served.features, "classes": served.classes, "full_tokens": served.full}
+
+
+def _of_messages(messages) -> list[str]:
+    """The one image of a conversation in OpenAI's shape, as vLLM's embeddings take it."""
+    refused = Refused(
+        400, "messages must hold one image, as a part of the type image_url, and nothing else", "messages"
+    )
+    try:
+        parts = [part for message in messages for part in message["content"]]
+        if [part["type"] for part in parts] != ["image_url"]:
+            raise refused
+        return [parts[0]["image_url"]["url"]]
+    except (TypeError, KeyError):
+        raise refused from None
 
 
 def _decoded(text: str, i: int) -> bytes:
@@ -409,3 +488,29 @@ class Local:
             self.top,
             model.num_prefix_tokens,
         )
+
+
+class Listener:
+    """An HTTP server of Endpoints, on a thread of its own.
+
+    Raises ValueError where the address cannot be listened on.
+    """
+
+    def __init__(self, endpoints: Endpoints, host: str = "127.0.0.1", port: int = 0):
+        import uvicorn
+
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            self.socket = socket.create_server((host, port), family=family, backlog=2048)
+        except OSError as error:
+            raise ValueError(f"port {port} of {host} cannot be listened on: {error.strerror or error}") from None
+        self.endpoints, self.port = endpoints, self.socket.getsockname()[1]
+        options = {"log_level": "error", "lifespan": "off", "server_header": False, "timeout_keep_alive": 75}
+        self.server = uvicorn.Server(uvicorn.Config(endpoints, timeout_graceful_shutdown=30, **options))
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],), name="http", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Take no more connections; answer what has come, for at most 30 seconds."""
+        self.server.should_exit = True
+        self.thread.join()

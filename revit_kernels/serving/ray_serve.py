@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 
 import ray
@@ -13,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from revit_kernels.serving.batcher import Batcher, Reply, Stats
-from revit_kernels.serving.endpoints import Endpoints, Limits, Local, Served, Unavailable
+from revit_kernels.serving.endpoints import Endpoints, Limits, Listener, Local, Served, Unavailable
 from revit_kernels.serving.prepare import Settings, prepare
 
+APPLICATION = "revit"
 ATTEMPTS = 3  # of a request whose worker died
 ONGOING = 1024  # requests that a replica holds; the batcher has the limits that count
 
@@ -25,6 +28,7 @@ class Model:
 
     def __init__(self, settings: Settings, name: str, options: dict, batcher: type = Batcher):
         self.local = Local(batcher(prepare(settings), **options), name, settings.top)
+        self.local.batcher.warm_up()
 
     async def answer(self, images: list[bytes], kind: str) -> list[Reply]:
         return await self.local.answer(images, kind)
@@ -97,6 +101,15 @@ def app(arguments: dict) -> serve.Application:
 
     Raises ValueError for other arguments.
     """
+    model, limits, key = parts(arguments)
+    door = serve.deployment(
+        Door, name="door", max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 0}, health_check_period_s=5
+    )
+    return door.bind(model, limits, key)
+
+
+def parts(arguments: dict) -> tuple[serve.Application, Limits, str | None]:
+    """The model's deployment, without HTTP, the limits of requests and the key, of the arguments of `app`."""
     arguments = dict(arguments)
 
     def taken(names) -> dict:
@@ -127,10 +140,29 @@ def app(arguments: dict) -> serve.Application:
         health_check_period_s=2,
         graceful_shutdown_timeout_s=30,
     )
-    door = serve.deployment(
-        Door, name="door", max_ongoing_requests=ONGOING, ray_actor_options={"num_cpus": 0}, health_check_period_s=5
-    )
-    return door.bind(model.bind(settings, name, options, batcher), limits, key)
+    return model.bind(settings, name, options, batcher), limits, key
+
+
+@contextmanager
+def listening(
+    arguments: dict, host: str = "127.0.0.1", port: int = 8000, log: Callable[[dict], None] | None = None
+) -> Iterator[Listener]:
+    """HTTP from this process to the model's, on Ray as it is connected: no process of Ray's is between them.
+
+    arguments: of `app`; log: of Endpoints
+
+    The model is ready inside; before it is, requests get 503. At the end those that have come are answered.
+    Raises ValueError for arguments, and for an address that cannot be listened on.
+    """
+    model, limits, key = parts(arguments)
+    listener = Listener(Endpoints(None, limits, key, log), host, port)
+    try:
+        serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False})
+        listener.endpoints.backend = Remote(serve.run(model, name=APPLICATION, route_prefix=None))
+        yield listener
+    finally:
+        listener.close()
+        serve.delete(APPLICATION)
 
 
 def read_key(path: str | None) -> str | None:

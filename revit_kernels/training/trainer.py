@@ -157,7 +157,8 @@ class Trainer:
         return 0, *others
 
     def train_step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One update; returns (lengths of the menu,), each length's own loss, NaN for those that the step left out.
+        """One update; returns (lengths of the menu,), each length's own loss over the images of all processes, NaN for
+        those that the step left out.
 
         images: (batch, height, width, 3) uint8, or clips (batch, frames, height, width, 3)
         """
@@ -193,8 +194,11 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(self.model)
         self.step += 1
-        all_losses = losses[0].new_full((len(self.model.menu),), torch.nan)
-        all_losses[list(lengths)] = torch.stack(losses).mean(0)
+        mean = torch.stack(losses).mean(0) / self.world
+        if self.world > 1:
+            dist.all_reduce(mean)
+        all_losses = mean.new_full((len(self.model.menu),), torch.nan)
+        all_losses[list(lengths)] = mean
         return all_losses
 
     @torch.no_grad()

@@ -123,6 +123,8 @@ def test_verdict_either_way():
     assert verdict(alone)[0].startswith("Use 3x3 for all images: **2.00x (2.00 to 2.00 over 3 rounds)")
     alone.policies = []
     assert verdict(alone)[1:] == ["Only the lengths alone were measured, no policy."]
+    alone.fixed = [("cascade", "2x", 1)]
+    assert verdict(alone)[1:] == ["Every policy came out as one length for all images, at every budget."]
 
 
 def test_a_mix_that_chance_explains_does_not_pay():

@@ -11,7 +11,7 @@ from stand_in import StandIn
 from test_images import noise
 
 from revit_kernels.data.images import ImageError, upright_size
-from revit_kernels.serving.batcher import Batcher, Busy
+from revit_kernels.serving.batcher import Batcher, Busy, Stats
 from revit_kernels.serving.infer import GridRule
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
 from revit_kernels.serving.records import Columns
@@ -175,6 +175,18 @@ def test_answers_are_bit_for_bit_those_of_the_command():
     assert [one.grid for one in every.others] == list(made.model.menu)
     assert every.tokens == sum(one.tokens for one in every.others)
     assert batcher.submit(images[0], "features").result(60).values.shape == (made.model.num_features,)
+    batcher.close()
+
+
+def test_warm_up_counts_for_nothing():
+    batcher = Batcher(prepare(Settings(dtype="float32", device="cpu")), workers=1)
+    calls, answer = [], batcher.answer
+    batcher.answer = lambda kind, images: calls.append(kind) or answer(kind, images)
+    batcher.warm_up()
+    assert set(calls) == {"classes", "features", "lengths"} and batcher.totals() == Stats()
+    batcher.submit(encoded((60, 40))).result(60)
+    stats = batcher.totals()
+    assert (stats.images, stats.batches) == (1, 1) and stats.waited > 0 and stats.busy > 0
     batcher.close()
 
 

@@ -4,28 +4,23 @@ import asyncio
 import base64
 import io
 import json
-import os
-import shutil
 import socket
 import struct
-import subprocess
 import threading
 import time
 import urllib.error
 import urllib.request
 import zlib
-from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
-import uvicorn
+from browser import Browser, browser_program
 from PIL import Image
 from test_images import noise
-from websockets.sync.client import connect
 
-from revit_kernels.serving.batcher import Batcher
-from revit_kernels.serving.endpoints import Endpoints, Limits, Local, Unavailable
+from revit_kernels.serving.batcher import Batcher, Stats
+from revit_kernels.serving.endpoints import Endpoints, Limits, Listener, Local, Unavailable
 from revit_kernels.serving.prepare import Settings, prepare
 
 
@@ -43,20 +38,16 @@ class Server:
     """The ASGI application on a port of this machine."""
 
     def __init__(self, endpoints):
-        self.endpoints = endpoints
-        self.server = uvicorn.Server(uvicorn.Config(endpoints, host="127.0.0.1", port=0, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def close(self):
-        self.server.should_exit = True
-        self.thread.join()
+        self.listener = Listener(endpoints)
+        self.port, self.close = self.listener.port, self.listener.close
 
     def ask(self, path, body=None, headers=None, method=None):
         """(status, text or JSON)"""
+        status, text, _ = self.answer(path, body, headers, method)
+        return status, text
+
+    def answer(self, path, body=None, headers=None, method=None):
+        """(status, text or JSON, headers)"""
         if isinstance(body, dict | list):
             body, headers = json.dumps(body).encode(), {"content-type": "application/json"} | (headers or {})
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", body, headers or {}, method=method)
@@ -67,7 +58,7 @@ class Server:
         with response:
             text = response.read().decode()
         kind = response.headers.get("content-type", "")
-        return response.status, json.loads(text) if "json" in kind else text
+        return response.status, json.loads(text) if "json" in kind else text, response.headers
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +103,21 @@ def test_embeddings(client, batcher):
         assert found.usage.total_tokens == found.usage.prompt_tokens > 2
     short = client.embeddings.create(model="revit", input=data_url(images[0]), dimensions=5).data[0].embedding
     np.testing.assert_array_equal(np.float32(short), features(batcher, images[0])[:5])
-    assert [model.id for model in client.models.list()] == ["revit"]
+    assert [model.id for model in client.models.list()] == ["revit"] == [client.models.retrieve("revit").id]
+    unit = client.embeddings.create(model="revit", input=data_url(images[0]), extra_body={"normalize": True})
+    np.testing.assert_allclose(np.linalg.norm(np.float64(unit.data[0].embedding)), 1, rtol=4 * np.finfo("f4").eps)
+
+
+def test_a_conversation_with_an_image(server, batcher):
+    """As vLLM takes images for embeddings: one in a message."""
+    data = encoded((60, 40))
+    part = {"type": "image_url", "image_url": {"url": data_url(data)}}
+    status, found = server.ask("/v1/embeddings", {"messages": [{"role": "user", "content": [part]}]})
+    assert status == 200
+    np.testing.assert_array_equal(np.float32(found["data"][0]["embedding"]), features(batcher, data))
+    for messages in ([], 5, [{"role": "user", "content": "a poem"}], [{"content": [part, part]}], [{"content": [{}]}]):
+        status, found = server.ask("/v1/embeddings", {"messages": messages})
+        assert status == 400 and found["error"]["message"].startswith("messages must hold one image")
 
 
 def test_what_the_client_is_refused(client):
@@ -152,6 +157,36 @@ def test_health_and_metrics(server):
     assert float(values['revit_request_seconds_bucket{le="+Inf"}']) == float(values["revit_request_seconds_count"])
     assert 0 < float(values["revit_batch_fill"]) <= 1 and float(values["revit_tokens_saved_total"]) >= 0
     assert float(values['revit_requests_total{path="/v1/classify",status="200"}']) >= 1
+    endpoints = server.listener.endpoints  # a counter is written whole: rates are differences
+    assert "revit_tokens_total 12345678901\n" in endpoints.metrics(Stats(tokens=12_345_678_901))
+
+
+def test_requests_have_names_and_are_logged(batcher):
+    lines = []
+    server = Server(Endpoints(Local(batcher, "revit"), log=lines.append))
+    body = {"input": [data_url(encoded((60, 40)))] * 2}
+    status, found, headers = server.answer("/v1/embeddings", body, {"x-request-id": "abc-1"})
+    assert status == 200 and headers["x-request-id"] == "abc-1"
+    status, _, headers = server.answer("/v1/classify", {"input": 5}, {"x-request-id": "two words"})
+    server.close()
+    first, second = json.loads(json.dumps(lines))
+    assert (first["id"], first["images"], first["tokens"]) == ("abc-1", 2, found["usage"]["total_tokens"])
+    assert (first["path"], first["status"], first["client"]) == ("/v1/embeddings", 200, "127.0.0.1")
+    assert second["id"] == headers["x-request-id"] != "two words" and second["status"] == 400
+    assert second["error"].startswith("input must be a data URL") and second["ms"] >= 0
+
+
+def test_before_the_model_is_ready(batcher):
+    server = Server(Endpoints(None))
+    for path in ("/healthz", "/health", "/metrics", "/v1/models"):
+        status, found, headers = server.answer(path)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert found["error"]["message"] == "the model is being made ready: try again later"
+    server.listener.endpoints.backend = Local(batcher, "revit")
+    assert server.ask("/health") == (200, {"status": "ok"})
+    with pytest.raises(ValueError, match=f"port {server.port} of 127.0.0.1 cannot be listened on: Address already"):
+        Listener(Endpoints(None), port=server.port)
+    server.close()
 
 
 # ---------------------------------------------------------------------- whoever means no good
@@ -197,6 +232,8 @@ PIXEL = data_url(encoded((8, 8)))
         ("/v1/embeddings", {"input": PIXEL, "dimensions": 0}, 400, "dimensions must be 1 to "),
         ("/v1/embeddings", {"input": PIXEL, "dimensions": True}, 400, "dimensions must be 1 to "),
         ("/v1/embeddings", {"input": PIXEL, "dimensions": 10**9}, 400, "dimensions must be 1 to "),
+        ("/v1/embeddings", {"input": PIXEL, "normalize": "much"}, 400, "normalize must be true or false, got 'much'"),
+        ("/v1/models/other", None, 404, "there is no model 'other'"),
         ("/v1/embeddings", {"input": PIXEL, "model": ["a"]}, 404, "there is no model \"['a']\""),
         ("/v1/classify", {"input": "x" * 300_000}, 413, "the request is larger than the limit of 200,000 bytes"),
         ("/v1/classify", None, 405, "there is no GET /v1/classify"),
@@ -231,6 +268,13 @@ def test_a_hundred_megabytes_are_not_read(server):
     assert "413" in raw(server, f"{HEAD}content-length: 100000000\r\n\r\n".encode(), b"x" * 10_000)
     chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
     assert "413" in raw(server, f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode(), *[chunk] * 8)
+
+
+def test_a_client_that_still_sends_gets_its_413(server):
+    """More than sockets buffer: closing at once would reset the connection, and the answer would be lost."""
+    for _ in range(5):
+        status, answer = server.ask("/v1/classify", b"x" * 700_000, {"content-type": "image/png"})
+        assert (status, answer["error"]["message"]) == (413, "the request is larger than the limit of 200,000 bytes")
 
 
 def test_slow_clients_are_not_waited_for(server):
@@ -313,65 +357,15 @@ def test_5xx_in_one_sentence(batcher):
 
 # ---------------------------------------------------------------------- the page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-class Browser:
-    """A headless Chromium, over its DevTools protocol."""
-
-    def __init__(self, program, folder):
-        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
-        options += [f"--user-data-dir={folder}", "--window-size=1000,1100", "--disable-dev-shm-usage", "about:blank"]
-        self.process = subprocess.Popen([program, *options], stderr=subprocess.PIPE, text=True)
-        for line in self.process.stderr:
-            if "DevTools listening on " in line:
-                port = line.rsplit(":", 1)[1].split("/")[0]
-                break
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as response:
-            page = next(one for one in json.load(response) if one["type"] == "page")
-        self.opened, self.number = ExitStack(), 0
-        url = page["webSocketDebuggerUrl"]
-        self.socket = self.opened.enter_context(connect(url, max_size=None, proxy=None))
-
-    def __call__(self, method, **parameters):
-        self.number += 1
-        self.socket.send(json.dumps({"id": self.number, "method": method, "params": parameters}))
-        while (answer := json.loads(self.socket.recv(timeout=60))).get("id") != self.number:
-            pass
-        assert "error" not in answer, answer
-        return answer["result"]
-
-    def value(self, expression):
-        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
-
-    def until(self, expression):
-        until = time.monotonic() + 60
-        while not (found := self.value(expression)):
-            assert time.monotonic() < until, expression
-            time.sleep(0.05)
-        return found
-
-    def close(self):
-        self.opened.close()
-        self.process.terminate()
-        self.process.wait()
-        self.process.stderr.close()
-
 
 def test_the_page(server, tmp_path):
     """An image is given to the page: it shows its class, tokens and patches at each length."""
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
+    if not (program := browser_program()):
         pytest.skip("no browser is found (chromium, chromium-browser, google-chrome, chrome)")
     Image.effect_mandelbrot((300, 200), (-3, -2.5, 2, 2.5), 100).convert("RGB").save(tmp_path / "image.png")
     browser = Browser(program, tmp_path / "profile")
     try:
-        browser("Page.navigate", url=f"http://127.0.0.1:{server.port}/")
-        browser.until("document.readyState === 'complete' && document.getElementById('name').textContent === 'revit'")
-        document = browser("DOM.getDocument")["root"]["nodeId"]
-        node = browser("DOM.querySelector", nodeId=document, selector="#file")["nodeId"]
-        browser("DOM.setFileInputFiles", files=[str(tmp_path / "image.png")], nodeId=node)
-        assert browser.until("document.body.dataset.done") == "1", browser.value("document.body.innerText")
+        assert browser.show(server.port, tmp_path / "image.png") == "1", browser.value("document.body.innerText")
         cards = browser.value("[...document.querySelectorAll('article')].map(e => e.innerText)")
         data = (tmp_path / "image.png").read_bytes()
         found = server.ask("/v1/classify?lengths=all", data, {"content-type": "image/png"})[1]
@@ -386,11 +380,7 @@ def test_the_page(server, tmp_path):
         sides = browser.value("[...document.querySelectorAll('canvas')].map(c => [c.height, c.width])")
         for (height, width), one in zip(sides, answer["lengths"]):
             assert height * one["grid"][1] * one["patch_size"][1] == width * one["grid"][0] * one["patch_size"][0]
-        picture = base64.b64decode(browser("Page.captureScreenshot")["data"])
-        assert len(np.unique(np.asarray(Image.open(io.BytesIO(picture)).convert("L")))) > 20
-        if folder := os.environ.get("REVIT_SCREENSHOTS"):
-            with open(os.path.join(folder, "page.png"), "wb") as file:
-                file.write(picture)
+        assert len(np.unique(np.asarray(Image.open(io.BytesIO(browser.picture())).convert("L")))) > 20
     finally:
         browser.close()
 

@@ -24,14 +24,6 @@ from revit_kernels.serving.ray_data import Predictor, Worker, units
 SIZES = ((64, 48), (200, 30), (28, 28), (90, 120), (33, 47))
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
-
-
 def encoded(i, kind="PNG"):
     file = io.BytesIO()
     noise(SIZES[i % len(SIZES)], seed=i).save(file, kind)
@@ -130,7 +122,7 @@ def test_what_a_batch_must_have():
     assert "must be (height, width, 3) of uint8" in predictor({"image": wrong})["error"][0]
 
 
-def test_map_batches(cluster):
+def test_map_batches(ray_here):
     table = pa.table({"bytes": [encoded(i) for i in range(40)], "id": list(range(40))})
     found = ray.data.from_arrow(table).map_batches(
         Predictor,
@@ -167,7 +159,7 @@ def workers_of_ours():
             continue
 
 
-def test_an_actor_killed_in_mid_run_loses_no_row(cluster, expected, tmp_path):
+def test_an_actor_killed_in_mid_run_loses_no_row(ray_here, expected, tmp_path):
     sources, single = expected
     killed = []
 
@@ -190,7 +182,7 @@ def test_an_actor_killed_in_mid_run_loses_no_row(cluster, expected, tmp_path):
     assert not list((tmp_path / "out").glob(".*")) + list((tmp_path / "out").glob("_*.tries"))
 
 
-def test_what_is_written_is_not_done_again(cluster, expected, tmp_path, capsys):
+def test_what_is_written_is_not_done_again(ray_here, expected, tmp_path, capsys):
     sources, single = expected
     output = f"{tmp_path}/out/"
     assert revit(sources, "-o", output, "--ray") == 1
@@ -211,7 +203,7 @@ def test_what_is_written_is_not_done_again(cluster, expected, tmp_path, capsys):
     assert {name: after[name] for name in before} == before and len(after) == 6
 
 
-def test_a_broken_archive_is_told_and_tried_again(cluster, shards, tmp_path, capsys):
+def test_a_broken_archive_is_told_and_tried_again(ray_here, shards, tmp_path, capsys):
     (tmp_path / "bad.tar").write_bytes(b"no archive")
     sources, output = [shards / "photos", tmp_path / "bad.tar"], f"{tmp_path}/out/"
     assert revit(sources, "-o", output, "--ray") == 1

@@ -13,17 +13,17 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 from ray import serve
 from test_images import noise
 
 from revit_kernels import cli
 from revit_kernels.serving.prepare import Settings, prepare
-from revit_kernels.serving.ray_serve import app
+from revit_kernels.serving.ray_serve import app, listening
 
 PORT = 18000 + os.getpid() % 2000
 SIZES = ((64, 64), (300, 200), (28, 28), (120, 90))
@@ -50,15 +50,16 @@ def url(data):
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 
+ARGUMENTS = {"dtype": "float32", "device": "cpu", "workers": 1, "body": 1_000_000, "reading": 2.0}
+
+
 @pytest.fixture(scope="module")
-def service():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-    arguments = {"dtype": "float32", "device": "cpu", "workers": 1, "body": 1_000_000, "reading": 2.0}
-    serve.run(app(arguments), name="revit", route_prefix="/")
-    yield
+def service(ray_here):
+    """As `revit serve`; its lines of the log."""
+    lines = []
+    with listening(ARGUMENTS, port=PORT, log=lines.append):
+        yield lines
     serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,21 @@ def check(text, reply):
     assert np.float32(best["probability"]) == reply.values[best["class"]] == reply.values.max()
 
 
+def test_the_application_behind_rays_proxies(ray_here, expected):
+    """As on a cluster. The first of the tests that serve here: how Ray Serve does HTTP is settled when it starts."""
+    serve.start(http_options={"host": "127.0.0.1", "port": PORT + 4000})
+    try:
+        serve.run(app(ARGUMENTS), name="revit", route_prefix="/")
+        status, text = ask("/v1/classify", {"input": url(encoded(3))}, PORT + 4000)
+        assert status == 200
+        check(text, expected[3])
+        assert ask("/healthz", port=PORT + 4000)[0] == 200
+        status, text = ask("/v1/classify", {"input": "x" * 2_000_000}, PORT + 4000)
+        assert status == 413 and "larger than the limit of 1,000,000 bytes" in text
+    finally:
+        serve.shutdown()
+
+
 def test_many_clients_get_their_own_answers(service, expected):
     from openai import OpenAI
 
@@ -94,9 +110,10 @@ def test_many_clients_get_their_own_answers(service, expected):
     assert len(found.data) == 4 and found.usage.total_tokens > 4
     assert ask("/healthz")[0] == 200 and "revit_images_total 5" in ask("/metrics")[1]
     assert ask("/")[1].startswith("<!doctype html>")
+    assert sum(line["images"] for line in service if line["status"] == 200) == 52
 
 
-def test_4xx_through_the_proxy(service):
+def test_4xx(service):
     status, text = ask("/v1/classify", {"input": "data:image/png;base64,!!!"})
     assert status == 400 and json.loads(text)["error"]["message"] == "input[0] has damaged base64"
     status, text = ask("/v1/classify", {"input": "x" * 2_000_000})
@@ -114,7 +131,7 @@ def raw(*parts):
         return connection.makefile("rb").readline().decode().strip()
 
 
-def test_slow_and_endless_clients_through_the_proxy(service):
+def test_slow_and_endless_clients(service):
     head = "POST /v1/classify HTTP/1.1\r\nhost: a\r\ncontent-type: image/png\r\n"
     assert "408" in raw(f"{head}content-length: 1000\r\n\r\nx".encode())
     assert "413" in raw(f"{head}content-length: 100000000\r\n\r\nx".encode())
@@ -166,12 +183,21 @@ def test_a_worker_killed_is_retried_or_a_clear_5xx(service, expected):
     assert killed and 200 in statuses[before + 8 :] and statuses.count(200) > len(statuses) // 2
 
 
-def test_the_command_serves_until_it_is_interrupted():
-    """The whole command, in a process: it answers, and a request that has come is answered before it ends."""
+def test_the_command_serves_until_it_is_interrupted(tmp_path):
+    """The whole command, in a process: under load it is interrupted, and answers all that has come before it ends."""
     port = PORT + 2000
     command = [sys.executable, "-m", "revit_kernels.cli", "serve", "--port", str(port), "--threads", "1"]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_ADDRESS": ""}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env) as process:
+    body = json.dumps({"input": [url(encoded(i)) for i in range(12)] * 4}).encode()
+    head = f"POST /v1/classify HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    log = tmp_path / "log"
+    with (
+        open(log, "w") as output,
+        subprocess.Popen(
+            [*command, "--log-requests"], stdout=output, stderr=subprocess.PIPE, text=True, env=env
+        ) as process,
+        ExitStack() as opened,
+    ):
         try:
             lines = []
             for line in process.stderr:
@@ -179,11 +205,19 @@ def test_the_command_serves_until_it_is_interrupted():
                 if "serving at" in line:
                     break
             assert ask("/v1/classify", {"input": url(encoded(0))}, port)[0] == 200, lines
+            clients = [opened.enter_context(socket.create_connection(("127.0.0.1", port), 60)) for _ in range(8)]
+            for client in clients:
+                client.sendall(head.encode() + b"\r\n\r\n" + body)
+            assert ask("/healthz", port=port)[0] == 200  # those before it are being answered
         finally:
             process.send_signal(signal.SIGINT)
+        answers = [client.makefile("rb").readline() for client in clients]
         rest = process.stderr.read()
+    assert answers == [b"HTTP/1.1 200 OK\r\n"] * 8
     assert process.returncode == 0 and rest.endswith("revit: served\n")
     assert "Traceback" not in "".join(lines) + rest
+    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["images"] for line in logged if line["path"] == "/v1/classify"] == [1] + [48] * 8
 
 
 @pytest.mark.parametrize(
