@@ -60,6 +60,7 @@ def prepare():
         if status:
             raise AssertionError(f"{name} ended with {status}: {(path / 'said').read_text()[-500:]}")
         MADE["first"][name], MADE["last"][name] = last if first is None else first, last
+        COMMANDS[name][1](output, output)
         for module in (path / "modules").read_text().split():  # the next run need not import them
             with suppress(ImportError):
                 import_module(module)

@@ -87,7 +87,7 @@ def mutate(r, value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
-        return r.choice(SIZES) if r.random() < 0.7 else value + r.choice((-1, 1, 4))
+        return r.choice(SIZES) if r.random() < 0.7 else min(value + r.choice((-1, 1, 4)), max(SIZES))
     if isinstance(value, float):
         return r.choice(NUMBERS)
     if isinstance(value, str):
@@ -157,7 +157,7 @@ def attempt(seed: int) -> str:
         with torch.no_grad():
             call()
         word = f"{name} answered"
-    except (*refusals, RuntimeError) as refused:
+    except (*refusals, RuntimeError, MemoryError) as refused:
         no_memory = isinstance(refused, MemoryError) or any(said in str(refused) for said in NO_MEMORY)
         if not isinstance(refused, refusals) and not no_memory:
             raise
