@@ -51,7 +51,7 @@ def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: 
     legal = [(h, w) for h in around(rows, most[0]) for w in around(columns, min(most[1], max(1, max_tokens // h)))]
     legal += [(h, w) for w in around(columns, most[1]) for h in around(rows, min(most[0], max(1, max_tokens // w)))]
     legal = [(h, w) for h, w in legal if h * w <= max_tokens]
-    return min(legal, key=lambda grid: (*distance(grid), grid))
+    return sorted(legal, key=lambda grid: (*distance(grid), grid))[0]  # torch.compile traces no min with a key
 
 
 def largest_grid(size: tuple[int, int], patch_size: tuple[int, int], grids: Sequence[Grid]) -> Grid:
