@@ -26,7 +26,7 @@ def resize_patch_weight(
             f"weight must be (dim, channels, patch_h, patch_w) and floating-point, got {tuple(weight.shape)} "
             f"{weight.dtype}"
         )
-    for name, patch in (("size", size), ("the weight's", weight.shape[2:])):
+    for name, patch in (("size", size), ("the patch of weight", weight.shape[2:])):
         if len(patch) != 2 or min(patch) < 1 or max(patch) > MOST:
             raise ValueError(f"{name} must be (patch_h, patch_w), each from 1 to {MOST}, got {tuple(patch)}")
     if interpolation not in MODES:
