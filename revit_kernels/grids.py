@@ -11,9 +11,11 @@ def grid_text(grid) -> str:
     return "x".join(map(str, grid))
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def _check_size(size: tuple[int, int], patch_size: tuple[int, int]) -> None:
     if min(size) < 1:
         raise ValueError(f"an image must have at least 1 x 1 pixels, got {size[0]} x {size[1]}")
+    if min(patch_size) < 1:
+        raise ValueError(f"a patch must have at least 1 x 1 pixels, got {' x '.join(map(str, patch_size))}")
 
 
 def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: int) -> Grid:
@@ -27,9 +29,9 @@ def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: 
     rows and columns are both off by the smallest factor; among equals, the one of the nearest aspect. No image is
     enlarged: it has at most as many rows and columns as it has pixels for, rounded up.
 
-    Raises ValueError for an image without pixels, and for max_tokens below 1.
+    Raises ValueError for an image or a patch without pixels, and for max_tokens below 1.
     """
-    _check_size(size)
+    _check_size(size, patch_size)
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     own = [pixels / patch for pixels, patch in zip(size, patch_size)]
@@ -49,7 +51,7 @@ def native_grid(size: tuple[int, int], patch_size: tuple[int, int], max_tokens: 
     legal = [(h, w) for h in around(rows, most[0]) for w in around(columns, min(most[1], max(1, max_tokens // h)))]
     legal += [(h, w) for w in around(columns, most[1]) for h in around(rows, min(most[0], max(1, max_tokens // w)))]
     legal = [(h, w) for h, w in legal if h * w <= max_tokens]
-    return min(legal, key=lambda grid: (*distance(grid), grid))
+    return sorted(legal, key=lambda grid: (*distance(grid), grid))[0]  # torch.compile traces no min with a key
 
 
 def largest_grid(size: tuple[int, int], patch_size: tuple[int, int], grids: Sequence[Grid]) -> Grid:
@@ -59,9 +61,9 @@ def largest_grid(size: tuple[int, int], patch_size: tuple[int, int], grids: Sequ
     patch_size: (height, width) of a patch
     grids:      (rows, columns) to choose from; of several with as many patches, the one of the nearest aspect
 
-    Raises ValueError for an image without pixels, and for an empty list.
+    Raises ValueError for an image or a patch without pixels, and for an empty list.
     """
-    _check_size(size)
+    _check_size(size, patch_size)
     if not grids:
         raise ValueError("grids must name at least one grid")
     most = [math.ceil(pixels / patch) for pixels, patch in zip(size, patch_size)]

@@ -79,6 +79,7 @@ def test_largest_grid(size, grids, grid):
     [
         (lambda: native_grid((0, 5), P, 196), "at least 1 x 1 pixels, got 0 x 5"),
         (lambda: native_grid((5, 5), P, 0), "max_tokens must be at least 1, got 0"),
+        (lambda: native_grid((5, 5), (0, 16), 196), "a patch must have at least 1 x 1 pixels, got 0 x 16"),
         (lambda: largest_grid((5, 0), P, MENU), "at least 1 x 1 pixels, got 5 x 0"),
         (lambda: largest_grid((5, 5), P, []), "grids must name at least one grid"),
     ],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
+from contextlib import suppress
 
 
 def count(text: str) -> int:
@@ -13,6 +16,20 @@ def count(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number, at least 1, got {text!r}")
     return number
+
+
+def refuse_overwriting(option: str, output: str | os.PathLike | None, inputs: Iterable[str | None]) -> None:
+    """Raise ValueError where the file that is to be written, by whatever name, is one of those that are read."""
+    if output is None or not os.path.exists(output):
+        return
+    written = os.stat(output)
+    for path in inputs:
+        with suppress(OSError, ValueError):  # no file, or no name of one
+            if path is not None and os.path.samestat(os.stat(path), written):
+                break
+    else:
+        return
+    raise ValueError(f"{option} {output} is an input: it would be overwritten")
 
 
 def lengths(text: str):

@@ -14,7 +14,7 @@ from PIL import Image
 from revit_kernels import dispatch
 from revit_kernels.cli import hints
 from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids, refuse_overwriting
 from revit_kernels.cli.clips import add_clips, takes_clips
 from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
@@ -191,7 +191,10 @@ def run(args) -> int:
     clips = _takes_clips(args)
     suffixes, what = (SUFFIXES, "videos or images") if clips else (IMAGES, "images")
     paths, empty, problems, left_out = find_images(args.paths, args.recursive, suffixes, inside=args.ray is None)
-    _check_overwritten(args, paths)
+    read = [args.model, args.checkpoint, args.labels, args.assigner, args.outcomes]
+    read += [path.removeprefix("@") for path in args.paths] + paths
+    refuse_overwriting("--output", args.output, read)
+    refuse_overwriting("--gallery", args.gallery, read)
     others = left_out_text(left_out, what)
     if not paths:
         none = [f"there are no {what} in {', '.join(show(path) for path in empty)}"] if empty else []
@@ -322,17 +325,6 @@ def _each(functions: list):
 def _say(text: str) -> None:
     with suppress(OSError):  # whoever read it has gone; the records are what counts
         print(printable(text), file=sys.stderr, flush=True)
-
-
-def _check_overwritten(args, paths: list[str]) -> None:
-    """Raise ValueError where the output would take the place of an input."""
-    if args.output is None or not os.path.exists(args.output):
-        return
-    suffix = os.path.splitext(os.path.realpath(args.output))[1].lower()
-    for path in [*(path.removeprefix("@") for path in args.paths), *paths]:
-        real = os.path.realpath(path)
-        if real.lower().endswith(suffix) and os.path.exists(real) and os.path.samefile(real, args.output):
-            raise ValueError(f"--output {args.output} is an input: it would be overwritten")
 
 
 def _takes_clips(args) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from revit_kernels.adaptive.outcomes import name_of
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, refuse_overwriting
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
@@ -88,6 +88,7 @@ def run(args) -> int:
         raise ValueError(f"--output must end in .parquet, got {args.output}")
     if not output.resolve().parent.is_dir():
         raise ValueError(f"the folder of --output {output} does not exist")
+    refuse_overwriting("--output", output, [args.model, *args.fold_models, args.data])
     images = open_data(args, args.model)
     files = [args.model, *args.fold_models]
     parts = [images]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from revit_kernels.adaptive.costs import measure_costs
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count
+from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count, refuse_overwriting
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.models.registry import load_resizable
@@ -57,6 +57,7 @@ def run(args) -> int:
         raise ValueError(f"--output must end in .safetensors, got {args.output}")
     if not output.resolve().parent.is_dir():
         raise ValueError(f"the folder of --output {output} does not exist")
+    refuse_overwriting("--output", output, [args.model, args.labels, args.data])
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
     images = fit_images(open_data(args, args.model), model)

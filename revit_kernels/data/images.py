@@ -171,6 +171,8 @@ def _read_list(path: str) -> list[str]:
         raise ValueError(f"the list {show(path)} cannot be read: {error.strerror}") from None
     lines = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")).split("\n")
     lines = [line.removesuffix("\r") for line in lines if line.strip()]
+    if path == "-" and not lines:
+        raise ValueError("standard input, from which - and @- read names of images, one a line, is empty")
     return [line for line in lines if not line.startswith("#") or os.path.lexists(line)]
 
 

@@ -42,7 +42,7 @@ class ClipEngine(Engine):
 
     def _after_blocks(self, clips, grids, packing, channels_last):
         """The module to run, the tokens after the last block, their packing, and whether the answer is dense."""
-        running, blocks = self._current()
+        running, blocks = self._current(clips)
         frames, packing, dense = running._inputs(clips, grids, packing, channels_last)
         if blocks is None:
             x = running._tokens(frames, packing, channels_last)
@@ -80,7 +80,7 @@ class ClipEngine(Engine):
     @torch.no_grad()
     def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
         """As of the model."""
-        running, blocks = self._current()
+        running, blocks = self._current(clips)
         if blocks is None:
             return running.embed(clips, packing, channels_last)
         frames, packing, _ = running._inputs(clips, None, packing, channels_last)
@@ -91,7 +91,7 @@ class ClipEngine(Engine):
         self, stream: list[Tensor | None], packing: ClipPacking, start: int = 0, stop: int | None = None
     ) -> list[Tensor | None]:
         """As of the model, without visits."""
-        running, blocks = self._current()
+        running, blocks = self._current(stream[0])
         if blocks is None:
             return running.run_blocks(stream, packing, start, stop)
         return [blocks.run(add(*stream), running._of_blocks(packing), start, stop), None, None]

@@ -17,6 +17,7 @@ from revit_kernels.models.embedding import Images
 from revit_kernels.models.quantize import fp8
 from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
+from revit_kernels.modules.linear import traced
 from revit_kernels.packing import Packing
 
 QUANTIZE = (None, "int8", "fp8")
@@ -83,8 +84,13 @@ class Engine:
             raise NotImplementedError(f"{self.quantize}: {self.refusal}")
         return model, None
 
-    def _current(self) -> tuple[Any, Any]:
-        """The module to run and the packed blocks, of weights that are still the model's as far as can be seen."""
+    def _current(self, x: Any) -> tuple[Any, Any]:
+        """The module to run and the packed blocks, of weights that are still the model's as far as can be seen.
+
+        x: images or tokens. Raises NotImplementedError where a tracer follows them.
+        """
+        if traced(x):
+            raise NotImplementedError("an engine is not traced, exported or transformed: use its model, engine.model")
         watched, state, running, _ = self._snapshot
         if running is not self.model and state_of(watched, self.model) != state:
             if self.stale == "raise":
@@ -111,7 +117,7 @@ class Engine:
         channels_last: bool = False,
     ) -> Any:
         """(images, classes), one row per image in the order given; arguments as of VarLenViT."""
-        running, blocks = self._current()
+        running, blocks = self._current(images)
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if blocks is None:
             return running(images, **{k: v for k, v in options.items() if v is not None and v is not False})
@@ -133,7 +139,7 @@ class Engine:
         channels_last: bool = False,
     ) -> Any:
         """What `model.forward_features` gives: (images, length, dim) for a dense batch, else PackedTokens."""
-        running, blocks = self._current()
+        running, blocks = self._current(images)
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if blocks is None:
             return running.forward_features(images, **options)
@@ -146,7 +152,7 @@ class Engine:
     @torch.no_grad()
     def embed(self, images: Images, packing: Packing, channels_last: bool = False) -> Tensor:
         """As VarLenViT.embed."""
-        running, blocks = self._current()
+        running, blocks = self._current(images)
         if blocks is None:
             return running.embed(images, packing, channels_last)
         images, packing, _ = running._inputs(images, None, packing, None, channels_last)
@@ -157,7 +163,7 @@ class Engine:
         self, stream: list[Tensor | None], packing: Packing, start: int = 0, stop: int | None = None
     ) -> list[Tensor | None]:
         """As VarLenViT.run_blocks, without masks and visits."""
-        running, blocks = self._current()
+        running, blocks = self._current(stream[0])
         if blocks is None:
             return running.run_blocks(stream, packing, start, stop)
         x = add(*stream)
@@ -166,12 +172,12 @@ class Engine:
     @torch.no_grad()
     def finish(self, stream: list[Tensor | None], packing: Packing) -> Tensor:
         """As VarLenViT.finish."""
-        return self._current()[0].finish(stream, packing)
+        return self._current(stream[0])[0].finish(stream, packing)
 
     def forward_head(self, x: Tensor | PackedTokens, pre_logits: bool = False) -> Any:
         """As VarLenViT.forward_head."""
         with torch.no_grad():
-            return self._current()[0].forward_head(x, pre_logits)
+            return self._current(x)[0].forward_head(x, pre_logits)
 
 
 def engine_of(model: Any) -> Any:

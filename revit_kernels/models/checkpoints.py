@@ -17,7 +17,7 @@ from revit_kernels.files import write_whole
 from revit_kernels.models import convert_timm, hugging_face, openai_clip
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
 from revit_kernels.models.naflex_inputs import projection
-from revit_kernels.models.weight_files import read_checkpoint, some
+from revit_kernels.models.weight_files import is_safetensors, read_checkpoint, some
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
 HEADS = ("head.", "head_dist.", "aux_head.")
@@ -247,7 +247,8 @@ def check_shapes(model: nn.Module, path) -> None:
 
 
 def _grid_of(path):
-    found = description(path) if Path(path).suffix == ".safetensors" else None
+    path = Path(path)
+    found = description(path) if path.suffix == ".safetensors" and is_safetensors(path) else None
     return tuple(found["grid"]) if found and "grid" in found else None
 
 

@@ -228,6 +228,18 @@ def _of_naflex(state: dict[str, Tensor], patch_size) -> dict[str, Tensor]:
     return new
 
 
+def _to_naflex(state: dict[str, Tensor], grid_size) -> dict[str, Tensor]:
+    new = {}
+    for key, x in state.items():
+        if key == "pos_embed":
+            x = x.unflatten(1, tuple(grid_size))
+        elif key == "patch_embed.proj.weight":
+            x = x.permute(0, 2, 3, 1).flatten(1)
+        key = re.sub(r"^(?:patch_embed\.|pos_axes\.|(?=(?:cls_token|reg_token|pos_embed)$))", "embeds.", key)
+        new[re.sub(r"^embeds\.(?=[xy]$)", "embeds.pos_embed_", key)] = x
+    return new
+
+
 GEMMA = (
     (r"patch_embed\.input_proj\.", "patch_embed.proj."),
     (r"(blocks\.\d+\.attn\.[qkv]_proj\.)(?:linear\.)?", r"\1"),
@@ -256,6 +268,44 @@ def _of_gemma(state: dict[str, Tensor], patch_size, head_dim: int) -> dict[str, 
             x = x[order]
         new[key] = x
     return new
+
+
+def _to_gemma(state: dict[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    names = {"proj": "o_proj", "fc1_g": "gate_proj", "fc1_x": "up_proj", "fc2": "down_proj"}
+    order = torch.arange(head_dim).view(4, -1)[[0, 2, 1, 3]].flatten()
+    new = {}
+    for key, x in state.items():
+        if re.search(r"\.attn\.[qk]_proj\.weight$", key):
+            x = x.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+        elif re.search(r"\.attn\.[qk]_norm\.weight$", key):
+            x = x[order]
+        elif key == "patch_embed.proj.weight":
+            x = x.flatten(1)
+        key = re.sub(r"(?<=\.)(proj|fc1_g|fc1_x|fc2)(?=\.)", lambda found: names[found[0]], key)
+        key = re.sub(r"^(blocks\..*_proj\.)(weight|bias)$", r"\1linear.\2", key)
+        new[key.replace("patch_embed.o_proj.", "patch_embed.input_proj.")] = x
+    new["patch_embed.position_embedding_table"] = torch.cat([new.pop("pos_axes.x"), new.pop("pos_axes.y")])
+    return new
+
+
+def timm_state(model: VarLenViT) -> dict[str, Tensor]:
+    """The state_dict of the model with the keys and axes of timm's NaFlexVit, or of its tower where it is one.
+
+    What a tower has for a language model's projector is not in it. Raises ValueError for models of other classes, whose
+    keys are timm's already, and for resizable ones, which have parameters that timm's lack.
+    """
+    if type(model) not in (VarLenViT, VarLenTower, VarLenGemma4):
+        raise ValueError(f"timm_state takes a VarLenViT, VarLenTower or VarLenGemma4, got {type(model).__name__}")
+    if model.menu is not None:
+        raise ValueError("the model is resizable: timm's have no parameters for each length")
+    state = model.state_dict()
+    if type(model) is VarLenViT:
+        if not model.no_embed_class and model.num_prefix_tokens and model.pos_embed is not None:
+            raise ValueError("NaFlexVit has no positions of prefix tokens, and the model has")
+        return _to_naflex(state, model.patch_embed.grid_size)
+    if type(model) is VarLenGemma4:
+        state = _to_gemma(state, model.embed_dim // model.blocks[0].attn.num_heads)
+    return {key if key.startswith("head.") else f"encoder.{key}": x for key, x in state.items()}
 
 
 def is_timms(keys, model: nn.Module) -> bool:

@@ -61,8 +61,19 @@ def as_tensors(images, channels: int, channels_last: bool, device: torch.device)
     return _as_tensor(images, channels, channels_last, device)
 
 
+def _is_known(size) -> bool:
+    """Whether a tracer knows the number itself, not its name alone."""
+    if not torch.compiler.is_compiling() or not torch.compiler._is_exporting_flag:
+        return type(size) is int
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and loaded by then
+
+    return has_static_value(size)
+
+
 def _only_dense(x, grids, packing, max_tokens, channels_last):
     """x, in a torch.fx graph, where nothing else may be given."""
+    if isinstance(x, Proxy):  # of the model, or of a graph that is traced again
+        return x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
     if grids is not None or packing is not None or max_tokens is not None or channels_last:
         raise ValueError("a torch.fx graph of the model takes a dense batch (images, channels, height, width) alone")
     return x
@@ -88,7 +99,7 @@ class Embedding:
                 )
             x, grids = images_of(x, self.patch_embed.patch_size, self.in_chans)
         if isinstance(x, Proxy):
-            x = x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
+            x = _only_dense(x, grids, packing, max_tokens, channels_last)
             grids = packing = max_tokens = None
         dense = grids is None and packing is None and max_tokens is None
         if traced(x) and not torch.compiler.is_compiling() and (isinstance(x, list | tuple) or not dense):
@@ -165,7 +176,7 @@ class Embedding:
         sizes = None if isinstance(x, Proxy) else x.shape[1:3] if channels_last else x.shape[2:]
         if sizes is not None and torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
             sizes = tuple(map(int, sizes))
-        if sizes is None or any(type(size) is not int for size in sizes):
+        if sizes is None or not all(map(_is_known, sizes)):
             raise NotImplementedError(
                 "a ReViT, or a model with rotary positions, is traced and exported for images of one size, known when "
                 "it is"
@@ -239,9 +250,12 @@ class Embedding:
             x = ((x / 255 - mean[:, None, None]) / std[:, None, None]).to(self._dtype())
         if not self._embeds() or isinstance(x, Proxy):
             return self._pos_embed(self.patch_embed(x))
-        grid = self.patch_embed.dynamic_feat_size(tuple(x.shape[2:]))
+        size = tuple(x.shape[2:])
         if torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
-            grid = tuple(map(int, grid))
+            size = tuple(map(int, size))
+            if not torch.onnx.is_in_onnx_export():  # an error in a trace that is given another
+                x = x.unflatten(3, size[1:]).unflatten(2, size[:1])
+        grid = self.patch_embed.dynamic_feat_size(size)
         x = self.patch_embed(x)
         if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
             x = x.unflatten(1, grid)  # which timm's own model takes no images of

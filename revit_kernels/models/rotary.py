@@ -69,9 +69,10 @@ class RotaryPositions(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"the kind of rotary positions must be one of {KINDS}, got {kind!r}")
-        if head_dim % (2 if kind == "mrope" else 4):
+        multiple = 2 if kind == "mrope" else 4
+        if head_dim % multiple:
             raise ValueError(
-                f"rotary positions of kind {kind!r} need a head_dim that is a multiple of 4, got {head_dim}"
+                f"rotary positions of kind {kind!r} need a head_dim that is a multiple of {multiple}, got {head_dim}"
             )
         if indexing not in ("ij", "xy") or (kind == "mrope" and indexing != "ij"):
             raise ValueError(f"indexing must be 'ij' or 'xy', and 'ij' for mrope, got {indexing!r}")

@@ -516,6 +516,9 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         return self.forward_head(x)
 
 
+VarLenViT.forward.__annotations__.clear()  # texts, with which torch.fx makes graphs that cannot be pickled
+
+
 def _pool_by_torch(x: Tensor, pool_type: str, skip: int) -> Tensor:
     """(images, dim) from a dense batch (images, length, dim), of which pooling passes over the first `skip` tokens."""
     if pool_type == "token":

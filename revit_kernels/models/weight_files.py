@@ -24,6 +24,7 @@ ASIDE = ("optim", "sched", "scaler", "callbacks", "loops", "rng")  # parts of a 
 # Parts of a key that DistributedDataParallel, torch.compile, FSDP, activation checkpointing and Fabric add.
 ADDED = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ZIP = b"PK\x03\x04"  # what a zip archive starts with
 LISTED = 4  # how many keys of each kind an error names
 
 
@@ -37,7 +38,8 @@ def some(items) -> str:
 def read_checkpoint(path, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of a .safetensors, .pth, .pt, .bin, .ckpt, .tar or .npz file by key, on the CPU.
 
-    path:   such a file; an index of several, as model.safetensors.index.json; or a folder that has one of FILES
+    path:   such a file; an index of several, as model.safetensors.index.json; or a folder that has one of FILES. What
+            a file is, its first bytes say, not its suffix alone
     prefix: take the tensors whose keys begin with this, without it; keys in nested dictionaries are joined by dots
 
     Dictionaries around the weights (state_dict, model, ema, teacher, ...) are taken off, an average of the weights
@@ -47,26 +49,48 @@ def read_checkpoint(path, prefix: str = "") -> dict[str, Tensor]:
     Raises ValueError for a file that cannot be read, and for one without weights, with what it holds.
     """
     path = Path(path)
+    if (path / ".metadata").is_file():
+        raise ValueError(
+            f"{path} is a folder of torch.distributed.checkpoint: make a file of it with its "
+            "format_utils.dcp_to_torch_save"
+        )
     if path.is_dir():
         path = next((path / name for name in FILES if (path / name).is_file()), path)
     if not path.is_file():
         raise ValueError(f"there is no checkpoint at {path}")
-    readers = {".safetensors": _read_safetensors, ".npz": _read_npz}
-    readers[".json"] = _read_index
-    readers |= dict.fromkeys((".pth", ".pt", ".bin", ".tar", ".ckpt"), _read_torch)
-    if path.suffix.lower() not in readers:
-        raise ValueError(f"{path} is none of {', '.join(readers)}")
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"{path} is none of {', '.join(READERS)}")
     try:
-        with open(path, "rb") as file:
-            if file.read(24) == b"version https://git-lfs.":
-                raise ValueError("it is a pointer of Git LFS, not the file itself: run `git lfs pull`")
-        tree = readers[path.suffix.lower()](path)
+        tree = _reader(path)(path)
+        if isinstance(tree, list | tuple):
+            tree = {str(i): part for i, part in enumerate(tree)}
         state = _without_added(_unwrapped(tree)) if not prefix else _under(tree, prefix)
         if not state:
             raise ValueError(f"it holds no weights but {_held(tree)}")
         return from_flax(state) if any(key.endswith("embedding/kernel") for key in state) else state
     except Exception as error:  # each reader has its own, and none names the file
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def _reader(path: Path):
+    """The function that reads the file: of its suffix, unless its first bytes say that it is of another kind."""
+    with open(path, "rb") as file:
+        start = file.read(24)
+    if start == b"version https://git-lfs.":
+        raise ValueError("it is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+    if start.lstrip().startswith(b"<"):
+        raise ValueError("it is a page of a web site, not the file itself: it begins with '<'")
+    reader = READERS[path.suffix.lower()]
+    if is_safetensors(path):
+        return _read_safetensors
+    return _read_torch if reader is _read_safetensors and start[:4] == ZIP else reader
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether the file begins as one of safetensors: with the size of a header in JSON."""
+    with open(path, "rb") as file:
+        size, brace = int.from_bytes(file.read(8), "little"), file.read(1)
+    return brace == b"{" and size < path.stat().st_size
 
 
 def _read_index(path: Path) -> dict[str, Tensor]:
@@ -140,6 +164,7 @@ class _StandIn:
 _CALLED = {
     "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": lambda data, *_: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *_: data,
     "torch._tensor._rebuild_from_type_v2": lambda rebuild, kind, args, state: rebuild(*args),
@@ -157,6 +182,8 @@ class _Unpickler(pickle.Unpickler):
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
             return OrderedDict
+        if full == "torch.storage.UntypedStorage":  # of tensors in e4m3 and other newer dtypes: bytes
+            return types.SimpleNamespace(dtype=torch.uint8)
         if full in _CALLED:
             return functools.partial(_CALLED[full])
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
@@ -171,7 +198,7 @@ _PICKLE = types.SimpleNamespace(
 
 def _read_torch(path):
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"  # at the start: a tar archive may end with one
+        is_zip = file.read(4) == ZIP  # at the start: a tar archive may end with one
     if is_zip:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("constants.pkl") for name in archive.namelist()):
@@ -214,6 +241,10 @@ def _read_script(archive: zipfile.ZipFile) -> dict[str, Tensor]:
 
     start = next(name for name in archive.namelist() if name.endswith("data.pkl")).removesuffix("data.pkl")
     return tensors(_ScriptUnpickler(archive, start).load(), "")
+
+
+READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".json": _read_index}
+READERS |= dict.fromkeys((".pth", ".pt", ".bin", ".tar", ".ckpt"), _read_torch)
 
 
 # ---------------------------------------------------------------------- what is around the weights

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 
@@ -35,12 +36,12 @@ def is_plain_itself(module: nn.Module, *names: str) -> bool:
 
 
 def traced(x) -> bool:
-    """Whether a tracer or a transform that knows torch's own ops alone follows what becomes of x: torch.fx,
-    torch.export, ONNX's exporters, torch.func. Every submodule is then called, and computes by torch's ops."""
+    """Whether a tracer or a transform that knows torch's own ops alone follows what becomes of x: torch.fx, ONNX's
+    exporters, torch.export, torch.func, forward-mode derivatives. Submodules are then called, by torch's ops."""
     if torch.compiler.is_compiling():
         return torch.compiler._is_exporting_flag  # torch.compile takes is_exporting() to be true
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    return transformed or torch.jit.is_tracing() or isinstance(x, Proxy)
+    return transformed or torch.jit.is_tracing() or forward_ad._current_level >= 0 or isinstance(x, Proxy)
 
 
 def takes_packing(module: nn.Module) -> bool:

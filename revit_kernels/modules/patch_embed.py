@@ -12,6 +12,7 @@ from torch.fx import Proxy
 from revit_kernels import ops
 from revit_kernels.device_cache import constant
 from revit_kernels.modules.linear import is_plain
+from revit_kernels.ops.patch_embed.reference import resized
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
@@ -207,7 +208,7 @@ class PatchEmbed(nn.Module):
         x = batch / 255 if batch.dtype == torch.uint8 else batch
         size = tuple(g * p for g, p in zip(grid, self.patch_size))
         if tuple(x.shape[-2:]) != size:
-            x = F.interpolate(x.float(), size, mode=interpolation, antialias=True)
+            x = resized(x.float(), size, interpolation)
         if mean is not None:
             mean, std = _statistics(tuple(mean), tuple(std), x)
             x = (x - mean) / std

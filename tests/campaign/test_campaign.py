@@ -8,8 +8,8 @@ import torch
 
 from .runner import campaign, repeat
 
-CASES = {"images": 1500, "checkpoints": 60, "files": 150, "ops": 600, "videos": 60}
-NEEDS = {"videos": "av", "files": "pyarrow"}
+CASES = {"images": 1500, "checkpoints": 60, "files": 150, "ops": 1500, "videos": 60, "threads": 4, "kills": 4}
+NEEDS = {"videos": "av", "files": "pyarrow", "kills": "pyarrow"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")

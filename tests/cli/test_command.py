@@ -87,6 +87,28 @@ def test_an_output_that_is_an_input_is_refused(model, photos, tmp_path, capsys):
     assert revit(tmp_path / "x.parquet", "-q", "-o", tmp_path / "y.parquet") == 0  # an output of before
 
 
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("x.html", "infer {photos} --model stand_in --labels {file} --gallery {file}"),
+        ("x.csv", "infer {photos} --model stand_in --labels {file} --output {file}"),
+        ("x.parquet", "infer {photos} --model stand_in --outcomes {file} --output {file}"),
+        ("x.parquet", "label m.safetensors --data {file} --output {file}"),
+        ("x.safetensors", "train-assigner {file} --labels y.parquet --data mnist --output {file}"),
+    ],
+)
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_no_file_that_is_read_is_overwritten(model, photos, tmp_path, capsys, name, command, link):
+    """Whichever argument names it, and by whatever name."""
+    file, other = tmp_path / name, tmp_path / f"other{Path(name).suffix}"
+    file.write_text("a\nb\nc\n")
+    if link:
+        link(file, other)
+    command = command.replace("{file}", str(file), 1).format(photos=photos, file=other if link else file)
+    assert cli.main(command.split()) == 2
+    assert "is an input: it would be overwritten" in capsys.readouterr().err and file.read_text() == "a\nb\nc\n"
+
+
 def test_an_output_that_is_a_link_is_written_through(model, photos, tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
     assert revit(photos, "-q", "-o", tmp_path / "link.csv") == 0

@@ -322,6 +322,8 @@ def test_lists(tree, monkeypatch):
     for name in ("@-", "-"):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/b.JPG\n")))
         assert find_images([name]) == (["in/b.JPG"], [], [], {})
+        with pytest.raises(ValueError, match="standard input, from which - and @- read names of images"):
+            find_images([name])
     with pytest.raises(ValueError, match=r"the list gone\.txt cannot be read: No such file"):
         find_images(["@gone.txt"])
 

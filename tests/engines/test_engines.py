@@ -45,7 +45,7 @@ def calls(monkeypatch):
     require("block", "cpu", *sample(DEVICE))
     backend, seen = load("block", "cpu"), []
     forward = backend._blocks
-    monkeypatch.setattr(backend, "_blocks", lambda *args: seen.append(bool(args[-3])) or forward(*args))
+    monkeypatch.setattr(backend, "_blocks", lambda *args: seen.append(bool(args[-7])) or forward(*args))
     return seen
 
 

@@ -519,6 +519,7 @@ def test_strict_off_lets_keys_differ(tmp_path):
         ("w.pth", b"not a checkpoint", r"w\.pth cannot be read"),
         ("w.npz", b"PK not a zip", r"w\.npz cannot be read"),
         ("w.safetensors", b"x" * 40, r"w\.safetensors cannot be read"),
+        ("w.bin", b"\n<!doctype html><html>", r"w\.bin cannot be read: it is a page of a web site"),
     ],
 )
 def test_files_that_are_none(tmp_path, name, content, message):
@@ -526,6 +527,35 @@ def test_files_that_are_none(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(tiny(), tmp_path / name)
+
+
+def test_the_first_bytes_say_what_a_file_is(tmp_path):
+    source = tiny()
+    torch.save(source.state_dict(), tmp_path / "w.safetensors")
+    save_file(source.state_dict(), tmp_path / "w.bin")
+    for name in ("w.safetensors", "w.bin"):
+        assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / name, **TINY), source)
+
+
+def test_a_tuple_of_the_weights_and_more(tmp_path):
+    source = tiny()
+    torch.save((source.state_dict(), 3), tmp_path / "w.pth")
+    assert_same(create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.pth", **TINY), source)
+
+
+def test_weights_in_e4m3(tmp_path):
+    rounded = {k: v.to(torch.float8_e4m3fn) if v.ndim == 2 else v for k, v in tiny().state_dict().items()}
+    torch.save(rounded, tmp_path / "w.pth")
+    target = create_model("vit_tiny_patch16_224", checkpoint_path=tmp_path / "w.pth", **TINY)
+    for key, value in target.state_dict().items():
+        assert torch.equal(value, rounded[key].float()), key
+
+
+def test_a_folder_of_torch_distributed_is_refused_by_name(tmp_path):
+    distributed = pytest.importorskip("torch.distributed.checkpoint")
+    distributed.save(tiny().state_dict(), checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="make a file of it with its format_utils"):
+        load_checkpoint(tiny(), tmp_path)
 
 
 @pytest.mark.parametrize("protocol", [2, 4])

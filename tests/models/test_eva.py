@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from contract import DEVICE, assert_close, same
-from timm_pairs import assert_near, batch, gradients, liven, make_timm, mixed, pair
+from timm_pairs import WHOLE, assert_near, batch, gradients, liven, make_timm, mixed, pair
 from torch import func
 
 import revit_kernels
@@ -151,6 +151,18 @@ def test_made_resizable_it_trains_at_every_length():
         assert_near(name, grad, expected[name], scale=scale)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("given", [True, False], ids=["grids", "no grids"])
+def test_a_list_is_compiled_as_one_graph(given):
+    _, ours = pair("vit_tiny_patch16_dinov3_qkvb")
+    run = torch.compile(ours, fullgraph=True, backend="eager")
+    for grids in ([(3, 5), (6, 2)], [(2, 2), (5, 4)]):
+        options = {"grids": grids} if given else {}
+        assert_near("list", run(mixed(ours, grids), **options), ours(mixed(ours, grids), **options))
+    torch._dynamo.reset()
+
+
+@pytest.mark.skipif(WHOLE, reason="its sizes are those of the small model")
 @torch.no_grad()
 def test_features_masks_and_engines():
     theirs, ours = pair("vit_small_patch16_dinov3", dynamic_img_size=True)

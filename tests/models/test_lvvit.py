@@ -134,6 +134,7 @@ def test_an_image_has_the_same_bits_alone_and_in_a_batch():
     assert_near("pixels", ours([pixels]), ours([(pixels / 255 - mean) / std]))
 
 
+@pytest.mark.skipif(WHOLE, reason="its sizes are those of the small model")
 def test_token_labelling():
     """The loss, and its gradients, of a mixed batch: those of a plain loop over images."""
     plain, ours = make("lvvit_t")
@@ -160,6 +161,7 @@ def test_token_labelling():
         token_labelling_loss(out, target, token_target[:3])
 
 
+@pytest.mark.skipif(WHOLE, reason="its sizes are those of the small model")
 def test_made_resizable_and_saved(tmp_path):
     _, ours = make("lvvit_t")
     menu = [(5, 4), (3, 3), (2, 2)]

@@ -1,6 +1,8 @@
 """What other tools make of a model: exported, traced, transformed, compiled, counted."""
 
 import inspect
+import pickle
+import subprocess
 import sys
 from itertools import product
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from contract import DEVICE
 from timm_pairs import assert_near, batch, make_timm, mixed, pair, small_kwargs
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,6 +64,21 @@ def test_export_of_any_batch_and_size(name, strict):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+def test_export_of_rotary_positions(name):
+    """Of any number of images of one size; sizes that vary are refused."""
+    _, ours = pair(name)
+    x, h = batch(ours), ours.patch_embed.patch_size[0]
+    images = {0: torch.export.Dim("images", min=1, max=64)}
+    program = torch.export.export(ours, (x,), dynamic_shapes={"x": images}, strict=False)
+    assert_near("5 images", program.module()(batch(ours, 5)), ours(batch(ours, 5)))
+    shapes = {"x": images | {2: h * torch.export.Dim("rows", min=2, max=16)}}
+    for strict, error in ((False, NotImplementedError), (True, torch._dynamo.exc.Unsupported)):
+        with pytest.raises(error, match="is traced and exported for images of one size"):
+            torch.export.export(ours, (x,), dynamic_shapes=shapes, strict=strict)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "the older exporter"])
 def test_onnx(dynamo, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
@@ -94,12 +112,54 @@ def test_interpolation_by_elementary_steps(mode, antialias):
 
 
 @torch.no_grad()
-def test_torch_script():
-    theirs, ours = pair()
+def test_torch_script(tmp_path):
+    """Refused; a trace holds for any number of images of its size, wherever torch is, and for no other size."""
+    theirs, ours = pair(dynamic_img_size=True)
     with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
         torch.jit.script(ours)
+    x, (h, w) = batch(theirs, 3), theirs.patch_embed.img_size
     traced = torch.jit.trace(ours, batch(theirs))
-    assert_near("traced", traced(batch(theirs, 3)), theirs(batch(theirs, 3)))
+    assert_near("traced", traced(x), theirs(x))
+    assert_near("frozen", torch.jit.optimize_for_inference(torch.jit.freeze(traced.eval()))(x), theirs(x))
+    for size in ((h // 2, w * 2), (h, w // 2), (1, w)):
+        with pytest.raises(RuntimeError, match="don't multiply up to the size of dim"):
+            traced(x.new_zeros(1, 3, *size))
+    path, answers = tmp_path / "trace.pt", tmp_path / "answers.pt"
+    traced.cpu().save(path)
+    torch.save((x.cpu(), theirs(x).cpu()), answers)
+    code = "x, y = torch.load(sys.argv[2]); torch.testing.assert_close(torch.jit.load(sys.argv[1])(x), y)"
+    subprocess.run([sys.executable, "-c", f"import sys, torch; {code}", path, answers], check=True, timeout=300)
+
+
+@pytest.mark.parametrize("how", ["trace", "export", "fx", "func"])
+def test_an_engine_is_not_traced(how):
+    _, ours = pair()
+    x, engine = batch(ours), ours.engine()
+
+    class Outer(torch.nn.Module):
+        def forward(self, x):
+            return engine(x)
+
+    calls = {
+        "trace": lambda: torch.jit.trace(Outer(), x),
+        "export": lambda: torch.export.export(Outer(), (x,)),
+        "fx": lambda: torch.fx.symbolic_trace(Outer()),
+        "func": lambda: grad(lambda x: engine(x).sum())(x),
+    }
+    with pytest.raises(NotImplementedError, match="an engine is not traced, exported or transformed"):
+        calls[how]()
+
+
+def test_forward_mode_derivatives():
+    theirs, ours = pair()
+    for model in (theirs, ours):
+        for block in model.blocks:
+            block.attn.fused_attn = False  # PyTorch's fused attention has none on CPUs
+    x, found = batch(theirs), []
+    for model in (theirs, ours):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, x))).tangent)
+    assert_near("along the image", found[1], found[0])
 
 
 FX = {
@@ -122,8 +182,10 @@ def test_torch_fx(name, inside):
         assert_near(node, found[0][node], found[1][node])
     graph = torch.fx.symbolic_trace(ours)
     assert_near("answers", graph(batch(theirs)), theirs(batch(theirs)))
-    with pytest.raises(ValueError, match="takes a dense batch"):
-        graph(batch(theirs), grids=[(1, 1)] * 2)
+    for same in (graph, pickle.loads(pickle.dumps(graph)), torch.fx.symbolic_trace(graph)):
+        assert torch.equal(same(batch(theirs)), graph(batch(theirs)))
+        with pytest.raises(ValueError, match="takes a dense batch"):
+            same(batch(theirs), grids=[(1, 1)] * 2)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from timm_pairs import WHOLE, assert_gradients_near, assert_near, gradients, liv
 
 import revit_kernels
 from revit_kernels.models.checkpoints import load_checkpoint, save_checkpoint
+from revit_kernels.models.convert_timm import PROJECTORS, timm_state
 from revit_kernels.models.registry import create_model, list_models, registry
 
 timm = pytest.importorskip("timm")
@@ -85,6 +86,29 @@ def test_answers_and_gradients(name):
             "use_clipped_linears"
         )  # in fp32 some values fall on the other side of a bound
         assert_gradients(theirs.double() if clipped else theirs, images)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_state_of_ours_loads_into_timms(name):
+    """Bit for bit, and nothing but what is a projector's is missing."""
+    theirs, ours = pair(name)
+    state = timm_state(ours)
+    expected = {key: x for key, x in theirs.state_dict().items() if not PROJECTORS.match(key.removeprefix("encoder."))}
+    assert state.keys() == expected.keys()
+    for key, x in expected.items():
+        assert torch.equal(state[key], x), key
+    fresh = timm.create_model(name, **small(name)[0])
+    assert not fresh.load_state_dict(state, strict=False).unexpected_keys
+
+
+def test_what_has_no_keys_of_timms_is_refused():
+    model = create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=32, num_heads=1)
+    with pytest.raises(ValueError, match="the model is resizable"):
+        timm_state(model.make_resizable([(4, 4), (2, 2)]))
+    with pytest.raises(ValueError, match="takes a VarLenViT, VarLenTower or VarLenGemma4, got VarLenEva"):
+        timm_state(create_model("vit_tiny_patch16_dinov3_qkvb", depth=1))
+    with pytest.raises(ValueError, match="no positions of prefix tokens"):
+        timm_state(create_model("vit_tiny_patch16_224", depth=1))
 
 
 def assert_gradients(theirs, images):

@@ -1,7 +1,9 @@
 import pytest
 import torch
 from contract import DEVICE, assert_close, check, every_backend, every_dtype, require, run
+from stubbed import stubbed
 
+from revit_kernels import dispatch
 from revit_kernels.dispatch import load, refusal
 from revit_kernels.ops.attention import Rotary, attention, sample
 from revit_kernels.ops.attention.rotary import rotate
@@ -328,3 +330,16 @@ def test_positions_outside_the_table_are_an_error_on_the_cpu():
     q, row = torch.zeros(8, 1, 8), torch.full((8,), 3, dtype=torch.int32)
     with pytest.raises(ValueError, match="row of rotary must stay within the 3 positions, got 3"):
         turned(q, q, q, boundaries([8]).cpu(), 8, torch.ones(3, 4), torch.zeros(3, 4), row, False)
+
+
+def test_gradients_of_wide_rotated_heads_run_on_triton_or_are_refused_by_name():
+    """On a GPU the CUDA kernels have none above a head_dim of 96: a caller who named them is told so."""
+    with stubbed():
+        for dim, backend in ((96, "cuda"), (128, "triton")):
+            q, table = torch.empty(8, 2, dim, device="meta").bfloat16(), torch.empty(8, dim // 2, device="meta")
+            lengths = (torch.empty(2, dtype=torch.int32, device="meta"), 8) * 2
+            args = (q, q, q, q, q, torch.empty(8, 2, device="meta"), *lengths, 1.0, table, table, None, False)
+            chosen = dispatch.choose("attention", None, *args, step="backward")
+            assert chosen.__name__ == f"revit_kernels.ops.attention.{backend}"
+        with pytest.raises(NotImplementedError, match=r"^attention: cuda: gradients of what .* 96, got 128$"):
+            dispatch.choose("attention", "cuda", *args, step="backward")

@@ -224,6 +224,7 @@ def test_errors():
         ({"weights": weights._replace(norm2_bias=weights.norm2[1:])}, r"norm2_bias must be \(32,\) as norm2"),
         ({"weights": weights._replace(hidden_norm_bias=weights.fc1_bias)}, "hidden_norm_bias needs hidden_norm"),
         ({"weights": weights._replace(fc1_x=weights.fc2)}, r"fc1_x must be \(64, 32\)"),
+        ({"weights": weights._replace(proj=weights.proj[0])}, r"proj must be \(outputs, inputs\)"),
         ({"x": x[None]}, "x must be"),
         ({"cu_seqlens": ends.long()}, "cu_seqlens must be"),
         ({"row": ends}, "row must be"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from campaign.ops import KERNELS, Making, prepare
+from campaign.op_arguments import CALLS, KERNELS, TORCH_OPS, Making, prepare, torch_ops_of
 from contract import require
 
 from revit_kernels.ops.pool import sample
@@ -44,6 +44,16 @@ def test_all_kernels_are_here():
         "capability_cpu",
     }
     assert kernels == set(KERNELS)
+
+
+def test_all_torch_ops_are_reached():
+    """Those that the public functions run, in training too, and those that no public function names."""
+    every = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("revit_kernels::")}
+    every = {name.partition("::")[2] for name in every if not name.endswith("_cuda")} - {"capability_cpu"}
+    found = {*KERNELS, *TORCH_OPS}
+    for name in CALLS:
+        found |= {torch_op for seed in range(20) for torch_op, _ in torch_ops_of(name, Making(seed))}
+    assert found == every
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -426,6 +426,8 @@ def test_wrong_use_of_e4m3_says_so(change, message):
         linear_fp8(**{"x": x, "weight": weight} | change)
     with pytest.raises(ValueError, match="multiple of the group"):
         quantize(torch.zeros(3, 100), 64)
+    with pytest.raises(ValueError, match="multiple of the group"):
+        torch.ops.revit_kernels.linear_quantize(torch.zeros(3, 8, device="meta"), 0, None)
 
 
 # ------------------------------------------------------------------ whole models

@@ -17,6 +17,7 @@ CASES = {
     "mixed, shrunk and enlarged": dict(
         sizes=[(12, 8), (21, 30), (5, 6), (1, 1)], grids=[(3, 2), (2, 2), (3, 2), (1, 2)]
     ),
+    "one column of pixels": dict(sizes=[(23, 5), (9, 1), (2, 7)], grids=[(4, 1), (2, 1), (1, 1)], patch=(4, 1)),
     "a photograph shrunk far": dict(sizes=[(75, 90)], grids=[(1, 2)]),
     "prefix and tail": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], prefix=2, tail=3),
     "no prefix, odd dim": dict(sizes=[(8, 8), (9, 7)], grids=[(2, 2), (2, 1)], prefix=0, dim=13),
@@ -198,6 +199,14 @@ def test_resized_weight_equals_timm(size):
     assert resize_patch_weight(weight, (16, 16)) is weight
 
 
+@pytest.mark.parametrize("size", [(2**40, 4), (4, 2**31), (0, 4), (4,)])
+def test_patches_that_no_weight_can_have(size):
+    with pytest.raises(ValueError, match="size must be"):
+        resize_patch_weight(torch.zeros(2, 3, 8, 8), size)
+    with pytest.raises(ValueError, match="the patch of weight must be"):
+        resize_patch_weight(torch.zeros(2, 3, 1, 1).expand(2, 3, 2**40, 1), (4, 4))
+
+
 @every_backend
 def test_resized_patches(backend):
     """method="patch": what a weight resized by hand gives image by image, with gradients, in the packing's order."""
@@ -274,7 +283,7 @@ def test_resized_patches_need_grids():
     packing = Packing.from_choice(torch.tensor([0], device=DEVICE), [(2, 2)], 1, capacity=5)
     with pytest.raises(ValueError, match="needs a packing whose grids the host knows"):
         patch_embed(**inputs | dict(packing=packing, method="patch"))
-    with pytest.raises(ValueError, match=r"size must be \(patch_h, patch_w\), each at least 1"):
+    with pytest.raises(ValueError, match=r"size must be \(patch_h, patch_w\), each from 1 to 16384"):
         resize_patch_weight(inputs["weight"], (0, 3))
 
 

@@ -109,6 +109,9 @@ def _check(x, cu_seqlens, w, heads, row, eps, activation, kind):
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if len(eps) != len(NORMS):
         raise ValueError(f"eps must be an Eps of {len(NORMS)} numbers, got {eps!r}")
+    for name in ("proj", "fc1"):
+        if getattr(w, name).ndim != 2:
+            raise ValueError(f"{name} must be (outputs, inputs), got {tuple(getattr(w, name).shape)}")
     dim, width, hidden = x.shape[1], w.proj.shape[1], w.fc1.shape[0]
     if heads < 1 or width % heads:
         raise ValueError(f"proj must take heads * head_dim inputs, got {width} for {heads} heads")

@@ -38,6 +38,8 @@ def _norm(x, weight, bias, row, eps, rms):
     y = wide if rms else wide - wide.mean(-1, keepdim=True)
     y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
     if weight.ndim == 2:
+        if row is None:
+            raise ValueError("norms of several rows need a row for each token")
         at = row.clamp(0, len(weight) - 1).long()
         weight, bias = (None if t is None else t[at].view(-1, *[1] * (x.ndim - 2), t.shape[1]) for t in (weight, bias))
     return (y * weight if bias is None else y * weight + bias).to(x.dtype)

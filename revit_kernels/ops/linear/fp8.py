@@ -46,7 +46,13 @@ class Quantized(NamedTuple):
         return (rows * self.scale.to(wide)[:, :, None]).to(dtype).view(self.shape)
 
 
+def _check_group(x, group) -> None:
+    if x.ndim != 2 or group < 1 or x.shape[1] % group:
+        raise ValueError(f"the columns must be a multiple of the group, got x {tuple(x.shape)} and {group}")
+
+
 def _fake_quantize(x, group, backend):
+    _check_group(x, group)
     return torch.empty_like(x, dtype=E4M3), x.new_empty(x.shape[0], x.shape[1] // group, dtype=torch.float32)
 
 
@@ -77,8 +83,7 @@ def quantize(x: Tensor, group: int | None = None, backend: str | None = None) ->
     if x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
         raise ValueError(f"x must be (rows, columns) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
     group = x.shape[1] if group is None else group
-    if group < 1 or x.shape[1] % group:
-        raise ValueError(f"the columns must be a multiple of the group, got {x.shape[1]} and {group}")
+    _check_group(x, group)
     return Quantized(*_quantize(x, group, backend), x.dtype)
 
 

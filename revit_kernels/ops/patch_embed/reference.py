@@ -8,13 +8,21 @@ def refusal(step, args):
     return None
 
 
+def resized(x, size, interpolation):
+    """x: (images, channels, height, width) -> (images, channels, *size), with antialias."""
+    how = {"mode": interpolation, "antialias": True, "align_corners": False}
+    if size[1] == 1:  # PyTorch 2.11 resizes the rows of a single column wrongly
+        return F.interpolate(x.mT, size[::-1], **how).mT
+    return F.interpolate(x, size, **how)
+
+
 def _patches(image, h, w, weight, mean, std, interpolation):
     """(h * w, channels * patch_h * patch_w): the image resized to its grid, normalised and cut."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     ph, pw = weight.shape[2:]
     x = image.to(wide)
     if x.shape[1:] != (h * ph, w * pw):
-        x = F.interpolate(x[None], (h * ph, w * pw), mode=interpolation, antialias=True, align_corners=False)[0]
+        x = resized(x[None], (h * ph, w * pw), interpolation)[0]
     x = x / 255 if image.dtype == torch.uint8 else x
     x = x if mean is None else x - x.new_tensor(mean)[:, None, None]
     x = x if std is None else x / x.new_tensor(std)[:, None, None]

@@ -7,6 +7,8 @@ from torch import Tensor
 from revit_kernels.device_cache import constant
 from revit_kernels.ops.pos_embed.interpolation import MODES, matrix
 
+MOST = 1 << 14  # rows or columns of a patch
+
 
 def resize_patch_weight(
     weight: Tensor, size: tuple[int, int], *, interpolation: str = "bicubic", antialias: bool = True
@@ -24,8 +26,9 @@ def resize_patch_weight(
             f"weight must be (dim, channels, patch_h, patch_w) and floating-point, got {tuple(weight.shape)} "
             f"{weight.dtype}"
         )
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (patch_h, patch_w), each at least 1, got {tuple(size)}")
+    for name, patch in (("size", size), ("the patch of weight", weight.shape[2:])):
+        if len(patch) != 2 or min(patch) < 1 or max(patch) > MOST:
+            raise ValueError(f"{name} must be (patch_h, patch_w), each from 1 to {MOST}, got {tuple(patch)}")
     if interpolation not in MODES:
         raise ValueError(f"interpolation must be one of {MODES}, got {interpolation!r}")
     if tuple(size) == tuple(weight.shape[2:]):
