@@ -297,8 +297,9 @@ def revit() -> str:
         text += ["| policy | budget | accuracy, % | points lost | images/s | speed |", "|---|---|---|---|---|---|"]
         for row in found["static"] + found["policies"]:
             numbers = row["numbers"]
-            h, w = found["menu"][numbers["row"]] if row["policy"] == "fixed" else (0, 0)
-            cells = [f"all at {h}x{w}" if row["policy"] == "fixed" else row["policy"], row["budget"]]
+            fixed = row["policy"] == "fixed"
+            length = "x".join(map(str, found["menu"][numbers["row"]])) if fixed else None
+            cells = [f"all at {length}" if fixed else row["policy"], row["budget"]]
             cells += [f"{100 * row['accuracy']:.2f} ± {100 * row['standard_error']:.2f}", f"{100 * row['lost']:.2f}"]
             spread = " ({:.2f} to {:.2f})".format(*row["speed_range"]) if "speed_range" in row else ""
             cells += [f"{row['images_per_second']:.0f}", f"**{row['speed']:.2f}x**{spread}"]
