@@ -9,7 +9,7 @@
 namespace revit {
 namespace {
 
-// Tokens of small images that go through the blocks together: the more, the seldomer weights are read; the fewer, the
+// Tokens of small images that go through the blocks together: the more, the less often weights are read; the fewer, the
 // more evenly they are shared out. Measured on 32 images of ViT-S/16: 256 is 3 % faster than 128.
 constexpr int64_t kGroupRows[] = {256, 192, 128, 96};
 // Of the longest share to the mean: as good as even; and beyond which all threads share each block instead.
@@ -21,8 +21,8 @@ struct Group {
   double cost;
 };
 
-// frames: of each; null where each attends to all of itself
 // Neighbouring images together, up to `most` tokens; those that cost most first.
+// frames: of each; null where each attends to all of itself
 inline std::vector<Group> groups_of(const int32_t* boundaries, int64_t images, const int32_t* frames,
                                     double cost_of_pair, int64_t most) {
   std::vector<Group> groups;
