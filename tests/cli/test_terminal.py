@@ -10,7 +10,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_command import SCRIPT
 from test_images import noise
 from tiny_revit import MENU, labelled, trained
 
@@ -40,7 +39,7 @@ def on_a_terminal(arguments, columns=80):
     """What the command with test_infer's stand-in writes to a terminal, both streams."""
     master, slave = pty.openpty()
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": str(columns)}
-    command = [sys.executable, "-c", SCRIPT, "infer", "--model", "m", *map(str, arguments)]
+    command = [sys.executable, "-m", "stand_in", "infer", "--model", "m", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=slave, stderr=slave, env=env)
     os.close(slave)
     found = b""
