@@ -198,7 +198,8 @@ class Trainer:
         if self.world > 1:
             dist.all_reduce(mean)
         all_losses = mean.new_full((len(self.model.menu),), torch.nan)
-        all_losses[list(lengths)] = mean
+        for length, loss in zip(lengths, mean):  # a list as index would be copied to the device, and waited for
+            all_losses[length] = loss
         return all_losses
 
     @torch.no_grad()
@@ -245,8 +246,8 @@ class Trainer:
                 losses = self.train_step(*(t.to(self.device, non_blocking=True) for t in (images, targets)))
                 if self.losses is None:
                     self.losses = torch.zeros_like(losses)
-                taken = list(self.lengths_of(self.step - 1))
-                self.losses[taken] += losses[taken]
+                for length in self.lengths_of(self.step - 1):
+                    self.losses[length] += losses[length]
                 if progress is not None:
                     progress(self.step, self.steps, losses)
                 self.logged += 1
