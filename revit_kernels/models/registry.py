@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from revit_kernels.devices import choose_device, choose_dtype
-from revit_kernels.models import clip_weights
+from revit_kernels.models import video_weights
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import check_shapes, description, fingerprint, load_checkpoint
 from revit_kernels.models.distilled import VarLenViTDistilled
@@ -212,8 +212,8 @@ def _load(model: VarLenViT | ClipModel, path, new_head: bool, **resampling) -> N
         return
     found = description(path) if str(path).endswith(".safetensors") else None
     of_clips = found is not None and issubclass(class_of(found["name"]), ClipModel)
-    if of_clips or not clip_weights.inflate(model, path, found):
-        clip_weights.load(model, path, new_head)
+    if of_clips or not video_weights.inflate(model, path, found):
+        video_weights.load(model, path, new_head)
     elif found:
         cfg = get_pretrained_cfg(found["name"]) | found.get("cfg", {})
         statistics = {field: tuple(cfg[field]) for field in ("mean", "std")}

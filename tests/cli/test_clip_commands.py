@@ -19,8 +19,8 @@ from timm_pairs import assert_near
 from revit_kernels.cli import main
 from revit_kernels.cli.clips import open_data
 from revit_kernels.data.videos import Sampling, decode_clip
-from revit_kernels.models.clip_weights import inflated
 from revit_kernels.models.registry import create_model
+from revit_kernels.models.video_weights import inflated
 
 MENU = "4x4x4,4x2x2,2x2x2"
 SMALL = "img_size=16,patch_size=4,embed_dim=32,depth=2,num_heads=2"
