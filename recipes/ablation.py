@@ -85,6 +85,7 @@ VARIANTS = {
         "the longest and one other in a step, 1.4 times the images": Variant(recipe={"lengths": 2}, times=1.4),
         "distillation 0.9": Variant(objective=Objective(0.9)),
         "distillation 0.9 at temperature 2": Variant(objective=Objective(0.9, 2.0)),
+        "Muon for the blocks' weights": Variant(recipe={"optimiser": "muon"}),
         "weights averaged": Variant(recipe={"ema": 0.99}),
         "weights averaged, and their average teaches": Variant(recipe={"ema": 0.99, "teacher": "average"}),
     },

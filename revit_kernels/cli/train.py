@@ -26,6 +26,7 @@ from revit_kernels.modules.patch_embed import resize_mode
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
+from revit_kernels.training.optimiser import OPTIMISERS
 from revit_kernels.training.run_folder import SETTINGS, RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
@@ -153,6 +154,12 @@ def add(commands):
     recipe.add_argument("--epochs", type=float, default=10.0, metavar="N", help="may be a fraction (default: 10)")
     recipe.add_argument("--batch", type=count, default=64, metavar="N", help="images of a step in each process")
     recipe.add_argument("--accumulate", type=count, default=1, metavar="N", help="parts a batch is taken in")
+    recipe.add_argument(
+        "--optimiser",
+        choices=tuple(OPTIMISERS),
+        default="adamw",
+        help="adamw, or muon for the weights of the blocks' linear layers and adamw for the rest (default: adamw)",
+    )
     recipe.add_argument("--lr", type=float, default=1e-3)
     recipe.add_argument("--least-lr", type=float, default=0.01, metavar="SHARE", help="of --lr, at the end")
     recipe.add_argument("--warmup", type=float, default=0.05, metavar="SHARE", help="of all steps (default: 0.05)")
@@ -200,6 +207,7 @@ def run(args) -> int:
         **{name: getattr(args, name) for name in ("weight_decay", "layer_decay", "clip", "ema", "seed")},
         lengths=args.lengths_per_step,
         teacher=args.teacher,
+        optimiser=args.optimiser,
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )

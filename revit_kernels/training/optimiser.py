@@ -1,4 +1,4 @@
-"""AdamW with layer decay, and the schedule of its learning rate."""
+"""AdamW and Muon with layer decay, and the schedule of their learning rate."""
 
 from __future__ import annotations
 
@@ -49,6 +49,48 @@ def adamw(model: nn.Module, lr: float, weight_decay: float, layer_decay: float, 
     """torch's AdamW, fused where the device has it."""
     groups = parameter_groups(model, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+class MuonAdamW:
+    """torch's Muon for the weights of the blocks' linear layers, AdamW for all other parameters, as one optimiser.
+
+    Muon's steps are scaled to the size of AdamW's ("match_rms_adamw", Liu et al., arXiv 2502.16982), so one learning
+    rate and weight decay serve both. Raises ValueError where no such weight is trained.
+    """
+
+    def __init__(self, model: nn.Module, lr: float, weight_decay: float, layer_decay: float):
+        matrices = {id(layer.weight) for layer in model.blocks.modules() if isinstance(layer, nn.Linear)}
+        muon, adamw = [], []
+        for group in parameter_groups(model, weight_decay, layer_decay):
+            for groups, chosen in ((muon, True), (adamw, False)):
+                if params := [p for p in group["params"] if (id(p) in matrices) == chosen]:
+                    groups.append(group | {"params": params})
+        if not muon:
+            raise ValueError("Muon has nothing to train: no weight of the blocks' linear layers requires a gradient")
+        self.muon = torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(adamw, lr=lr, fused=True)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    def step(self) -> None:
+        self.muon.step()
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+OPTIMISERS = {"adamw": adamw, "muon": MuonAdamW}
 
 
 def learning_rate(step: int, steps: int, warmup: int, lr: float, least: float) -> float:

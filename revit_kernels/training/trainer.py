@@ -23,7 +23,7 @@ from revit_kernels.training import sharded
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.labels import collect
 from revit_kernels.training.loader import Augmented, Order, load, seed_of
-from revit_kernels.training.optimiser import adamw, learning_rate
+from revit_kernels.training.optimiser import OPTIMISERS, learning_rate
 from revit_kernels.training.run_folder import RunFolder
 
 LOG_EVERY = 50  # steps
@@ -38,6 +38,7 @@ class Recipe:
     lengths:      lengths of a step: the longest, and others drawn anew for each step; 0: all of the menu
     teacher:      whose answers at the longest length teach the shorter ones: the model's own ("self"), or those of the
                   moving average of its weights ("average", which needs ema)
+    optimiser:    "adamw", or "muon": Muon for the weights of the blocks' linear layers, AdamW for the rest
     warmup:       share of all steps in which the learning rate rises
     least_lr:     share of the learning rate at the last step
     layer_decay:  each layer's learning rate is so many times that of the layer above it
@@ -51,6 +52,7 @@ class Recipe:
     accumulate: int = 1
     lengths: int = 0
     teacher: str = "self"
+    optimiser: str = "adamw"
     lr: float = 1e-3
     least_lr: float = 0.01
     warmup: float = 0.05
@@ -76,6 +78,8 @@ class Recipe:
             )
         if self.teacher not in ("self", "average"):
             raise ValueError(f'teacher must be "self" or "average", got {self.teacher!r}')
+        if self.optimiser not in OPTIMISERS:
+            raise ValueError(f"optimiser must be one of {', '.join(OPTIMISERS)}, got {self.optimiser!r}")
         if self.teacher == "average" and not self.ema:
             raise ValueError("the average of the weights can teach only where one is kept: set ema")
 
@@ -110,6 +114,8 @@ class Trainer:
     ):
         if model.menu is None:
             raise ValueError("the model must be made resizable first")
+        if fsdp and recipe.optimiser != "adamw":
+            raise NotImplementedError("Muon needs whole matrices, and FSDP shares them out: take adamw")
         if fsdp and recipe.ema:
             raise NotImplementedError("an average of the weights is not kept with FSDP: leave out ema")
         if recipe.lengths > len(model.menu):
@@ -128,7 +134,8 @@ class Trainer:
                 sharded.shard(model, recipe.autocast)
         elif self.world > 1:
             self.forward = DistributedDataParallel(model, find_unused_parameters=self.sampled)
-        self.optimiser = adamw(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
+        make = OPTIMISERS[recipe.optimiser]
+        self.optimiser = make(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
         average = get_ema_multi_avg_fn(recipe.ema)
         self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
         self.steps_an_epoch = Order(len(images), recipe.batch, recipe.seed, 0, self.rank, self.world).steps

@@ -18,7 +18,7 @@ from revit_kernels import create_model
 from revit_kernels.data.datasets import ArraySet
 from revit_kernels.training.distillation import Objective, packed_logits
 from revit_kernels.training.loader import Augmented, Order
-from revit_kernels.training.optimiser import layer_of, learning_rate, parameter_groups
+from revit_kernels.training.optimiser import MuonAdamW, layer_of, learning_rate, parameter_groups
 from revit_kernels.training.run_folder import RunFolder
 from revit_kernels.training.trainer import Recipe, Trainer, score_lengths
 
@@ -159,6 +159,20 @@ def test_layers_and_decay():
     assert of[id(model.head.weight)]["scale"] == 1 and of[id(model.cls_token)]["scale"] == 0.125
 
 
+def test_muon_takes_the_weights_of_the_blocks_linear_layers():
+    model = make()
+    optimiser = MuonAdamW(model, 1e-2, 0.1, 0.5)
+    muon, adamw = ({id(p): g for g in o.param_groups for p in g["params"]} for o in (optimiser.muon, optimiser.adamw))
+    expected = [w for b in model.blocks for w in (b.attn.qkv, b.attn.proj, b.mlp.fc1, b.mlp.fc2)]
+    assert set(muon) == {id(layer.weight) for layer in expected} and not set(muon) & set(adamw)
+    assert set(muon) | set(adamw) == {id(p) for p in model.parameters()}
+    assert muon[id(model.blocks[0].attn.qkv.weight)]["scale"] == 0.25
+    for block in model.blocks:
+        block.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        MuonAdamW(model, 1e-2, 0.1, 0.5)
+
+
 def test_learning_rate():
     rates = [learning_rate(step, 100, 10, 1.0, 0.1) for step in range(100)]
     assert rates[0] == 0.1 and max(rates) == rates[9] == rates[10] == 1.0 and rates[-1] == pytest.approx(0.1)
@@ -209,9 +223,10 @@ def assert_same_state(first, second):
 
 
 SAMPLED = replace(RECIPE, lengths=2, teacher="average")
+MUON = replace(RECIPE, optimiser="muon")
 
 
-@pytest.mark.parametrize("recipe, killed_after", [(RECIPE, 4), (RECIPE, 6), (RECIPE, 9), (SAMPLED, 4)])
+@pytest.mark.parametrize("recipe, killed_after", [(RECIPE, 4), (RECIPE, 6), (RECIPE, 9), (SAMPLED, 4), (MUON, 4)])
 def test_resumed_run_is_bitwise_the_same(tmp_path, recipe, killed_after):
     whole = trainer(tmp_path / "whole", recipe)
     whole.train()
@@ -367,7 +382,8 @@ def test_full_disk_keeps_the_state_of_before(tmp_path, monkeypatch):
 
 
 def test_wrong_recipes():
-    for wrong in ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}, {"lengths": 1}, {"teacher": "other"}):
+    wrong = ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}, {"lengths": 1}, {"teacher": "other"})
+    for wrong in (*wrong, {"optimiser": "sgd"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Recipe(**wrong)
     with pytest.raises(ValueError, match="smaller batch"):
