@@ -382,8 +382,8 @@ def test_full_disk_keeps_the_state_of_before(tmp_path, monkeypatch):
 
 
 def test_wrong_recipes():
-    wrong = ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}, {"lengths": 1}, {"teacher": "other"})
-    for wrong in (*wrong, {"optimiser": "sgd"}):
+    wrongs = ({"epochs": 0}, {"batch": 9, "accumulate": 2}, {"ema": 1.0}, {"lengths": 1}, {"teacher": "other"})
+    for wrong in (*wrongs, {"optimiser": "sgd"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Recipe(**wrong)
     with pytest.raises(ValueError, match="smaller batch"):
