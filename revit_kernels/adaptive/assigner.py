@@ -38,7 +38,14 @@ FRAMES = 8  # of a clip that a scout sees, at most
 SIDE = 64  # pixels of the longer side of what a scout sees, at most
 WIDTHS = (48, 32, 16, 8)  # of a scout's patches, and of tokens that are projected
 HIDDEN = (256, 192, 128, 96, 64, 32)
-KEPT = ("confidence", "margin", "entropy", "assigner", "mixed")  # columns that its file holds in half precision
+KEPT = (
+    "confidence",
+    "margin",
+    "entropy",
+    "assigner",
+    "mixed",
+    "alone",
+)  # columns that its file holds in half precision
 
 
 class TokenLengthAssigner(nn.Module):

@@ -12,6 +12,8 @@ from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import (
+    ALONE,
+    ASSIGNED,
     POLICIES,
     Assign,
     AssignedCascade,
@@ -20,6 +22,7 @@ from revit_kernels.adaptive.policies import (
     Oracle,
     Policy,
     Random,
+    ScoutCascade,
     Simulated,
 )
 
@@ -153,6 +156,10 @@ def fitted(outcomes: Outcomes) -> dict[str, Policy]:
                 found[f"{kind.name} {first}"] = replace(
                     known, weights=evidence.fit(known.columns_of(outcomes), outcomes.correct)
                 )
+        if outcomes.alone is not None:
+            alone = evidence.fit(ScoutCascade.columns_alone(outcomes), outcomes.right_alone[:, None])[0]
+            weights = found[f"{AssignedCascade.name} {first}"].weights
+            found[f"{ScoutCascade.name} {first}"] = ScoutCascade(first, weights, 0.0, costs, alone)
     return found
 
 
@@ -184,7 +191,7 @@ def solve(
         raise ValueError(f"policy must be one of {POLICIES}, got {policy!r}")
     if len(outcomes) == 0:
         raise ValueError("a budget is solved from held-out images, and these outcomes hold none")
-    if "assigner" in policy and outcomes.assigner is None:
+    if policy in ASSIGNED and outcomes.assigner is None:
         raise ValueError(f"policy {policy!r} needs an assigner, with its answers for the held-out images")
     if policy == "oracle":
         return Oracle(len(outcomes.menu))
@@ -233,18 +240,25 @@ def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np
     costs, by_tokens, found = problem.costs, problem.budget.tokens is not None, []
     per = lengths if by_tokens else np.array(costs.per_length)
     full, every = correct[:, 0], np.arange(len(correct))
+    ahead = policy.ahead_of(problem.outcomes) if policy.answers_alone else None
     for price in prices:
         row = rows - 1 - (right - price * weighed)[:, ::-1].argmax(1)
-        won = correct[every, row]
-        share = np.bincount(row, minlength=len(per)) / len(row)
+        won, ran = correct[every, row], np.ones(len(row), bool)
+        if ahead is not None:
+            ran = (replace(policy, price=float(price)).started(*ahead) != ALONE).numpy()
+            won = np.where(ran, won, problem.outcomes.right_alone)
+        begun = float(ran.mean())
+        share = np.bincount(row[ran], minlength=len(per)) / len(row)
         cost = float(share @ per)
+        if policy.answers_alone and not by_tokens:
+            cost += begun * costs.repack + costs.later_pass(begun)
         if policy.passes > 1:  # all begin at the first, and those that stay are not run again
-            going = 1 - share[policy.first]
+            going = begun - share[policy.first]
             cost += going * per[policy.first]
             cost += 0.0 if by_tokens else going * costs.repack + costs.later_pass(going)
         if policy.uses_assigner and not by_tokens:
-            begun = share[-1] if policy.passes == 1 else float(policy.first == len(per) - 1)
-            cost += costs.assigner - costs.reused * begun
+            reusing = share[-1] if policy.passes == 1 else begun * (policy.first == len(per) - 1)
+            cost += costs.assigner - costs.reused * reusing
         accuracy = float(won.mean())
         if problem.budget.loss is not None:
             accuracy -= float((full - won).std() / np.sqrt(len(won)))

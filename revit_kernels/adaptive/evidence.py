@@ -38,6 +38,14 @@ def mixed(logits: Tensor, posterior: Tensor) -> Tensor:
     return torch.stack([*both, log_q.gather(-1, answer).squeeze(-1).clamp_min(-100), entropy], -1)
 
 
+def alone(posterior: Tensor, truth: Tensor) -> Tensor:
+    """(images, 4) float32: the `summary` of an assigner's class posterior, and 1 where its class is right.
+
+    posterior: (images, classes) logits of the assigner's class head; truth: (images,) classes
+    """
+    return torch.cat([summary(posterior), (posterior.argmax(-1) == truth)[:, None].float()], 1)
+
+
 def right(columns: Tensor, weights: tuple[tuple[float, ...], ...]) -> Tensor:
     """(images, lengths) float32: logistic regressions of the probability of being right.
 

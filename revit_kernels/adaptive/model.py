@@ -15,7 +15,7 @@ from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.budgets import Budget, solve
 from revit_kernels.adaptive.costs import COUNTED, Costs, check_resizable, counted, device_name, model_device, pick
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import POLICIES, Oracle, Own, Policy, Seen
+from revit_kernels.adaptive.policies import ALONE, ASSIGNED, POLICIES, Oracle, Own, Policy, Seen
 from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
@@ -32,7 +32,8 @@ class AdaptiveViT(nn.Module):
     model:    a VarLenViT or a model of clips that was made resizable, or an engine of one; of a model an engine is made
               at the first prediction, which is refreshed where the model changes
     policy:   "fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle" (needs the truth: evaluation only);
-              a Policy whose numbers are known; or a function from the images to (images,) menu rows
+              "scout+cascade", whose answers are the assigner's own where it is sure (of an assigner of the trunk
+              "scout"); a Policy whose numbers are known; or a function from the images to (images,) menu rows
     assigner: a TokenLengthAssigner of the model
     outcomes: of held-out images, to solve the policy's numbers from; the assigner's own, if not given
     budget:   see budgets.Budget: "2.0x", "80 tokens", "95%", "full-0.3", or "full": the cheapest that loses nothing
@@ -75,6 +76,10 @@ class AdaptiveViT(nn.Module):
             policy = Own(policy)
         if policy.uses_assigner and assigner is None:
             raise ValueError(f"policy {policy.name!r} needs an assigner")
+        if policy.answers_alone and assigner.trunk != "scout":
+            raise ValueError(
+                f"policy {policy.name!r} needs an assigner of the trunk 'scout', this is {assigner.trunk!r}"
+            )
         self.policy = policy.require(self.model.menu)
 
     @property
@@ -89,7 +94,7 @@ class AdaptiveViT(nn.Module):
             raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
         if name == "oracle":
             return Oracle(len(self.menu))
-        if "assigner" in name and self.assigner is None:
+        if name in ASSIGNED and self.assigner is None:
             raise ValueError(f"policy {name!r} needs an assigner")
         known = None
         if outcomes is None and self.assigner is not None:
@@ -169,13 +174,21 @@ class AdaptiveViT(nn.Module):
         if policy.passes == 1 and device_choice:
             return self._on_device(images, row, channels_last)
         row = row.cpu().long()
-        if not ((row >= 0) & (row < len(self.menu))).all():
+        least = ALONE if policy.answers_alone else 0
+        if not ((row >= least) & (row < len(self.menu))).all():
             raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {row.unique().tolist()}")
-        lengths = self._lengths("cpu")
-        logits, spent = self._from_tokens(images, row, tokens, channels_last), lengths[row]
+        lengths, ran = self._lengths("cpu"), row >= 0
+        spent = lengths[row] * ran
+        if ran.all():
+            logits = self._from_tokens(images, row, tokens, channels_last)
+        else:
+            logits = assigned[:, len(self.menu) :].to(next(self.model.parameters()).dtype)
+            if len(begun := ran.nonzero()[:, 0]):
+                answers = self._at(pick(images, begun.tolist()), row[begun], channels_last)
+                logits = logits.index_copy(0, begun.to(device), answers)
         if policy.passes > 1:
             following = policy.next(policy.columns(logits, assigned)).cpu().long()
-            going = (following >= 0).nonzero()[:, 0]
+            going = ((following >= 0) & ran).nonzero()[:, 0]
             if len(going):
                 row[going] = following[going]
                 spent = spent.index_add(0, going, lengths[row[going]])
@@ -190,7 +203,8 @@ class AdaptiveViT(nn.Module):
         images: a tensor, or a list of images of any sizes
 
         Returns (images, features), (images,) menu rows, and (images,) tokens of all passes. A cascade chooses by the
-        answers: its images then take one more pass, which is counted.
+        answers: its images then take one more pass, which is counted; an image that the assigner answered takes its
+        only one at the first length.
         """
         device = next(self.model.parameters()).device
         images = as_tensors(images, self.model.in_chans, channels_last, device)
@@ -202,6 +216,8 @@ class AdaptiveViT(nn.Module):
         else:
             answers = self.predict(images, channels_last=channels_last, device_choice=False)
             row, spent = answers.choice.cpu(), answers.tokens.cpu()
+            if self.policy.answers_alone:
+                row = torch.where(row == ALONE, self.policy.first, row)
         packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
         return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
 

@@ -30,6 +30,7 @@ COLUMNS = {  # of the file, beside the images' names
     "probabilities": np.float32,
     "assigner": np.float32,
     "mixed": np.float32,
+    "alone": np.float32,
     "held_out": np.bool_,
 }
 
@@ -76,6 +77,8 @@ class Outcomes:
     probabilities: (images, lengths, classes) float16, or None
     assigner:   (images, lengths) float32 logits of an assigner, of being right at each length, or None
     mixed:      (images, lengths, 4) float32, `evidence.mixed` of each length's answer, or None
+    alone:      (images, 4) float32: confidence, margin and entropy of the assigner's class posterior, and 1 where its
+                class is right, or None
     held_out:   (images,) bool: the model has not learnt from the image; None where that is so of all
     fingerprint: of the model
     about:      data set, split and options, for a person to read
@@ -94,6 +97,7 @@ class Outcomes:
     probabilities: np.ndarray | None = None
     assigner: np.ndarray | None = None
     mixed: np.ndarray | None = None
+    alone: np.ndarray | None = None
     held_out: np.ndarray | None = None
     about: dict = field(default_factory=dict)
 
@@ -104,6 +108,16 @@ class Outcomes:
     def patches(self) -> np.ndarray:
         """(lengths,) int32"""
         return np.array([cells(grid) for grid in self.menu], np.int32)
+
+    @property
+    def truth(self) -> np.ndarray:
+        """(images,) the classes that count as right: the true ones, or those of the longest length."""
+        return self.predicted[:, 0] if self.about.get("against") == "full" else self.targets
+
+    @property
+    def right_alone(self) -> np.ndarray:
+        """(images,) bool: the assigner's own class is right."""
+        return self.alone[:, 3] > 0.5
 
     def require(self, model) -> Outcomes:
         """Raise ValueError unless they are of this model: of its menu and weights. Warns of those of folds' models."""
@@ -164,7 +178,7 @@ class Outcomes:
             "label": label.astype(np.int16),
             "label_tokens": pyarrow.array(lengths[label], mask=label < 0),
         }
-        for name in (*SUMMARY, "probabilities", "assigner", "mixed"):
+        for name in (*SUMMARY, "probabilities", "assigner", "mixed", "alone"):
             values = getattr(self, name)
             if values is not None:  # older readers of Parquet know no float16
                 columns[name] = _lists(pyarrow, values[rows].astype(COLUMNS[name]))
@@ -190,7 +204,11 @@ class Outcomes:
             menu = check_menu(head["menu"])
             if not isinstance(head["fingerprint"], str) or not isinstance(head["about"], dict):
                 raise ValueError("its fingerprint is no text, or what it is about no dictionary")
-            arrays = {name: _array(table, name, len(menu)) for name in COLUMNS if name in table.column_names}
+            arrays = {
+                name: _array(table, name, 4 if name == "alone" else len(menu))
+                for name in COLUMNS
+                if name in table.column_names
+            }
             if not ((arrays["label"] >= -1) & (arrays["label"] < len(menu))).all():
                 raise ValueError(f"it has labels that are no rows of the menu of {len(menu)} lengths")
             return cls(

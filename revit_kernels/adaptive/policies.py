@@ -21,7 +21,9 @@ from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.device_cache import constant
 from revit_kernels.grids import grid_text
 
-POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle")
+POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade", "oracle")
+ASSIGNED = ("assigner", "assigner+cascade", "scout+cascade")  # those that need an assigner
+ALONE = -1  # in place of a menu row: the assigner has answered, and the model not seen the image
 
 
 class Seen(NamedTuple):
@@ -42,7 +44,8 @@ class Seen(NamedTuple):
 
 
 class Simulated(NamedTuple):
-    """What a policy comes to, image by image: row of the answer, all tokens and seconds, and whether it is right."""
+    """What a policy comes to, image by image: row of the answer or ALONE, all tokens and seconds, and whether it is
+    right."""
 
     row: np.ndarray
     tokens: np.ndarray
@@ -56,14 +59,16 @@ class Policy:
 
     uses_assigner: whether `start` or `next` reads an assigner's logits
     passes:        an image goes through at most so many
+    answers_alone: whether `start` may give ALONE, for an image that is the assigner's to answer
     """
 
     name: ClassVar[str] = ""
     uses_assigner: ClassVar[bool] = False
     passes: ClassVar[int] = 1
+    answers_alone: ClassVar[bool] = False
 
     def start(self, seen: Seen) -> Tensor:
-        """(images,) int32 menu rows of the first pass, on seen.device, without waiting for it."""
+        """(images,) int32 menu rows of the first pass, or ALONE, on seen.device, without waiting for it."""
         raise NotImplementedError
 
     def next(self, columns: Tensor) -> Tensor:
@@ -85,7 +90,7 @@ class Policy:
         """What `to_json` wrote. Raises ValueError for any other text."""
         try:
             found = json.loads(text)
-            classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade)}
+            classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade, ScoutCascade)}
             name = found.pop("policy")
             if name not in classes:
                 raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
@@ -117,15 +122,18 @@ class Policy:
         row = np.full(len(outcomes), -1)
         tokens, seconds = np.zeros(len(outcomes)), np.zeros(len(outcomes))
         for step, rows in enumerate(self.rows_run(outcomes)):
-            runs = rows >= 0
+            runs, partial = rows >= 0, bool(step or self.answers_alone)
             tokens[runs] += lengths[rows[runs]]
-            seconds[runs] += per_length[rows[runs]] + (costs.repack if step else 0.0)
+            seconds[runs] += per_length[rows[runs]] + (costs.repack if partial else 0.0)
             row[runs] = rows[runs]
-            if step:
+            if partial:
                 seconds += costs.later_pass(runs.mean())
-            elif self.uses_assigner:
+            if self.uses_assigner and not step:
                 seconds += costs.assigner - costs.reused * (rows == len(lengths) - 1)
-        return Simulated(row, tokens, seconds, outcomes.correct[every, row])
+        right = outcomes.correct[every, row]
+        if self.answers_alone:
+            right = np.where(row == ALONE, outcomes.right_alone, right)
+        return Simulated(row, tokens, seconds, right)
 
 
 @dataclass(frozen=True)
@@ -335,6 +343,59 @@ class AssignedCascade(Cascade):
 
     def describe(self, menu) -> str:
         return f"{super().describe(menu)}, with the assigner as evidence"
+
+
+@dataclass(frozen=True)
+class ScoutCascade(AssignedCascade):
+    """An assigner's cascade whose assigner may answer by itself, before the first pass: the model then never sees the
+    image.
+
+    alone: numbers of `evidence.right`, for the probability that the assigner's class is right
+
+    The assigner answers where that probability is at least "probability of being right, less price times cost" of
+    every length, by its own logits; a length beyond the first costs both passes.
+    """
+
+    alone: tuple[float, ...] = ()
+    name: ClassVar[str] = "scout+cascade"
+    answers_alone: ClassVar[bool] = True
+
+    def start(self, seen):
+        lengths = len(self.costs)
+        columns = torch.cat([evidence.summary(seen.assigned[:, lengths:]), seen.assigned[:, :lengths].float()], 1)
+        return self.started(*self.ahead(columns))
+
+    def ahead(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """(images,) probability that the assigner is right, and (images, lengths) that each length is.
+
+        columns: (images, 3 + lengths), the summary of the assigner's posterior and its logits of the lengths
+        """
+        return evidence.right(columns, (self.alone,))[:, 0], evidence.probability(columns[:, 3:])
+
+    def started(self, alone: Tensor, lengths: Tensor) -> Tensor:
+        """(images,) int32, ALONE or the first row, of what `ahead` gives."""
+        through = tuple(
+            self.costs[self.first] + (cost if row < self.first else 0.0) for row, cost in enumerate(self.costs)
+        )
+        worth = (lengths - _constant(tuple(self.price * cost for cost in through), lengths.device))[:, : self.first + 1]
+        return torch.where(alone >= worth.amax(-1), ALONE, self.first).int()
+
+    def ahead_of(self, outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+        """What `ahead` gives, of outcomes."""
+        return self.ahead(torch.from_numpy(self.columns_alone(outcomes)))
+
+    @staticmethod
+    def columns_alone(outcomes: Outcomes) -> np.ndarray:
+        """(images, 3 + lengths) that the probability of `alone` follows from."""
+        return np.concatenate([_kept(outcomes, "alone")[:, :3], _kept(outcomes, "assigner")], 1)
+
+    def rows_run(self, outcomes):
+        begun = self.started(*self.ahead_of(outcomes)).numpy().astype(int)
+        following = self._next(self.probabilities(outcomes)).numpy().astype(int)
+        return [begun, np.where(begun == ALONE, -1, following)]
+
+    def describe(self, menu) -> str:
+        return f"the assigner's own answer where sure; else {super().describe(menu)}"
 
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:

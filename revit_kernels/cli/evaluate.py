@@ -38,7 +38,7 @@ def add(commands):
         "--policies",
         type=_words,
         metavar="NAME,...",
-        help="of random, assigner, cascade, assigner+cascade and oracle (default: all that apply)",
+        help="of random, assigner, cascade, assigner+cascade, oracle (default: all these that apply) and scout+cascade",
     )
     evaluate.add_argument(
         "--budgets",

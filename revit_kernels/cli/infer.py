@@ -114,7 +114,7 @@ def add(commands):
     adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
     adaptive.add_argument(
         "--policy",
-        choices=("fixed", "random", "assigner", "cascade", "assigner+cascade"),
+        choices=("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade"),
         help="who gives each image its length (default: assigner+cascade with an assigner, cascade with --outcomes)",
     )
     adaptive.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")

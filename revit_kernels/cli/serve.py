@@ -56,7 +56,9 @@ def add(commands):
     tokens.add_argument("--grids", type=grids, default="auto", metavar="auto|HxW,...", help="as in `revit infer`")
     tokens.add_argument("--max-tokens", type=count, metavar="N", help="most tokens of an image with --grids auto")
     tokens.add_argument("--fit", choices=("crop", "squash"), help="with a list of --grids")
-    tokens.add_argument("--policy", choices=("fixed", "random", "assigner", "cascade", "assigner+cascade"))
+    tokens.add_argument(
+        "--policy", choices=("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade")
+    )
     tokens.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
     tokens.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`")
     tokens.add_argument("--budget", help="as in `revit infer`")

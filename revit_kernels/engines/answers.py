@@ -9,7 +9,7 @@ class Answers(NamedTuple):
     """Answers to the images of a batch, and what they cost.
 
     logits: (images, classes); zeros for an image that found no room in a packing made on the device
-    choice: (images,) int64, the menu row of the length that answered
+    choice: (images,) int64, the menu row of the length that answered; -1 where an assigner did (policy "scout+cascade")
     tokens: (images,) int64, of all passes of the model that the image went through, prefix tokens counted, an
             assigner's own not; 0 for one that found no room
     rows:   computed for them, rows of no image among them; a graph's are shared out evenly among its images
@@ -23,7 +23,7 @@ class Answers(NamedTuple):
     @property
     def fits(self) -> Tensor:
         """(images,) bool, on the device: whether the image found room, and so has an answer."""
-        return self.tokens > 0
+        return (self.tokens > 0) | (self.choice < 0)
 
     @property
     def waste(self) -> Tensor:

@@ -17,7 +17,7 @@ from revit_kernels.adaptive.budgets import Budget
 from revit_kernels.adaptive.costs import COUNTED, Costs, device_name, measure_costs, model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import POLICIES, Fixed, Oracle
+from revit_kernels.adaptive.policies import ASSIGNED, POLICIES, Fixed, Oracle, ScoutCascade
 from revit_kernels.data.datasets import ImageSet
 from revit_kernels.engines import engine_of
 from revit_kernels.evaluation.measured import Bench, Measured
@@ -89,7 +89,8 @@ def check_apart(outcomes: Outcomes | None, images: ImageSet, use: str) -> None:
 
 
 def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes | None, say=None) -> tuple[str, ...]:
-    """The policies to measure: those named, or all that can be had; `say` is told which are left out.
+    """The policies to measure: those named, or all that can be had, whose answers are all the model's; `say` is told
+    which are left out.
 
     Raises ValueError for a policy or budget that is none, and for a policy named that lacks an assigner or outcomes.
     """
@@ -97,16 +98,18 @@ def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes
         Budget.parse(budget)
     lacking = {}
     for name in POLICIES:
-        if "assigner" in name and assigner is None:
+        if name in ASSIGNED and assigner is None:
             lacking[name] = "an assigner"
-        elif "assigner" in name and held_out is not None and held_out.assigner is None:
+        elif name in ASSIGNED and held_out is not None and held_out.assigner is None:
             lacking[name] = "held-out outcomes with the assigner's answers: those in the assigner's file have them"
         elif name not in ("fixed", "oracle") and held_out is None:
             lacking[name] = "held-out outcomes to solve its budgets from: an assigner's, or labels"
     if policies is None:
-        for name in lacking if say else ():
-            say(f"{name} is left out: it needs {lacking[name]}")
-        return tuple(name for name in POLICIES if name not in lacking)
+        wanted = [name for name in POLICIES if name != ScoutCascade.name]
+        for name in wanted if say else ():
+            if name in lacking:
+                say(f"{name} is left out: it needs {lacking[name]}")
+        return tuple(name for name in wanted if name not in lacking)
     for name in policies:
         if name not in POLICIES:
             raise ValueError(f"a policy is one of {', '.join(POLICIES)}, got {name!r}")

@@ -26,7 +26,7 @@ class Measured:
     """One configuration: its answers on all images, and its time on those that were timed.
 
     name, budget: what it is; `policy` with its numbers, or the user's own function
-    right, row:   (images,) whether the answer is right, and the menu row that gave it
+    right, row:   (images,) whether the answer is right, and the menu row that gave it, -1 for the assigner
     tokens:       (images,) of all passes, prefix tokens counted, the assigner's own not
     macs:         mean multiply-accumulates of an image, the assigner's counted
     seconds:      (rounds,) of all timed images
@@ -77,7 +77,13 @@ class Measured:
         ratios = self.ratios(full)
         return float(ratios.min()), float(ratios.max())
 
+    @property
+    def alone(self) -> float:
+        """The share of images that the assigner answered by itself."""
+        return float((self.row < 0).mean())
+
     def mix(self, rows: int) -> list[float]:
+        """The share of images that were answered at each length."""
         return [float((self.row == row).mean()) for row in range(rows)]
 
 
@@ -98,6 +104,7 @@ def passes(policy: Policy, row: np.ndarray, lengths: int) -> np.ndarray:
     ran[np.arange(len(row)), row] = True
     if policy.passes > 1:
         ran[:, policy.first] = True
+    ran[row < 0] = False  # the assigner answered
     return ran
 
 
@@ -148,7 +155,7 @@ class Bench:
         rows, made = len(self.outcomes.menu), list(made)
         found = self._answers(made)
         timed = list(zip(found, (adaptive for _, _, adaptive in made)))
-        like = [one for one in found if lots and one.name not in ("random", "oracle", "fixed")]
+        like = [one for one in found if lots and one.name not in ("random", "oracle", "fixed") and not one.alone]
         engine = made[0][2].engine
         more = [("random", "", AdaptiveViT(engine, Random(tuple(one.mix(rows))))) for one in like]
         for one, lot, (_, _, adaptive) in zip(like, self._answers(more), more):

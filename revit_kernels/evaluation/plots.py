@@ -18,10 +18,19 @@ COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too
     "assigner": "#E69F00",
     "cascade": "#0072B2",
     "assigner+cascade": "#009E73",
+    "scout+cascade": "#56B4E9",
     "oracle": "#CC79A7",
 }
-OTHERS = ("#D55E00", "#56B4E9", "#F0E442")  # of configurations of the user's own
-MARKERS = {"fixed": "o", "random": "x", "assigner": "s", "cascade": "^", "assigner+cascade": "D", "oracle": "*"}
+OTHERS = ("#D55E00", "#F0E442", "#999933")  # of configurations of the user's own
+MARKERS = {
+    "fixed": "o",
+    "random": "x",
+    "assigner": "s",
+    "cascade": "^",
+    "assigner+cascade": "D",
+    "scout+cascade": "v",
+    "oracle": "*",
+}
 SAID = {"fixed": "one length for all", "random": "random lengths", "oracle": "oracle (true labels)"}
 IMAGES_SHEET = "The easiest and the hardest images, with the answer and the confidence at each length"
 CLIPS_SHEET = (

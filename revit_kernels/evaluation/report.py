@@ -37,7 +37,9 @@ def _rows(head: list[str], rows: list[list[str]], names: int = 1) -> list[str]:
 def _headline(e: Evaluation) -> list[str]:
     """A row for each configuration."""
     head = ["policy", "budget", "accuracy, %", "points lost", "images/s", "speed", "least to most", "MACs", "tokens"]
-    head += [f"answered at {' / '.join(_grids(e))}, %", "above lengths alone"]
+    alone = any(one.alone for one in e.policies)
+    head += [f"answered at {' / '.join([*_grids(e), *(['by the assigner'] if alone else [])])}, %"]
+    head += ["above lengths alone"]
     head += ["above random", "same mix at random, %"] if e.random else []
     rows = []
     for one in [*e.static, *e.policies]:
@@ -47,7 +49,8 @@ def _headline(e: Evaluation) -> list[str]:
         least, most = one.spread(e.full)
         cells += [f"{one.rate:,.1f}", f"**{one.speed(e.full):.2f}x**", f"{least:.2f} to {most:.2f}"]
         cells += [f"{one.macs / e.macs[0]:.3f}"]
-        cells += [f"{one.tokens.mean():.1f}", " / ".join(f"{100 * share:.0f}" for share in one.mix(len(e.menu)))]
+        shares = [*one.mix(len(e.menu)), *([one.alone] if alone else [])]
+        cells += [f"{one.tokens.mean():.1f}", " / ".join(f"{100 * share:.0f}" for share in shares)]
         bare = one.name in ("fixed", "random")
         cells += ["" if bare else _gap(against_static(e, one))]
         if e.random:
@@ -242,6 +245,7 @@ def as_json(e: Evaluation, command: str = "") -> dict:
             "macs": m.macs,
             "tokens": float(m.tokens.mean()),
             "mix": m.mix(len(e.menu)),
+            "answered_by_the_assigner": m.alone,
             "accuracy_by_label": [float(m.right[mask].mean()) if mask.any() else None for _, mask in groups],
         }
         if m.name in ("fixed", "random"):

@@ -287,8 +287,9 @@ def measured(number: int) -> bool:
 
 
 def _choices(model: AdaptiveViT, results: Results) -> list[tuple[Grid, int]]:
-    """The grid that answered, and the tokens of all passes, of each image."""
-    return [(model.menu[row], tokens) for row, tokens in zip(results.row.tolist(), results.tokens.tolist())]
+    """The grid that answered, all 0 where the assigner did, and the tokens of all passes, of each image."""
+    menu = (*model.menu, (0,) * len(model.menu[0]))  # row -1 is the assigner's
+    return [(menu[row], tokens) for row, tokens in zip(results.row.tolist(), results.tokens.tolist())]
 
 
 def full_length(model) -> int:

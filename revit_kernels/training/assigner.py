@@ -64,9 +64,7 @@ class Targets:
     def __init__(self, outcomes: Outcomes):
         if outcomes.probabilities is None:
             raise ValueError("an assigner learns from probabilities: write the labels with revit label --probabilities")
-        against_full = outcomes.about.get("against") == "full"
-        truth = outcomes.predicted[:, 0] if against_full else outcomes.targets
-        self.truth = torch.from_numpy(np.asarray(truth, np.int64))
+        self.truth = torch.from_numpy(np.asarray(outcomes.truth, np.int64))
         p = torch.from_numpy(outcomes.probabilities)
         self.full = p[:, 0].clone()
         given = p.gather(2, self.truth[:, None, None].expand(-1, p.shape[1], 1))[..., 0].float()
@@ -233,7 +231,7 @@ def train_assigner(
             _Fit(assigner, targets, inputs, np.flatnonzero(of_fold != fold), recipe).run()
             parts.append((there := np.flatnonzero(of_fold == fold), answers(apart.take(there))))
         place = np.argsort(np.concatenate([there for there, _ in parts]), kind="stable")
-        columns = {n: np.concatenate([getattr(o, n) for _, o in parts])[place] for n in ("assigner", "mixed")}
+        columns = {n: np.concatenate([getattr(o, n) for _, o in parts])[place] for n in ("assigner", "mixed", "alone")}
         apart = replace(apart, **columns)
         assigner.load_state_dict(final)
     else:
@@ -254,7 +252,8 @@ def _answered(assigner: TokenLengthAssigner, engine, outcomes: Outcomes, images:
     right, posterior = torch.cat(logits).tensor_split([lengths], 1)
     log_p = torch.from_numpy(outcomes.probabilities).float().clamp_min(1e-8).log()  # half precision has zeros
     mixed = torch.stack([evidence.mixed(log_p[:, row], posterior) for row in range(lengths)], 1)
-    return replace(outcomes, assigner=right.numpy().copy(), mixed=mixed.numpy())
+    alone = evidence.alone(posterior, torch.from_numpy(np.asarray(outcomes.truth, np.int64)))
+    return replace(outcomes, assigner=right.numpy().copy(), mixed=mixed.numpy(), alone=alone.numpy())
 
 
 def _device(model) -> torch.device:

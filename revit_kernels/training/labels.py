@@ -31,7 +31,7 @@ def _to_device(pixels: Tensor | list[Tensor], device) -> Tensor | list[Tensor]:
 
 @torch.inference_mode()
 def _ask(
-    model, images: ImageSet, members, batch_tokens: int, keep: bool, progress, assigner=None
+    model, images: ImageSet, members, batch_tokens: int, keep: bool, progress, assigner=None, against: str = "truth"
 ) -> dict[str, np.ndarray]:
     """The columns of some images, (images, lengths, ...) each."""
     device, layout = next(model.parameters()).device, (model.menu, model.num_prefix_tokens, model.per_frame)
@@ -48,6 +48,8 @@ def _ask(
             rows = len(model.menu)
             columns["assigner"], posterior = assigner(pixels, model=model).tensor_split([rows], 1)
             columns["mixed"] = torch.stack([evidence.mixed(logits[:, row], posterior) for row in range(rows)], 1)
+            truth = torch.from_numpy(np.asarray(images.targets)[indices]).to(device) if against == "truth" else None
+            columns["alone"] = evidence.alone(posterior, logits[:, 0].argmax(-1) if truth is None else truth)
         for name, values in columns.items():
             found.setdefault(name, []).append(values.cpu().numpy())
         if progress is not None:
@@ -101,7 +103,7 @@ def collect(
         file = partial / f"{number:05d}.npz" if partial is not None else None
         part = _kept(file)
         if part is None:
-            part = _ask(engine, images, members, batch_tokens, probabilities, progress, assigner)
+            part = _ask(engine, images, members, batch_tokens, probabilities, progress, assigner, against)
             if file is not None:
                 write_whole(file, lambda temporary, part=part: _save(temporary, part))
         elif progress is not None:
