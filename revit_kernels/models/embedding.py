@@ -15,7 +15,7 @@ from revit_kernels.grids import native_grid
 from revit_kernels.models.naflex_inputs import images_of
 from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
-from revit_kernels.modules.linear import is_plain, takes_packing, traced
+from revit_kernels.modules.linear import is_known, is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid, resize_mode
 from revit_kernels.ops.pos_embed.interpolation import MODES
@@ -59,15 +59,6 @@ def as_tensors(images, channels: int, channels_last: bool, device: torch.device)
     if isinstance(images, list | tuple):
         return [_as_tensor(image, channels, channels_last, device) for image in images]
     return _as_tensor(images, channels, channels_last, device)
-
-
-def _is_known(size) -> bool:
-    """Whether a tracer knows the number itself, not its name alone."""
-    if not torch.compiler.is_compiling() or not torch.compiler._is_exporting_flag:
-        return type(size) is int
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and loaded by then
-
-    return has_static_value(size)
 
 
 def _only_dense(x, grids, packing, max_tokens, channels_last):
@@ -176,7 +167,8 @@ class Embedding:
         sizes = None if isinstance(x, Proxy) else x.shape[1:3] if channels_last else x.shape[2:]
         if sizes is not None and torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
             sizes = tuple(map(int, sizes))
-        if sizes is None or not all(map(_is_known, sizes)):
+        compiled = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag  # anew for each size
+        if sizes is None or not (compiled or is_known(*sizes)):
             raise NotImplementedError(
                 "a ReViT, or a model with rotary positions, is traced and exported for images of one size, known when "
                 "it is"

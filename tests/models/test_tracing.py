@@ -246,6 +246,34 @@ def test_compiled_lists_know_no_size():
     assert_near("one image on its grid", compiled(one, grids=[(6, 6)]), theirs(one[0][None]))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3"])
+def test_compiled_dense_batches_know_no_size(name, training):
+    """A graph for the first size, others as the images, rows and columns are seen to vary, one for a single image."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+
+    _, ours = pair(name, dynamic_img_size=True)
+    dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    h, w = ours.patch_embed.patch_size
+    for count, rows, columns in (
+        (2, 4, 6),
+        (3, 4, 6),
+        (3, 5, 6),
+        (4, 7, 4),
+        (5, 2, 3),
+        (1, 4, 4),
+        (6, 9, 9),
+        (2, 9, 2),
+    ):
+        x = torch.randn(count, 3, h * rows, w * columns, device=DEVICE)
+        with torch.set_grad_enabled(training):
+            assert_near(str(tuple(x.shape)), compiled(x), ours(x))
+    assert counters["stats"]["unique_graphs"] <= 5
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3"])
 def test_flops_of_a_mixed_batch(name):
     """Those of the images one by one."""
