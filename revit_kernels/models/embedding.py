@@ -248,7 +248,7 @@ class Embedding:
             if not torch.onnx.is_in_onnx_export():  # an error in a trace that is given another
                 x = x.unflatten(3, size[1:]).unflatten(2, size[:1])
         grid = self.patch_embed.dynamic_feat_size(size)
-        x = self.patch_embed(x)
+        x = self.patch_embed(x.to(self._dtype()) if x.is_floating_point() else x)
         if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
             x = x.unflatten(1, grid)  # which timm's own model takes no images of
         return self._pos_embed(x)

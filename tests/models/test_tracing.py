@@ -41,6 +41,13 @@ def test_per_sample_gradients(name):
             assert_near(key, ours[key], expected, scale=expected.abs().max().item())
 
 
+@torch.no_grad()
+def test_images_get_the_dtype_of_the_weights():
+    _, ours = pair()
+    x, ours = batch(ours), ours.double()
+    assert_near("vmap", vmap(lambda image: ours(image[None])[0])(x), ours(x))
+
+
 def test_transforms_refuse_a_list():
     _, ours = pair()
     images = mixed(ours)
