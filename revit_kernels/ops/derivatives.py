@@ -1,0 +1,44 @@
+"""Backwards of ops, of which there are no derivatives."""
+
+import functools
+
+import torch
+
+
+class _Unpacked:
+    """The context of a backward, whose saved tensors are unpacked once: activation checkpointing allows no more."""
+
+    def __init__(self, ctx):
+        self.ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name):
+        return getattr(self.ctx, name)
+
+
+def once_differentiable(op: str):
+    """A decorator for the backward of the op's autograd.Function: to differentiate its gradients raises RuntimeError.
+
+    torch's own leaves second derivatives out without a word where the incoming gradient is a constant, as a sum's is,
+    or where the caller asks for them with allow_unused.
+    """
+    message = f"{op} has no second derivatives: use torch.func.hessian, with fused_attn = False on its attention"
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        @torch.no_grad()
+        def first(ctx, *grads):
+            return backward(ctx, *grads)
+
+        @functools.wraps(backward)
+        def wrapped(ctx, *grads):
+            if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # without create_graph
+                return first(ctx, *grads)
+            ctx = _Unpacked(ctx)
+            found = first(ctx, *grads)
+            causes = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+            refuse = torch._C._functions.DelayedError(message.encode(), len(found) + len(causes))
+            return refuse(*found, *causes)[: len(found)] if causes else found
+
+        return wrapped
+
+    return decorate
