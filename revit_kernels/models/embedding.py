@@ -18,6 +18,7 @@ from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import is_known, is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid, resize_mode
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
@@ -68,6 +69,9 @@ def _only_dense(x, grids, packing, max_tokens, channels_last):
     if grids is not None or packing is not None or max_tokens is not None or channels_last:
         raise ValueError("a torch.fx graph of the model takes a dense batch (images, channels, height, width) alone")
     return x
+
+
+_only_dense.__prepare_scriptable__ = refuse_script  # of a graph, which TorchScript compiles function by function
 
 
 class Embedding:
@@ -248,7 +252,7 @@ class Embedding:
             if not torch.onnx.is_in_onnx_export():  # an error in a trace that is given another
                 x = x.unflatten(3, size[1:]).unflatten(2, size[:1])
         grid = self.patch_embed.dynamic_feat_size(size)
-        x = self.patch_embed(x.to(self._dtype()) if x.is_floating_point() else x)
+        x = self.patch_embed(x.to(self._dtype()) if x.dtype == torch.float32 else x)
         if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
             x = x.unflatten(1, grid)  # which timm's own model takes no images of
         return self._pos_embed(x)

@@ -12,6 +12,7 @@ from torch.fx import Proxy
 
 from revit_kernels import ops
 from revit_kernels.device_cache import numbers
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.modules import layer_norm
 from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest, tokens_of
 from revit_kernels.modules.linear import is_known, is_plain, traced
@@ -265,7 +266,7 @@ class Resizable:
             )
             weight, bias = self._kernel(row)
             chosen = images[members[0] : members[-1] + 1] if _contiguous(members) else _take(images, members)
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight.device):
                 parts.append(ops.patch_embed(chosen, weight, bias, part, pos=pos, prefix=prefix, **options))
             for i in members:
                 starts[i] = total

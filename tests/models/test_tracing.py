@@ -122,8 +122,10 @@ def test_interpolation_by_elementary_steps(mode, antialias):
 def test_torch_script(tmp_path):
     """Refused; a trace holds for any number of images of its size, wherever torch is, and for no other size."""
     theirs, ours = pair(dynamic_img_size=True)
-    with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
-        torch.jit.script(ours)
+    mlp = ours.blocks[0].mlp
+    for part in (ours, torch.nn.Sequential(*ours.blocks), mlp, ours.patch_embed, torch.fx.symbolic_trace(ours)):
+        with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
+            torch.jit.script(part)
     x, (h, w) = batch(theirs, 3), theirs.patch_embed.img_size
     traced = torch.jit.trace(ours, batch(theirs))
     assert_near("traced", traced(x), theirs(x))
@@ -360,6 +362,16 @@ def test_photographs_and_arrays():
     assert torch.equal(ours([pixels.numpy()], channels_last=True), wanted)
     assert torch.equal(ours(pixels.permute(2, 0, 1)[None].numpy(), grids=[(4, 3)]), ours([photograph], grids=[(4, 3)]))
     assert torch.equal(ours.engine()([photograph, photograph])[1:], ours.engine()([photograph]))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3", "vit_small_patch16_dinov3"])
+def test_images_without_values(name, recording):
+    _, ours = pair(name, **({} if "dino" in name else {"dynamic_img_size": True}))
+    x, images, ours = batch(ours).to("meta"), [image.to("meta") for image in mixed(ours)], ours.to("meta")
+    with torch.set_grad_enabled(recording):
+        assert ours(x).shape == (2, 5) and ours(images).shape == (len(images), 5) and ours(images).is_meta
+        assert ours(images, grids=[(1, 2)] * len(images)).requires_grad == recording
 
 
 def test_nested_tensors_are_refused_by_name():
