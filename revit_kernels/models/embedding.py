@@ -126,7 +126,8 @@ class Embedding:
                 grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
                 return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
         elif not _is_list_of_images(x):
-            raise ValueError("images must be a tensor, or a list of tensors (channels, height, width)")
+            found = sorted({str(tuple(image.shape)) for image in x}) if isinstance(x, list) else type(x).__name__
+            raise ValueError(f"images must be a tensor, or a list of tensors (channels, height, width), got {found}")
         self._check_mixed()
         images = len(x)
         if packing is not None:

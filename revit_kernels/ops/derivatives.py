@@ -25,16 +25,13 @@ def once_differentiable(op: str):
 
     def decorate(backward):
         @functools.wraps(backward)
-        @torch.no_grad()
-        def first(ctx, *grads):
-            return backward(ctx, *grads)
-
-        @functools.wraps(backward)
         def wrapped(ctx, *grads):
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # without create_graph
-                return first(ctx, *grads)
-            ctx = _Unpacked(ctx)
-            found = first(ctx, *grads)
+            recording = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # by create_graph
+            ctx = _Unpacked(ctx) if recording else ctx
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not recording:
+                return found
             causes = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
             refuse = torch._C._functions.DelayedError(message.encode(), len(found) + len(causes))
             return refuse(*found, *causes)[: len(found)] if causes else found
