@@ -21,7 +21,9 @@ def once_differentiable(op: str):
     torch's own leaves second derivatives out without a word where the incoming gradient is a constant, as a sum's is,
     or where the caller asks for them with allow_unused.
     """
-    message = f"{op} has no second derivatives: use torch.func.hessian, with fused_attn = False on its attention"
+    message = (
+        f"{op} has no second derivatives: use torch.func.hessian of the model, with fused_attn = False on its attention"
+    )
 
     def decorate(backward):
         @functools.wraps(backward)
