@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from revit_kernels.engines import ClipEngine
 
 # What a model takes: clips of one size, or clips of any sizes and frame counts.
-Clips = Union[Tensor, Sequence[Union[Tensor, np.ndarray]]]  # noqa: UP007
+Clips = Tensor | Sequence[Tensor | np.ndarray]
 
 BLOCKS = ("Block", "DividedBlock")
 HALF = (0.5, 0.5, 0.5)
