@@ -99,12 +99,13 @@ def _choose(op, backend, step, args, order) -> ModuleType:
     raise NotImplementedError(f"{op}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
 
 
-def register(op: str, step: str, schema: str, fake, order=None):
+def register(op: str, step: str, schema: str, fake, order=None, check=None):
     """The torch op `revit_kernels::<op>_<step>`, run by the function `<step>` of the backend chosen.
 
     A backend has `refusal(step, args)`, where args has the names of the schema, and `<step>(*args)`. The last argument
     of the schema must be `str? backend`. order: gives, from args, the backends in the order in which to try them, where
-    that is not the same for all.
+    that is not the same for all. check: raises ValueError, from args, for what the op's public function does not pass
+    on; asked where PyTorch's dispatcher calls the op.
     """
     name = f"{op}_{step}"
     names = [argument.name for argument in torch._C.parse_schema(f"{name}{schema}").arguments]
@@ -121,7 +122,12 @@ def register(op: str, step: str, schema: str, fake, order=None):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return run_step(*args)  # an op computes in the dtypes it was given
 
-    torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd", run)
+    def run_checked(*args):
+        check(arguments._make(args[:-1]))
+        return run(*args)
+
+    implementation = run if check is None else run_checked
+    torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd", implementation)
     registered = getattr(torch.ops.revit_kernels, name).default
 
     def call(*args):

@@ -1,8 +1,13 @@
 """What importing the package does, and what `python -m revit_kernels` says."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
+
+import revit_kernels
 from revit_kernels.__main__ import table
 from revit_kernels.dispatch import BACKENDS, OPS
 
@@ -12,22 +17,48 @@ def run(*arguments):
 
 
 def test_import_is_light():
-    """Neither Triton nor a compiled library is loaded by an import: a broken one must not break `import`."""
+    """Neither Triton nor a compiled library is loaded by an import: a broken one must not break `import`.
+
+    The ops are registered, and no model is imported.
+    """
     code = """
-import sys, revit_kernels
+import sys, revit_kernels, torch
 libraries = [line for line in open("/proc/self/maps") if "revit_kernels/_c" in line]
-print([name for name in sys.modules if name.split(".")[0] in ("triton", "timm")], libraries)
+unwanted = ("triton", "timm", "transformers", "revit_kernels.models", "revit_kernels.adaptive", "revit_kernels.engines")
+print([name for name in sys.modules if name.startswith(unwanted)], libraries)
+names = lambda: {name for name in torch._C._dispatch_get_all_op_names() if "revit" in name}
+registered = names()
+from revit_kernels import *
+from revit_kernels import engines, training, serving
+print(names() - registered, len(registered) > 15)
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[] []"
+    assert done.stdout.splitlines() == ["[] []", "set() True"]
 
 
 def test_public_names():
-    import revit_kernels
-
     assert len(revit_kernels.__all__) <= 15
-    assert all(hasattr(revit_kernels, name) for name in revit_kernels.__all__)
+    assert set(revit_kernels.__all__) <= set(dir(revit_kernels))
+    tree = ast.parse(Path(revit_kernels.__file__).read_text())
+    (checked,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in checked.body for alias in node.names}
+    assert {name: f"revit_kernels.{module}" for name, module in revit_kernels._MODULE_OF.items()} == seen
+    with pytest.raises(AttributeError, match="VarLenVit"):
+        revit_kernels.VarLenVit  # noqa: B018
+
+
+def test_any_public_name_may_be_the_first():
+    """No order of imports leads into a circle."""
+    code = """
+import os, revit_kernels
+for name in revit_kernels._MODULE_OF:
+    if not os.fork():
+        os._exit(getattr(revit_kernels, name).__name__ != name)
+    assert os.wait()[1] == 0, name
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 def test_table():

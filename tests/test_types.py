@@ -1,11 +1,9 @@
 """Types: every public argument and result is annotated, and pyright accepts what README.md and docs/ show to users."""
 
-import ast
 import inspect
 import json
 import subprocess
 import sys
-import textwrap
 
 import pytest
 from test_docs import PAGES, blocks, name
@@ -27,25 +25,10 @@ def functions(public):
     return [public.__init__, *members]
 
 
-def signature(function):
-    """As its source has it: what a function carries at run time can have been taken away. Made ones have no source."""
-    try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except OSError:
-        return inspect.signature(function)
-    (found,) = ast.parse(source).body
-    types = {a.arg: a.annotation for a in ast.walk(found.args) if isinstance(a, ast.arg)}
-    given = inspect.signature(function).parameters.values()
-    empty = inspect.Parameter.empty
-    return inspect.Signature(
-        [p.replace(annotation=types[p.name] or empty) for p in given], return_annotation=found.returns or empty
-    )
-
-
 @pytest.mark.parametrize("public", PUBLIC)
 def test_public_arguments_and_results_are_annotated(public):
     for function in filter(inspect.isfunction, functions(PUBLIC[public])):
-        found = signature(function)
+        found = inspect.signature(function)
         bare = [p.name for p in found.parameters.values() if p.annotation is p.empty and p.name not in ("self", "cls")]
         if function.__name__ != "__init__" and found.return_annotation is found.empty:
             bare.append("its result")

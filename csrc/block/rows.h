@@ -50,23 +50,27 @@ struct Rows {
   }
 
 #ifdef BFLOAT16_INSTRUCTIONS
-  // The row in 256 steps from its least to its largest number, of which zero is one exactly.
+  // The row in 256 steps from its least to its largest number, of which zero is one exactly; all of it NaN where one
+  // of them is not finite.
   template <class From>
   void quantize(const From* x, int64_t n, int64_t r) {
-    Floats least[4] = {}, most[4] = {};
+    Floats least[4] = {}, most[4] = {}, not_finite[4] = {};
     each_vector(n, [&](int64_t i, auto part, int k) {
       const Floats v = load(x + i, part);
       least[k] = v < least[k] ? v : least[k];
       most[k] = v > most[k] ? v : most[k];
+      not_finite[k] = fma(v, Floats{}, not_finite[k]);
     });
     for (int k = 1; k < 4; ++k) {
       least[0] = least[k] < least[0] ? least[k] : least[0];
       most[0] = most[k] > most[0] ? most[k] : most[0];
+      not_finite[0] += not_finite[k];
     }
     const float low = _mm512_reduce_min_ps((__m512)least[0]), high = _mm512_reduce_max_ps((__m512)most[0]);
-    const float step = (high - low) / 255, inverse = step > 0 ? 1 / step : 0;
-    scale[r] = step;
-    zero[r] = static_cast<int32_t>(-low * inverse + 0.5f);
+    scale[r] = (high - low) / 255 + total(not_finite[0]);
+    const bool divides = scale[r] >= std::numeric_limits<float>::min() && scale[r] < INFINITY;
+    const float inverse = divides ? 1 / scale[r] : 0;
+    zero[r] = divides ? static_cast<int32_t>(-low * inverse + 0.5f) : 0;
     const Floats factor = splat(inverse), shift = splat(zero[r]);
     Unit* to = left + r * n;
     each_vector(n, [&](int64_t i, auto part, int) {

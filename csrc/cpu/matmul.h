@@ -212,18 +212,23 @@ inline void pack_words(const void* weight, const Linear& to, Span columns) {
 }
 
 #ifdef BFLOAT16_INSTRUCTIONS
-// Each output's weights in steps of a 127th of the largest.
+// Each output's weights in steps of a 127th of the largest; a step that is NaN where one of them is not finite.
 template <class From>
 inline void pack_int8(const From* weight, const Linear& to, Span columns) {
   for (int64_t n = columns.begin; n < columns.end; ++n) {
-    float most = 0;
-    for (int64_t k = 0; k < to.in; ++k) most = std::max(most, std::fabs(convert<float>(weight[n * to.in + k])));
-    to.scale[n] = most / 127;
+    float most = 0, not_finite = 0;
+    for (int64_t k = 0; k < to.in; ++k) {
+      const float w = convert<float>(weight[n * to.in + k]);
+      most = std::max(most, std::fabs(w));
+      not_finite += w * 0;
+    }
+    to.scale[n] = most / 127 + not_finite;
     to.sums[n] = 0;
   }
   pack<Quads>(to, columns, [&](int64_t n, int64_t k) {
     const float step = to.scale[n];
-    const auto w = static_cast<int8_t>(step > 0 ? std::lrint(convert<float>(weight[n * to.in + k]) / step) : 0);
+    const bool divides = step >= std::numeric_limits<float>::min();
+    const auto w = static_cast<int8_t>(divides ? std::lrint(convert<float>(weight[n * to.in + k]) / step) : 0);
     to.sums[n] += w;
     return static_cast<uint8_t>(w);
   });

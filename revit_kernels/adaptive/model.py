@@ -20,7 +20,7 @@ from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.video import ClipModel
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells, tokens_of
 from revit_kernels.packing import Packing
@@ -171,6 +171,10 @@ class AdaptiveViT(nn.Module):
         row = row.cpu().long()
         if not ((row >= 0) & (row < len(self.menu))).all():
             raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {row.unique().tolist()}")
+        if policy.run_length is not None:
+            packed = self._kept(images, row, channels_last)
+            spent = torch.tensor(packed.packing.lengths)
+            return Answers(self.engine.forward_head(packed), row, spent, packed.packing.capacity)
         lengths = self._lengths("cpu")
         logits, spent = self._from_tokens(images, row, tokens, channels_last), lengths[row]
         if policy.passes > 1:
@@ -202,6 +206,9 @@ class AdaptiveViT(nn.Module):
         else:
             answers = self.predict(images, channels_last=channels_last, device_choice=False)
             row, spent = answers.choice.cpu(), answers.tokens.cpu()
+        if self.policy.run_length is not None:
+            packed = self._kept(images, row, channels_last)
+            return self.engine.forward_head(packed, pre_logits=True), row, torch.tensor(packed.packing.lengths)
         packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
         return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
 
@@ -216,6 +223,11 @@ class AdaptiveViT(nn.Module):
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""
         return self.engine(images, packing=self._packing(choice.tolist()), channels_last=channels_last)
+
+    def _kept(self, clips, row: Tensor, channels_last: bool) -> PackedTokens:
+        """The last tokens of clips at these rows of the menu, without those that the policy leaves out."""
+        told = {"packing": self._packing(row.tolist()), "run_length": self.policy.run_length}
+        return self.engine.features(clips, channels_last=channels_last, **told)
 
     def _on_device(self, images, choice: Tensor, channels_last: bool) -> Answers:
         """One pass over a packing made on the device: nothing waits, and the capacity is what it may take."""

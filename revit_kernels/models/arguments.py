@@ -79,10 +79,10 @@ def check_arguments(cls: type[nn.Module], kwargs: dict) -> None:
             raise ValueError(f"{cls.__name__} has no argument {name!r}: {others}")
         if name == "depth" and _whole(value) and value > DEEPEST:
             raise ValueError(f"depth must be at most {DEEPEST}, got {value}")
-        annotation = known[name].annotation
+        annotation = known[name].annotation  # a text where a module postpones them
         optional = known[name].default is None
-        kind = str(annotation).removesuffix(" | None") if annotation is not inspect.Parameter.empty else "layer"
-        words, fits = KINDS.get(kind, KINDS["layer"])
+        kind = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        words, fits = KINDS.get(kind.removesuffix(" | None"), KINDS["layer"])
         if not (fits(value) or (optional and value is None)):
             raise ValueError(f"{name} must be {words}, got {str(value)[:60]!r}")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Union
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.fx import Proxy
 
@@ -22,11 +22,8 @@ from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 # What a model takes: a batch of one size, images of any sizes, or images cut into patches (`naflex_inputs.images_of`).
-Images = Union[Tensor, np.ndarray, Sequence[Union[Tensor, np.ndarray, "Image"]], Mapping[str, Tensor]]  # noqa: UP007
+Images = Tensor | np.ndarray | Sequence[Tensor | np.ndarray | Image] | Mapping[str, Tensor]
 
 _kept_native_grid = lru_cache(maxsize=16384)(native_grid)
 

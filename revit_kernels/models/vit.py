@@ -1,7 +1,6 @@
 """VarLenViT: timm's VisionTransformer on images of any token lengths, in one packed batch."""
 
-from __future__ import annotations
-
+# No postponed annotations: torch.fx writes the types of `forward` into the code of a graph, and cannot pickle texts.
 import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -244,13 +243,13 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.menu = self.resizable = None  # of make_resizable
         self.register_load_state_dict_pre_hook(_start_lengths)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Self":
         """As of nn.Module. An engine of the model is stale after training mode."""
         self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
 
     @classmethod
-    def from_timm(cls, model: nn.Module) -> VarLenViT:
+    def from_timm(cls, model: nn.Module) -> "VarLenViT":
         """The same model, packed: shares the parameters and leaf modules of a timm VisionTransformer, copies nothing.
 
         Raises NotImplementedError for a model of another family (Eva, NaFlexVit, ...), by name.
@@ -258,14 +257,14 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         return adopt.from_timm(model)
 
     @overload
-    def engine(self, *, quantize: str | None = None, stale: str = "raise", images: None = None) -> Engine: ...
+    def engine(self, *, quantize: str | None = None, stale: str = "raise", images: None = None) -> "Engine": ...
 
     @overload
-    def engine(self, *, stale: str = "raise", images: int, **options: Any) -> CapturedEngine: ...
+    def engine(self, *, stale: str = "raise", images: int, **options: Any) -> "CapturedEngine": ...
 
     def engine(
         self, *, quantize: str | None = None, stale: str = "raise", images: int | None = None, **options: Any
-    ) -> Engine | CapturedEngine:
+    ) -> "Engine | CapturedEngine":
         """The model made ready to answer.
 
         Without `images`, see `revit_kernels.engines.Engine`: a snapshot of the weights, for images of any sizes. With
@@ -511,9 +510,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         if isinstance(x, PackedTokens) and not self._own("forward_head"):
             return torch.stack(per_length(self.forward_head, x.split()))
         return self.forward_head(x)
-
-
-VarLenViT.forward.__annotations__.clear()  # texts, with which torch.fx makes graphs that cannot be pickled
 
 
 def _pool_by_torch(x: Tensor, pool_type: str, skip: int) -> Tensor:

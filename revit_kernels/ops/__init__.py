@@ -6,6 +6,7 @@ from revit_kernels.ops.block import BlockWeights, block
 from revit_kernels.ops.layer_norm import layer_norm, layer_norm_fp8
 from revit_kernels.ops.linear import linear
 from revit_kernels.ops.linear.fp8 import linear_fp8
+from revit_kernels.ops.patch_embed import listed as listed  # registers the ops of compiled lists of images
 from revit_kernels.ops.patch_embed import patch_embed, resize_patch_weight
 from revit_kernels.ops.pool import pool
 from revit_kernels.ops.pos_embed import pos_embed

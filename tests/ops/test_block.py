@@ -141,6 +141,26 @@ def test_int8(dtype, case):
         assert (actual - rough).norm() <= 0.5 * (rough - exact).norm(), "quantized otherwise than the definition"
 
 
+@cpu_only
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["x", *BlockWeights._fields])
+@pytest.mark.parametrize("kind", [None, "int8"])
+def test_what_is_not_finite_is_kept(kind, name, value):
+    """A number that is not finite reaches all that the definition lets it reach, quantized or not."""
+    every = {part: True for part in ("qk_norm", "attended_norm", "gate", "hidden_norm")}
+    x, ends, weights, heads, row = make([5, 3], 32, 2, 64, tail=0, **every)
+    require("block", "cpu", *sample())
+    if kind:
+        require_int8(x, ends, row, weights, heads)
+    tensor = x if name == "x" else getattr(weights, name)
+    if tensor is None:
+        pytest.skip("there is no such part")
+    tensor.view(-1)[tensor.numel() // 2] = value
+    actual, exact = (block(x, ends, weights, heads, kind=kind, backend=b) for b in ("cpu", "reference"))
+    assert torch.equal(actual.isfinite(), exact.isfinite())
+    assert not exact.isfinite().all()
+
+
 def require_int8(x, ends, row, weights, heads):
     from revit_kernels.dispatch import refusal
 

@@ -33,6 +33,7 @@ _forward = register(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps, bool rms,"
     " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "layer_norm",
@@ -47,6 +48,7 @@ _fp8 = register(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps, bool rms,"
     " str? backend) -> (Tensor, Tensor, Tensor)",
     _fake_fp8,
+    check=lambda args: _check_as_laid_out(args),
 )
 
 
@@ -121,6 +123,17 @@ def _check_each(x, weight, bias, row, branch, gamma):
         raise ValueError("gamma scales the branch: it needs one")
     if gamma is not None and gamma.shape != (dim,):
         raise ValueError(f"gamma must be ({dim},), got {tuple(gamma.shape)}")
+
+
+def _check_as_laid_out(args):
+    """What the public functions see to by themselves, too: kernels in Triton read what they are told to."""
+    _check(*args[:6])
+    for name in ("weight", "bias"):
+        if (parameter := getattr(args, name)) is not None and parameter.ndim != 2:
+            raise ValueError(f"{name} must be (lengths, {args.x.shape[1]}), got {tuple(parameter.shape)}")
+    for name in ("x", "row", "branch"):
+        if (tensor := getattr(args, name)) is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def layer_norm(
