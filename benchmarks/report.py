@@ -46,6 +46,7 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
     "bench_loading::bench_loading": "Preparing the images of a training step in one process, against the step itself",
 }
+APART = ("bench_video::bench_video",)  # rivals of which a median would say nothing
 MODELS = {"vit_small_patch16_224": "ViT/S", "vit_base_patch16_224": "ViT/B"}  # a slash, as dashes part parameters
 MODELS |= {"vit_small_patch16_dinov3": "DINOv3/S", "eva02_small_patch14_224": "EVA/02/S"}
 RIVALS = {
@@ -66,6 +67,7 @@ RIVALS = {
     "ours_bf16": "ours in bf16",
     "unrotated": "ours without rotation",
     "padded": "padded, with a mask",
+    "longest": "every clip at the longest grid",
     "sdpa": "torch's SDPA, on rearranged tensors",
     "sdpa_rearranging": "torch's SDPA, and rearranging",
     "convolve": "F.conv2d",
@@ -243,16 +245,17 @@ def picture(name: str, said: str, folder: str = charts.FOLDER) -> str:
 
 
 def overview(results: dict) -> list[str]:
-    """A line for each benchmark and dtype: how many duels were won, and by how much."""
+    """A line for each benchmark and dtype, of APART for each rival too: how many duels were won, and by how much."""
     lines = ["| what | dtype | duels | faster | ratio, median | least to most |", "|---|---|---|---|---|---|"]
     for bench, title in BENCHES.items():
         ratios = {}
         for _, row in _rows(results, bench):
-            ratios.setdefault(row["dtype"], []).append(row["speedup"])
-        for dtype, found in sorted(ratios.items()):
+            what = f"{title}, against {RIVALS.get(row['rival'], row['rival'])}" if bench in APART else title
+            ratios.setdefault((what, row["dtype"]), []).append(row["speedup"])
+        for (what, dtype), found in sorted(ratios.items()):
             won = sum(ratio >= 1 for ratio in found)
             spread = f"**{median(found):.2f}** | {min(found):.2f} to {max(found):.2f}"
-            lines.append(f"| {title} | {dtype} | {len(found)} | {won} | {spread} |")
+            lines.append(f"| {what} | {dtype} | {len(found)} | {won} | {spread} |")
     return [*lines, ""]
 
 

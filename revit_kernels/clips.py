@@ -197,6 +197,51 @@ class ClipPacking(Packing):
         lengths = [self._length(grid) for grid in self.grids]
         return torch.split(tokens[: sum(lengths)], lengths) if lengths else ()
 
+    def keep(self, patches: Tensor) -> KeptPacking:
+        """The packing of the prefix tokens and some of the patches; waits for the device, to know how many.
+
+        patches: (all patches,) bool, on the device, in the order of `patch_rows`
+
+        Raises ValueError where each frame has prefix tokens of its own, and for another shape or dtype.
+        """
+        if self.per_frame:
+            raise ValueError("patches can be left out only where a clip is one sequence, not where each frame is one")
+        if patches.dtype != torch.bool or patches.shape != self.patch_rows.shape:
+            raise ValueError(
+                f"patches must be {tuple(self.patch_rows.shape)} bool, got {tuple(patches.shape)} {patches.dtype}"
+            )
+        stay = (self.image >= 0).index_copy(0, self.patch_rows, patches)
+        rows = stay.nonzero()[:, 0]
+        image = self.image[rows]
+        lengths = torch.bincount(image, minlength=self.clips)
+        cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+        told = (self.menu, self.prefix, len(rows), None, True, self, rows, tuple(lengths.tolist()))
+        return KeptPacking(cu_seqlens, self.length_index, image, self.row[rows], None, *told)
+
+
+@dataclass(eq=False)
+class KeptPacking(Packing):
+    """Where the tokens lie of clips that some patches were left out of; `ClipPacking.keep` makes one.
+
+    The grids of `menu` are those that the clips had: norms with an affine per length go by them.
+
+    whole:   the packing of all tokens
+    rows:    (capacity,) int64, on the device: the row of `whole` that each token has there
+    lengths: tokens that each clip has, prefix tokens counted; known to the host
+    """
+
+    whole: ClipPacking
+    rows: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def grids(self) -> None:
+        """None: what is left of a clip is no grid."""
+
+    def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        """One view (length, ...) per clip of a packed tensor (capacity, ...)."""
+        return torch.split(tokens, self.lengths) if self.lengths else ()
+
 
 _TENSORS = ("cu_seqlens", "length_index", "image", "row", "first_row", "frames", "cu_frames", "clip", "prefix_rows")
 _TENSORS += ("patch_rows", "by_frame")

@@ -101,13 +101,17 @@ def model_dtype(model) -> str:
     return getattr(model, "quantize", None) or str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
-def model_macs(model, grid: Grid, blocks: int | None = None) -> int:
-    """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted."""
+def model_macs(model, grid: Grid, blocks: int | None = None, kept: int | None = None) -> int:
+    """Multiply-accumulates of one image at a grid, through all blocks or the first few; the head is not counted.
+
+    kept: tokens of a clip that go through the blocks, prefix tokens counted; all, if not given
+    """
     tokens = tokens_of(model, grid)
     linears = [m for block in model.blocks[:blocks] for m in block.modules() if isinstance(m, nn.Linear)]
-    attention = 2 * model.embed_dim * model.attention_pairs(grid) * len(model.blocks[:blocks])
+    pairs = model.attention_pairs(grid) if kept is None else kept**2
+    attention = 2 * model.embed_dim * pairs * len(model.blocks[:blocks])
     embedding = model.patch_embed.proj.weight[0].numel() * model.embed_dim * tokens
-    return sum(m.weight.numel() for m in linears) * tokens + attention + embedding
+    return sum(m.weight.numel() for m in linears) * (tokens if kept is None else kept) + attention + embedding
 
 
 def counted(model, assigner=None) -> Costs:

@@ -20,7 +20,7 @@ from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.video import ClipModel
-from revit_kernels.models.vit import VarLenViT
+from revit_kernels.models.vit import PackedTokens, VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells, tokens_of
 from revit_kernels.packing import Packing
@@ -177,15 +177,16 @@ class AdaptiveViT(nn.Module):
         least = ALONE if policy.answers_alone else 0
         if not ((row >= least) & (row < len(self.menu))).all():
             raise ValueError(f"rows must be 0 to {len(self.menu) - 1} of the menu, got {row.unique().tolist()}")
+        if policy.run_length is not None:
+            packed = self._kept(images, row, channels_last)
+            spent = torch.tensor(packed.packing.lengths)
+            return Answers(self.engine.forward_head(packed), row, spent, packed.packing.capacity)
         lengths, ran = self._lengths("cpu"), row >= 0
         spent = lengths[row] * ran
         if ran.all():
             logits = self._from_tokens(images, row, tokens, channels_last)
         else:
-            logits = assigned[:, len(self.menu) :].to(next(self.model.parameters()).dtype)
-            if len(begun := ran.nonzero()[:, 0]):
-                answers = self._at(pick(images, begun.tolist()), row[begun], channels_last)
-                logits = logits.index_copy(0, begun.to(device), answers)
+            logits = self._beside_the_assigner(images, row, assigned, channels_last)
         if policy.passes > 1:
             following = policy.next(policy.columns(logits, assigned)).cpu().long()
             going = ((following >= 0) & ran).nonzero()[:, 0]
@@ -218,6 +219,9 @@ class AdaptiveViT(nn.Module):
             row, spent = answers.choice.cpu(), answers.tokens.cpu()
             if self.policy.answers_alone:
                 row = torch.where(row == ALONE, self.policy.first, row)
+        if self.policy.run_length is not None:
+            packed = self._kept(images, row, channels_last)
+            return self.engine.forward_head(packed, pre_logits=True), row, torch.tensor(packed.packing.lengths)
         packed = self.engine.features(images, packing=self._packing(row.tolist()), channels_last=channels_last)
         return self.engine.forward_head(packed, pre_logits=True), row, spent + self._lengths("cpu")[row]
 
@@ -232,6 +236,11 @@ class AdaptiveViT(nn.Module):
     def _at(self, images, choice: Tensor, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows."""
         return self.engine(images, packing=self._packing(choice.tolist()), channels_last=channels_last)
+
+    def _kept(self, clips, row: Tensor, channels_last: bool) -> PackedTokens:
+        """The last tokens of clips at these rows of the menu, without those that the policy leaves out."""
+        told = {"packing": self._packing(row.tolist()), "run_length": self.policy.run_length}
+        return self.engine.features(clips, channels_last=channels_last, **told)
 
     def _on_device(self, images, choice: Tensor, channels_last: bool) -> Answers:
         """One pass over a packing made on the device: nothing waits, and the capacity is what it may take."""
@@ -251,6 +260,15 @@ class AdaptiveViT(nn.Module):
             logits, *tokens = self.assigner.with_tokens(images, self.engine, channels_last)
             return logits, tuple(tokens)
         return self.assigner(images, model=self.engine, channels_last=channels_last), None
+
+    def _beside_the_assigner(self, images, row: Tensor, assigned: Tensor, channels_last: bool) -> Tensor:
+        """(images, classes) at lengths that the host knows, the assigner's own where the row is ALONE."""
+        logits = assigned[:, len(self.menu) :].to(next(self.model.parameters()).dtype)
+        begun = (row >= 0).nonzero()[:, 0]
+        if not len(begun):
+            return logits
+        answers = self._at(pick(images, begun.tolist()), row[begun], channels_last)
+        return logits.index_copy(0, begun.to(logits.device), answers)
 
     def _from_tokens(self, images, row: Tensor, known, channels_last: bool) -> Tensor:
         """(images, classes) at lengths that the host knows; the shortest's from the assigner's tokens, if there are."""

@@ -60,12 +60,14 @@ class Policy:
     uses_assigner: whether `start` or `next` reads an assigner's logits
     passes:        an image goes through at most so many
     answers_alone: whether `start` may give ALONE, for an image that is the assigner's to answer
+    run_length:    which tokens of a clip are left out, as ClipModel takes it; None: none
     """
 
     name: ClassVar[str] = ""
     uses_assigner: ClassVar[bool] = False
     passes: ClassVar[int] = 1
     answers_alone: ClassVar[bool] = False
+    run_length: ClassVar[float | None] = None
 
     def start(self, seen: Seen) -> Tensor:
         """(images,) int32 menu rows of the first pass, or ALONE, on seen.device, without waiting for it."""
@@ -90,7 +92,8 @@ class Policy:
         """What `to_json` wrote. Raises ValueError for any other text."""
         try:
             found = json.loads(text)
-            classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade, ScoutCascade)}
+            kinds = Fixed, RunLength, Random, Oracle, Assign, Cascade, AssignedCascade, ScoutCascade
+            classes = {cls.name: cls for cls in kinds}
             name = found.pop("policy")
             if name not in classes:
                 raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
@@ -152,6 +155,29 @@ class Fixed(Policy):
 
     def describe(self, menu) -> str:
         return f"every image at {_grid(menu, self.row)}"
+
+
+@dataclass(frozen=True)
+class RunLength(Policy):
+    """Every clip at one length, without the tokens that repeat the ones before them (arXiv:2411.05222).
+
+    run_length: the largest difference of a repetition, as ClipModel takes it; row: of the menu
+    """
+
+    run_length: float = 0.0
+    row: int = 0
+    name: ClassVar[str] = "run-length"
+
+    start = Fixed.start
+
+    def require(self, menu):
+        _check_rows("row", self.row, menu)
+        if len(menu[0]) != 3:
+            raise ValueError(f"run-length tokens are of models of clips, this one's menu is {menu}")
+        return self
+
+    def describe(self, menu) -> str:
+        return f"every clip at {_grid(menu, self.row)}, without tokens within {self.run_length:g} of the ones before"
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def views(text: str) -> tuple[int, int]:
 
 
 def add_clips(parser, several: bool = False) -> None:
-    """Which frames of a video: --frames, --stride and, with `several`, --clips."""
+    """Which frames of a video: --frames, --stride and, with `several`, --clips and --run-length."""
     group = parser.add_argument_group("videos (of a model of clips)")
     group.add_argument("--frames", type=count, metavar="N", help="frames of a clip (default: the model's)")
     group.add_argument(
@@ -55,6 +55,13 @@ def add_clips(parser, several: bool = False) -> None:
             metavar="VIEWS[xCROPS]",
             help="clips of each video, whose answers are averaged; of each frame 1 crop or 3, with a list of --grids "
             "or a policy (default: 1)",
+        )
+        group.add_argument(
+            "--run-length",
+            type=float,
+            metavar="T",
+            help="leave out tokens that differ from the one before at their place by at most T, in the mean of "
+            "normalised pixels (run-length tokens; of models that attend over whole clips)",
         )
 
 

@@ -5,7 +5,9 @@ import sys
 from functools import partial
 
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
+from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
+from revit_kernels.adaptive.policies import RunLength
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
@@ -17,6 +19,10 @@ from revit_kernels.training.labels import fit_images
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in _words(text)]
 
 
 def add(commands):
@@ -47,6 +53,14 @@ def add(commands):
         metavar="BUDGET,...",
         help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length); "
         "default: 1.5x,2x,2.5x,3x,full-0.2",
+    )
+    evaluate.add_argument(
+        "--run-length",
+        type=_numbers,
+        default=[],
+        metavar="T,...",
+        help="also without the tokens of clips that repeat the ones before them, at each of these thresholds; see "
+        "`revit infer --run-length`",
     )
     evaluate.add_argument("--rounds", type=count, default=3, metavar="N", help="times each is timed (default: 3)")
     evaluate.add_argument(
@@ -86,6 +100,7 @@ def run(args) -> int:
         held_out=held_out,
         policies=args.policies,
         budgets=args.budgets,
+        configurations=[(f"run-length {t:g}", AdaptiveViT(model, RunLength(t))) for t in args.run_length],
         rounds=args.rounds,
         timed=args.timed,
         batch_tokens=args.batch_tokens,

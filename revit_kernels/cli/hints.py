@@ -22,6 +22,7 @@ def hints(args, prepared: Prepared) -> list[str]:
         given = {"--grids": args.grids, "--max-tokens": args.max_tokens, "--compare": args.compare}
         otherwise = [name for name, value in given.items() if value]
         otherwise += ["--method patch"] if args.method == "patch" else []
+        otherwise += ["--run-length"] if args.run_length is not None else []
         found += no_policy(bool(args.assigner or args.outcomes or not args.model), otherwise)
     return found
 

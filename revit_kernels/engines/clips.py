@@ -40,14 +40,16 @@ class ClipEngine(Engine):
             return _without_blocks(self.model), PackedClipBlocks(self.model)
         return self.model, None
 
-    def _after_blocks(self, clips, grids, packing, channels_last):
+    def _after_blocks(self, clips, grids, packing, channels_last, run_length):
         """The module to run, the tokens after the last block, their packing, and whether the answer is dense."""
         running, blocks = self._current(clips)
         frames, packing, dense = running._inputs(clips, grids, packing, channels_last)
+        known = () if blocks is None else (blocks.positions(running, packing.menu), blocks.patch)
+        x = running._tokens(frames, packing, channels_last, *known)
+        x, packing = running._without_runs(x, frames, packing, run_length, channels_last)
+        dense = dense and run_length is None
         if blocks is None:
-            x = running._tokens(frames, packing, channels_last)
             return running, add(*running.run_blocks([x, None, None], packing)), packing, dense
-        x = running._tokens(frames, packing, channels_last, blocks.positions(running, packing.menu), blocks.patch)
         return running, blocks.run(x, running._of_blocks(packing), 0, None), packing, dense
 
     @torch.no_grad()
@@ -58,9 +60,10 @@ class ClipEngine(Engine):
         grids: Sequence[ClipGrid] | None = None,
         packing: ClipPacking | None = None,
         channels_last: bool = False,
+        run_length: float | None = None,
     ) -> Any:
         """(clips, classes), one row per clip in the order given; arguments as of the model."""
-        running, x, packing, _ = self._after_blocks(clips, grids, packing, channels_last)
+        running, x, packing, _ = self._after_blocks(clips, grids, packing, channels_last, run_length)
         return running.finish([x, None, None], packing)
 
     @torch.no_grad()
@@ -71,9 +74,10 @@ class ClipEngine(Engine):
         grids: Sequence[ClipGrid] | None = None,
         packing: ClipPacking | None = None,
         channels_last: bool = False,
+        run_length: float | None = None,
     ) -> Any:
         """What `model.forward_features` gives."""
-        running, x, packing, dense = self._after_blocks(clips, grids, packing, channels_last)
+        running, x, packing, dense = self._after_blocks(clips, grids, packing, channels_last, run_length)
         found = running._features(x, packing)
         return running._dense(found) if dense else found
 

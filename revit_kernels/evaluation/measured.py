@@ -108,9 +108,14 @@ def passes(policy: Policy, row: np.ndarray, lengths: int) -> np.ndarray:
     return ran
 
 
-def macs_of(adaptive: AdaptiveViT, row: np.ndarray) -> float:
-    """Mean multiply-accumulates of an image: of its passes, and of the assigner; reused tokens count once."""
+def macs_of(adaptive: AdaptiveViT, row: np.ndarray, tokens: np.ndarray | None = None) -> float:
+    """Mean multiply-accumulates of an image: of its passes, and of the assigner; reused tokens count once.
+
+    row, tokens: (images,) of the answer; tokens, of all passes, are asked for run-length tokens alone
+    """
     model, assigner, policy = adaptive.model, adaptive.assigner, adaptive.policy
+    if policy.run_length is not None:
+        return float(model_macs(model, model.menu[policy.row], kept=tokens.astype(float)).mean())
     ran = passes(policy, row, len(model.menu))
     total = float((ran @ np.array([model_macs(model, grid) for grid in model.menu], float)).mean())
     if not policy.uses_assigner:
@@ -179,7 +184,7 @@ class Bench:
 
     def _measured(self, name: str, budget: str, adaptive: AdaptiveViT, answers) -> Measured:
         predicted, row, tokens = answers
-        right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row)
+        right, macs = predicted == self.outcomes.targets, macs_of(adaptive, row, tokens)
         return Measured(name, budget, adaptive.policy, right, row, tokens, macs, [], self.timed)
 
     def _time(self, timed: list[tuple[Measured, AdaptiveViT]]) -> None:

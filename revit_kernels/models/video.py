@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from revit_kernels import ops
 from revit_kernels.clips import ClipGrid, ClipPacking, check_clip_grid
 from revit_kernels.grids import native_grid
 from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths
+from revit_kernels.models.run_length import differences
 from revit_kernels.models.surgery import _is_affine
 from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
@@ -227,6 +229,27 @@ class ClipModel(nn.Module):
             return maps[0].flatten(1).t()
         return ops.pos_embed(table, [grid], interpolation=self.pos_interpolation, antialias=self.pos_antialias)
 
+    def _without_runs(
+        self, x: Tensor, frames, packing: ClipPacking, run_length: float | None, channels_last: bool
+    ) -> tuple[Tensor, Packing]:
+        """The tokens that are no repetition, and their packing; all, where run_length is None.
+
+        x: (capacity, dim) of `_tokens`; frames: what they were made of
+        """
+        if run_length is None:
+            return x, packing
+        if self.per_frame:
+            raise ValueError(
+                f"run_length needs attention over whole clips: this {type(self).__name__} attends within frames"
+            )
+        if math.isnan(run_length):
+            raise ValueError("run_length must be a number, got NaN")
+        std = self._statistics()["std"] if len(frames) and frames[0].dtype == torch.uint8 else None
+        how = (self.patch_embed.patch_size, std, resize_mode(self.pretrained_cfg), channels_last)
+        repeated = differences(frames, packing.grids, *how) <= run_length
+        kept = packing.keep(~repeated.to(x.device))
+        return x[kept.rows], kept
+
     # ------------------------------------------------------------------ tokens to answers
 
     def embed(self, clips: Clips, packing: ClipPacking, channels_last: bool = False) -> Tensor:
@@ -237,7 +260,7 @@ class ClipModel(nn.Module):
         frames, packing, _ = self._inputs(clips, None, packing, channels_last)
         return self._tokens(frames, packing, channels_last)
 
-    def _block_options(self, packing: ClipPacking) -> dict:
+    def _block_options(self, packing: Packing) -> dict:
         """What blocks are told beside the packing."""
         return {}
 
@@ -314,13 +337,18 @@ class ClipModel(nn.Module):
         grids: Sequence[ClipGrid] | None = None,
         packing: ClipPacking | None = None,
         channels_last: bool = False,
+        run_length: float | None = None,
     ) -> Tensor | PackedTokens:
         """Tokens after the last block and norm: PackedTokens, frame after frame; of a tensor of clips alone
-        (clips, length, dim) in the order of the original model."""
+        (clips, length, dim) in the order of the original model.
+
+        run_length: as of `forward`; the answer is PackedTokens of what was kept, whose packing is a KeptPacking
+        """
         frames, packing, dense = self._inputs(x, grids, packing, channels_last)
-        x = add(*self.run_blocks([self._tokens(frames, packing, channels_last), None, None], packing))
-        found = self._features(x, packing)
-        return self._dense(found) if dense else found
+        x = self._tokens(frames, packing, channels_last)
+        x, packing = self._without_runs(x, frames, packing, run_length, channels_last)
+        found = self._features(add(*self.run_blocks([x, None, None], packing)), packing)
+        return self._dense(found) if dense and run_length is None else found
 
     def forward(
         self,
@@ -329,12 +357,22 @@ class ClipModel(nn.Module):
         grids: Sequence[ClipGrid] | None = None,
         packing: ClipPacking | None = None,
         channels_last: bool = False,
+        run_length: float | None = None,
     ) -> Tensor:
-        """(clips, classes), one row per clip in the order given."""
+        """(clips, classes), one row per clip in the order given.
+
+        run_length: leave out each token whose pixels, as the model sees them (normalised), differ from those of the
+                    token one step earlier at its place by at most this, in the mean of absolute differences
+                    (run-length tokens, arXiv:2411.05222, without the embedding of lengths, which is trained). The
+                    others keep their own positions. Below 0: none is left out. Needs attention over whole clips, and
+                    waits for the device once
+
+        Raises ValueError for run_length of a model that attends within frames.
+        """
         frames, packing, _ = self._inputs(x, grids, packing, channels_last)
-        return self.finish(
-            self.run_blocks([self._tokens(frames, packing, channels_last), None, None], packing), packing
-        )
+        x = self._tokens(frames, packing, channels_last)
+        x, packing = self._without_runs(x, frames, packing, run_length, channels_last)
+        return self.finish(self.run_blocks([x, None, None], packing), packing)
 
     def engine(self, *, quantize: str | None = None, stale: str = "raise") -> ClipEngine:
         """The model made ready to answer; see `revit_kernels.engines.ClipEngine`."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels import modules
-from revit_kernels.clips import ClipPacking
+from revit_kernels.clips import ClipPacking, KeptPacking
 from revit_kernels.models.layers import ACTIVATIONS, NORMS, Layer, layer
 from revit_kernels.models.video import ClipModel, resized_times
 from revit_kernels.modules.patch_embed import pair
@@ -128,9 +128,12 @@ class VarLenVideoViT(ClipModel):
         cells = torch.cat(parts) if parts else table.new_empty(0, dim)
         return cells, None if self.cls_token is None else self.cls_token[0] + self.pos_embed[0, :1]
 
-    def _block_options(self, packing: ClipPacking) -> dict:
+    def _block_options(self, packing: ClipPacking | KeptPacking) -> dict:
         if self.positions != "rope":
             return {}
+        if isinstance(packing, KeptPacking):
+            whole = self._block_options(packing.whole)
+            return {name: Turn(*(t[packing.rows] for t in turn)) for name, turn in whole.items()}
         table = angles(packing.menu, self.blocks[0].attn.head_dim, packing.device)
         frames = packing.by_frame
         row = torch.arange(packing.capacity, device=packing.device)

@@ -31,6 +31,7 @@ class ClipRule:
     frame:    the rule of every frame
     crops:    parts of every frame, along its longer side: 1, the whole or its centre as `frame` says, or 3
     tubelet:  frames that one token sees
+    run_length: which tokens are left out, as ClipModel takes it; None: none
 
     Raises ValueError where the frames are no whole number of tubelets, and for other crops.
     """
@@ -39,6 +40,7 @@ class ClipRule:
     frame: GridRule
     crops: int = 1
     tubelet: int = 1
+    run_length: float | None = None
 
     def __post_init__(self):
         if self.sampling.frames % self.tubelet:

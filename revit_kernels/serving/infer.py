@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -74,7 +75,7 @@ class GridRule:
         top, left = int((height - h) * place), int((width - w) * place)
         return pixels[..., top : top + h, left : left + w, :]
 
-    views = 1  # of an image
+    views, run_length = 1, None  # of an image
 
     @property
     def least(self) -> Grid:
@@ -117,7 +118,8 @@ class Results(NamedTuple):
     """Of a batch, on the device.
 
     values: (images, classes) probabilities or (images, features), float32
-    row:    (images,) menu row of the length that answered, where a policy chose it; tokens: (images,) of all passes
+    row:    (images,) menu row of the length that answered, where a policy chose it
+    tokens: (images,) of all passes, where a policy chose the length; patches that were kept, of run-length tokens
     """
 
     values: torch.Tensor
@@ -125,40 +127,57 @@ class Results(NamedTuple):
     tokens: torch.Tensor | None = None
 
 
-def answer(model, batch: list[Loaded], device: torch.device, features: bool) -> Results:
-    """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors."""
+def answer(
+    model, batch: list[Loaded], device: torch.device, features: bool, run_length: float | None = None
+) -> Results:
+    """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors.
+
+    run_length: of a ClipRule
+    """
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
     views = [len(pixels) if pixels.ndim == 5 else 1 for pixels in images]
     if max(views) > 1:
         images = [view for pixels in images for view in (pixels.unbind() if pixels.ndim == 5 else (pixels,))]
-    found = _answered(model, images, [loaded.grid for loaded, n in zip(batch, views) for _ in range(n)], features)
+    grids = [loaded.grid for loaded, n in zip(batch, views) for _ in range(n)]
+    found = _answered(model, images, grids, features, run_length)
     return found if max(views) == 1 else _averaged(found, views)
 
 
-def _answered(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> Results:
+def _answered(
+    model, images: list[torch.Tensor], grids: list[Grid], features: bool, run_length: float | None
+) -> Results:
     if isinstance(model, AdaptiveViT) and features:
         values, row, tokens = model.features(images, channels_last=True)
         return Results(values.float(), row, tokens)
     if isinstance(model, AdaptiveViT):
         found = model.predict(images, channels_last=True)
         return Results(found.logits.float().softmax(-1), found.choice, found.tokens)
+    if run_length is not None:
+        with torch.inference_mode():
+            packed = _features(model)(images, grids=grids, channels_last=True, run_length=run_length)
+            values = model.forward_head(packed, pre_logits=features).float()
+        kept = torch.tensor(packed.packing.lengths) - packed.packing.prefix
+        return Results(values if features else values.softmax(-1), None, kept)
     return Results(_answer(model, images, grids, features))
+
+
+def _features(model) -> Callable:
+    return model.features if isinstance(model, Engine) else model.forward_features
 
 
 def _averaged(found: Results, views: list[int]) -> Results:
     """The mean answer of each clip's views, the longest of their lengths, and the tokens of all."""
     values = torch.stack([part.mean(0) for part in found.values.split(views)])
-    if found.row is None:
+    if found.tokens is None:
         return Results(values)
-    row = torch.stack([part.min() for part in found.row.split(views)])
+    row = None if found.row is None else torch.stack([part.min() for part in found.row.split(views)])
     return Results(values, row, torch.stack([part.sum() for part in found.tokens.split(views)]))
 
 
 def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
     with torch.inference_mode():
         if features:
-            found = model.features if isinstance(model, Engine) else model.forward_features
-            packed = found(images, grids=grids, channels_last=True)
+            packed = _features(model)(images, grids=grids, channels_last=True)
             return model.forward_head(packed, pre_logits=True).float()
         return model(images, grids=grids, channels_last=True).float().softmax(-1)
 
@@ -203,6 +222,7 @@ def infer(
     def write(batch: list[Loaded], results: Results | None) -> None:
         rows = iter(results.values.cpu().numpy() if results is not None else ())
         chosen = iter(_choices(model, results) if results is not None and results.row is not None else ())
+        kept = iter(results.tokens.tolist() if results is not None and rule.run_length is not None else ())
         for loaded in batch:
             if loaded.error is not None:
                 totals.errors.append((loaded.path, loaded.error))
@@ -211,16 +231,17 @@ def infer(
                 continue
             row = next(rows)
             grid, tokens = next(chosen, (loaded.grid, None))
+            left = next(kept, None)
             if not np.isfinite(row).all():
                 totals.errors.append((loaded.path, NOT_FINITE))
                 totals.full -= full
                 writer.write(Answer(show(loaded.path), error=NOT_FINITE))
                 continue
             cost = None if tokens is None else tokens / full
-            totals.tokens += views * cells(grid) if tokens is None else tokens
+            totals.tokens += left or views * cells(grid) if tokens is None else tokens
             kind = {"features": row} if features else {"probabilities": row}
             if plain.per_frame is not None:
-                kind |= {"frames": views * grid[0] * plain.tubelet, "tubelet": plain.tubelet}
+                kind |= {"frames": views * grid[0] * plain.tubelet, "tubelet": plain.tubelet, "kept": left}
             writer.write(Answer(show(loaded.path), loaded.size, grid[-2:], cost=cost, **kind))
         totals.images += len(batch)
         totals.seconds = time.perf_counter() - start
@@ -229,7 +250,7 @@ def infer(
 
     def run(batch: list[Loaded]) -> Results | None:
         good = [loaded for loaded in batch if loaded.error is None]
-        results = answer(model, good, device, features) if good else None
+        results = answer(model, good, device, features, rule.run_length) if good else None
         for loaded in good:
             if keep is not None:
                 keep(loaded)

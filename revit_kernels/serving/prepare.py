@@ -41,6 +41,7 @@ class Settings:
     labels:     a file of class names
     frames, stride, clips: of videos: frames of a clip, frames of the video from one to the next ("uniform": spread over
                 all of it), and "VIEWS" or "VIEWSxCROPS", clips of a video whose answers are averaged
+    run_length: leave out tokens of clips that repeat the ones before them, as ClipModel does
     """
 
     model: str | None = None
@@ -64,6 +65,7 @@ class Settings:
     frames: int | None = None
     stride: str | None = None
     clips: tuple[int, int] | None = None
+    run_length: float | None = None
 
     @classmethod
     def of(cls, namespace) -> Settings:
@@ -86,6 +88,8 @@ class Settings:
             )
         if self.method == "patch" and self.fit == "squash":
             raise ValueError("--fit squash stretches the image; with --method patch it keeps its size")
+        if self.run_length is not None and (self.policy or self.assigner or self.outcomes or self.budget):
+            raise ValueError("--run-length is a policy by itself: it goes with no --policy, and nothing of one")
         if self.features and self.labels:
             raise ValueError("--labels names classes; with --features there are none")
 
@@ -154,6 +158,7 @@ def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
 def _of_clips(settings: Settings, name: str, model, rule: GridRule) -> GridRule | ClipRule:
     """The rule of a model of clips, or the same of one of images. Raises ValueError for options that are for clips."""
     options = {"--frames": settings.frames, "--stride": settings.stride, "--clips": settings.clips}
+    options |= {"--run-length": settings.run_length}
     if model.per_frame is None:
         for option, value in options.items():
             if value is not None:
@@ -161,9 +166,11 @@ def _of_clips(settings: Settings, name: str, model, rule: GridRule) -> GridRule 
         return rule
     if settings.method == "patch":
         raise ValueError("--method patch is for models of images")
+    if settings.run_length is not None and model.per_frame:
+        raise ValueError(f"--run-length needs attention over whole clips, and {name} attends within frames")
     views, crops = settings.clips or (1, 1)
     own = settings.frames or model.num_frames * model.tubelet, settings.stride or model.pretrained_cfg.get("stride")
-    return ClipRule(sampling(*own, views), rule, crops, model.tubelet)
+    return ClipRule(sampling(*own, views), rule, crops, model.tubelet, settings.run_length)
 
 
 def _check_tokens(settings: Settings, full: int) -> None:

@@ -36,6 +36,7 @@ class Answer:
     error:         what was wrong with the file, or None
     frames:        of a clip: how many were seen, in all views; None for an image
     tubelet:       frames that one token sees
+    kept:          of a clip whose repeated tokens were left out: how many were not, in all views
     """
 
     path: str
@@ -47,9 +48,12 @@ class Answer:
     error: str | None = None
     frames: int | None = None
     tubelet: int = 1
+    kept: int | None = None
 
     @property
     def tokens(self) -> int:
+        if self.kept is not None:
+            return self.kept
         steps = 1 if self.frames is None else self.frames // self.tubelet
         return self.grid[0] * self.grid[1] * steps if self.grid else 0
 

@@ -19,6 +19,7 @@ from timm_pairs import assert_near
 from revit_kernels.cli import main
 from revit_kernels.cli.clips import open_data
 from revit_kernels.data.videos import Sampling, decode_clip
+from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import create_model
 from revit_kernels.models.video_weights import inflated
 
@@ -187,6 +188,41 @@ def test_refuses(trained, options, why):
         assert error.code == 2
         return
     assert status == 2 and why in said
+
+
+def test_run_length_tokens(trained, tmp_path):
+    """A clip in which nothing moves keeps a token a place; the records, the closing line and the report say so."""
+    root, folder = trained
+    model = create_model("videomae_small_patch16_224", num_classes=2, tubelet_size=1, **_small()).eval()
+    save_checkpoint(model.make_resizable([(4, 4, 4), (2, 2, 2)]), tmp_path / "a.safetensors")
+    Image.new("RGB", (32, 32)).save(tmp_path / "still.png")
+    write_video(tmp_path / "noise.avi", list(np.random.default_rng(0).integers(0, 255, (8, 16, 16, 3), np.uint8)))
+    command = ["infer", tmp_path / "still.png", tmp_path / "noise.avi", "--model", tmp_path / "a.safetensors"]
+    for more, views in ((["--run-length", 0.05], 1), (["--run-length", 0.05, "--clips", 2, "--features"], 2)):
+        status, (still, noise), said = run(*command, *more)
+        assert status == 0 and (still["tokens"], noise["tokens"]) == (16 * views, 64 * views)
+        assert (still["grid"], still["frames"]) == ([4, 4], 4 * views) and "with 62% of the tokens" in said
+        assert "no policy" not in said
+    (all_tokens,) = done(*command[:2], *command[3:], "--quiet", "--run-length", -1)
+    assert all_tokens == done(*command[:2], *command[3:], "--quiet")[0] and all_tokens["tokens"] == 64
+    for name, why in ((folder, "attends within frames"), (None, "--run-length is of videos")):
+        status, _, said = run(
+            "infer", tmp_path / "still.png", "--run-length", 0.1, *(["--model", name] if name else [])
+        )
+        assert status == 2 and why in said
+    status, _, said = run(*command, "--run-length", 0.1, "--policy", "fixed")
+    assert status == 2 and "--run-length is a policy by itself" in said
+    options = ["--run-length=-1,9", "--policies", "oracle", "--rounds", 1, "--quiet", "--device", "cpu"]
+    done("evaluate", tmp_path / "a.safetensors", "--data", root, *options, "--output", tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = {one["policy"]: one for one in report["policies"]}
+    assert found["run-length -1"]["tokens"] == 64 and found["run-length 9"]["tokens"] == 16
+    assert found["run-length -1"]["accuracy"] == report["static"][0]["accuracy"]
+    assert found["run-length 9"]["macs"] < 0.3 * found["run-length -1"]["macs"] == 0.3 * report["macs"][0]
+
+
+def _small() -> dict:
+    return {"num_frames": 4} | {key: int(n) for key, n in (pair.split("=") for pair in SMALL.split(","))}
 
 
 def test_info(trained, capsys):

@@ -1,0 +1,28 @@
+"""Ray, connected to without leaving it this process's signals."""
+
+import logging
+import signal
+import threading
+
+import ray
+
+
+def connect(address: str | None) -> None:
+    """Join the cluster at `address`, or start one here, unless that was done; Python's signal handlers stay.
+
+    Ray's own, of SIGTERM, has the process aborted 3 seconds later, whatever it has still to put in order.
+    """
+    if ray.is_initialized():
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    keep(before)
+
+
+def keep(handlers: dict) -> None:
+    """Set Python's handlers of signals again; without a word where this is not the main thread."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:  # None: not of Python's
+                signal.signal(number, handler)
