@@ -298,7 +298,7 @@ def revit() -> str:
         ]
         text += [*found["verdict"], ""]
         text += ["| policy | budget | accuracy, % | points lost | images/s | speed |", "|---|---|---|---|---|---|"]
-        for row in found["static"] + found["policies"]:
+        for row in found["static"] + [row for row in found["policies"] if row["policy"] != "random"]:
             numbers = row["numbers"]
             fixed = row["policy"] == "fixed"
             length = "x".join(map(str, found["menu"][numbers["row"]])) if fixed else None
@@ -310,7 +310,8 @@ def revit() -> str:
         text.append("")
     for ablation in sorted(REPORTS.glob("ablation_*.md")):
         title, *lines = ablation.read_text().splitlines()
-        text += [f"##{title}: {ablation.stem.removeprefix('ablation_').replace('_', ' ')}", *lines, ""]
+        data = re.sub("ablation_|assigner_|training_", "", ablation.stem).replace("_", " ")
+        text += [f"##{title}: {data}", *lines, ""]
     return "\n".join(text).replace("\n## ", "\n#### ")
 
 

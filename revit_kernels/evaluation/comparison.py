@@ -65,8 +65,9 @@ def against_random(e: Evaluation, one: Measured) -> Gap | None:
 
 
 def candidates(e: Evaluation) -> list[Measured]:
-    """What could serve: the policies without the lots and lengths that they are compared with, and the oracle."""
-    return [one for one in e.policies if one.name not in ("oracle", "random", "fixed")]
+    """What could serve with the model's own answers: the policies without the lots and lengths that they are compared
+    with, and the oracle."""
+    return [one for one in e.policies if one.name not in ("oracle", "random", "fixed") and not one.alone]
 
 
 def _points(share: float, error: float, more: str, less: str) -> str:
@@ -119,6 +120,16 @@ def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
 
     allowed: the loss of accuracy against full length up to which the fastest is the best, as a share
     """
+    alone = [one for one in e.policies if one.alone and one.lost(e.full)[0] <= allowed]
+    if not alone:
+        return _of_the_model(e, allowed)
+    best = max(alone, key=lambda one: one.speed(e.full))
+    said = f"Where the assigner may answer by itself ({100 * best.alone:.0f} % of the images): {_named(e, best)}, "
+    return [*_of_the_model(e, allowed), f"{said}{_speed(e, best)}."]
+
+
+def _of_the_model(e: Evaluation, allowed: float) -> list[str]:
+    """The verdict on policies whose answers are all the model's."""
     ones, limit = candidates(e), f"{100 * allowed:g} points"
     best = recommended(e, allowed)
     if best.name == "fixed":

@@ -107,6 +107,13 @@ def test_verdict_either_way():
     e.policies.append(measured("assigner", some(951), [2.5] * 3, Fixed(0), "1.6x"))
     assert "With nothing lost: assigner at a budget of 1.6x, 1.60x" in verdict(e)[0]
     assert "With nothing lost" not in better[0]
+    own = measured("scout+cascade", some(950), [1.0] * 3, CASCADE, "4x", row=-1)
+    e.policies.append(own)
+    assert recommended(e) is not own and verdict(e)[0] in verdict(replace(e, policies=e.policies[:-1]))
+    assert verdict(e)[-1] == (
+        "Where the assigner may answer by itself (100 % of the images): scout+cascade at a budget of 4x, 4.00x "
+        "(4.00 to 4.00 over 3 rounds) the images per second of full length, 0.00 ± 0.00 points lost."
+    )
     worse = " ".join(verdict(synthetic(890, 2.0)))
     assert worse.startswith("Use full length, 4x4 for all images: no shorter length loses at most 0.3 points.")
     assert (
