@@ -145,27 +145,29 @@ def main() -> None:
 
 def _spread(values) -> str:
     values = 100 * np.array(values)
-    return f"{values.mean():.2f} ± {values.std(ddof=1) if len(values) > 1 else 0:.2f}"
+    return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
 def table(done: dict, data: str, what: str) -> str:
-    """The Markdown of what was found: means and standard deviations over the seeds."""
-    setting, seeds = SETTINGS[data], len(next(iter(done["accuracy"].values())))
+    """The Markdown of what was found: means and standard deviations over the seeds that every variant ran with."""
+    setting, accuracy = SETTINGS[data], [done["accuracy"].get(variant, {}) for variant in VARIANTS[what]]
+    seeds = sorted(set.intersection(*map(set, accuracy)))
+    spread = f"mean and standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed: no spread"
     size, recipe, menu = setting.model, setting.recipe, [f"{h}x{w}" for h, w in setting.menu]
     lines = [
         "# What each part of the method is worth" if what == "parts" else "# What each way of training is worth",
         "",
         f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
         f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
-        f"held out, tested on the set's test images; mean and standard deviation over {seeds} seeds. "
+        f"held out, tested on the set's test images; {spread}. "
         "The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. "
         f"{done['about']}.",
         "",
         "| variant | " + " | ".join(f"accuracy at {grid}, %" for grid in menu) + " |",
         "|---|" + "---|" * len(menu),
     ]
-    for variant in VARIANTS[what]:
-        columns = np.array(list(done["accuracy"][variant].values())).T
+    for variant, found in zip(VARIANTS[what], accuracy):
+        columns = np.array([found[seed] for seed in seeds]).T
         lines.append(f"| {variant} | " + " | ".join(map(_spread, columns)) + " |")
     return "\n".join(lines) + "\n"
 
