@@ -101,7 +101,7 @@ def bench_training(duel, name, dtype, images):
 
 
 class RecipeCase:
-    """A step of the recipe that trained the shipped model, by our trainer and in plain torch and timm."""
+    """A whole step of training a model of the shipped one's size, by our trainer and in plain torch and timm."""
 
     def __init__(self, batch, autocast, drop_path):
         from plain_revit import PlainReViT
