@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -156,7 +156,8 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unwatched(*args) -> bool:
-    """Whether nobody would see an op: no autograd, compiler, tracer, mode, transform, nor tensor of another class."""
+    """Whether nobody would see an op: no autograd, compiler, tracer, mode, transform, nor tensor of another class;
+    and the first tensor has values."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -165,7 +166,13 @@ def unwatched(*args) -> bool:
         for kind in set(map(type, arg)) if type(arg) is list else (type(arg),):
             if kind not in PLAIN and issubclass(kind, torch.Tensor):
                 return False
-    return True
+    first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+    return not (isinstance(first, torch.Tensor) and first.is_meta)
+
+
+def without_autocast(device: torch.device):
+    """torch.autocast switched off on the device; tensors without values (device "meta") know none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def one_device(**tensors) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.device_cache import numbers
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.ops.attention.rotary import Rotary
 from revit_kernels.packing import Grid, Packing
 
@@ -152,7 +153,7 @@ class RotaryPositions(nn.Module):
 
     def tables(self, menu: tuple[Grid, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cos and sin of every cell of the menu's grids: a pair for each block ("mixed"), or one for all."""
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             angles = self.angles(menu, device)
             cos, sin = angles.cos(), angles.sin()
         return list(zip(cos.unbind(), sin.unbind())) if self.kind == "mixed" else [(cos, sin)]

@@ -24,14 +24,13 @@ from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.patch_dropout import PatchDropout
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.packing import Packing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from revit_kernels.engines import CapturedEngine, Engine
-
-SCRIPT = "TorchScript is deprecated and not supported: use torch.compile or torch.export"
 
 
 class PackedTokens(NamedTuple):
@@ -71,6 +70,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
     """
 
+    __prepare_scriptable__ = refuse_script
     times_trained = 0  # how often the model was put into training mode
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
@@ -247,9 +247,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         """As of nn.Module. An engine of the model is stale after training mode."""
         self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
-
-    def __prepare_scriptable__(self):
-        raise NotImplementedError(SCRIPT)
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> "VarLenViT":

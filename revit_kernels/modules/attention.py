@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from revit_kernels import ops
 from revit_kernels.modules.layer_norm import PLAIN, RmsNorm, _PerLength, apply_norm
 from revit_kernels.modules.linear import is_plain, linear, traced
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.attention.rotary import Rotary, rotate
 from revit_kernels.packing import Packing
 
@@ -83,8 +84,8 @@ def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is
     """
     if module.fused_attn:
         dropout = module.attn_drop.p if module.training else 0.0
-        options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal, "scale": module.scale}
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal}
+        return F.scaled_dot_product_attention(q, k, v, **options, scale=module.kernel_scale())
     return attention_map(module, q, k, attn_mask, is_causal) @ v
 
 
@@ -123,7 +124,12 @@ def turned(q: Tensor, k: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor]:
 class Maps(nn.Module):
     """What computes attention, in one kernel; or as timm's `fused_attn = False`, with maps that `attn_drop` sees."""
 
+    __prepare_scriptable__ = refuse_script
     fused_attn = True
+
+    def kernel_scale(self) -> float:
+        """What the scores are multiplied with in one kernel: as in timm, `scale` counts where `fused_attn` is False."""
+        return self.head_dim**-0.5 if self.fused_attn else self.scale
 
     def _gives_maps(self) -> bool:
         """Whether somebody wants to see the maps, or drops some of them."""
@@ -239,7 +245,7 @@ class Attention(Maps):
             y = image_by_image(self._weigh, packing, *turned(q, k, rope), v)
         else:
             dropout = self.attn_drop.p if self.training else 0.0
-            y = attend(q, k, v, packing, self.scale, dropout=dropout, rope=rope, **mask)
+            y = attend(q, k, v, packing, self.kernel_scale(), dropout=dropout, rope=rope, **mask)
         y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
         y = y if gate is None else y * gate
         return self.proj_drop(linear(self.proj, y))
@@ -313,7 +319,7 @@ class _Lambda(Maps):
         v = v.reshape(-1, 1, self.num_heads, 2, self.head_dim).expand(-1, 2, -1, -1, -1)
         shape = (q.shape[0], 2, self.num_heads, 2, self.head_dim)
         wide = (t.unsqueeze(3).expand(shape).reshape(q.shape[0], -1, self.head_dim) for t in (q, k))
-        y = attend(*wide, v.reshape(q.shape[0], -1, self.head_dim), packing, self.scale, **options)
+        y = attend(*wide, v.reshape(q.shape[0], -1, self.head_dim), packing, self.kernel_scale(), **options)
         first, second = y.view(shape[0], 2, self.num_heads, 2 * self.head_dim).unbind(1)
         y = self.sub_norm(first - self._compute_lambda().type_as(q) * second) * (1 - self.lambda_init)
         return y.reshape(shape[0], -1)

@@ -316,7 +316,7 @@ class ParallelScalingBlock(_Streaming, Maps):
             return image_by_image(self._weigh, packing, q, k, v).view(shape)
         dropout = self.attn_drop.p if self.training else 0.0
         q, k, v = (t.flatten(0, -3) for t in (q, k, v))
-        return attend(q, k, v, packing, self.scale, dropout=dropout, **mask).view(shape)
+        return attend(q, k, v, packing, self.kernel_scale(), dropout=dropout, **mask).view(shape)
 
     def _weigh(self, *qkv: Tensor) -> Tensor:
         """q, k, v: (images, length, heads, head_dim)"""

@@ -288,6 +288,25 @@ def test_it_compiles_whole(subject, training):
 
 
 @every_subject
+def test_second_derivatives_are_refused_by_name(subject):
+    """Also of what nothing but the op's own inputs depends on, where torch would leave them out without a word."""
+    if not subject.trained:
+        pytest.skip("the op is for inference")
+    inputs = subject.make((0, 2), 0, torch.float32)
+    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    for power in (1, 2):
+        outputs = subject.op(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum((out if power == 1 else out**power).sum() for out in outputs)
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        if power == 1 and (subject.op in (ops.patch_embed, ops.pos_embed) or subject is SUBJECTS["pool-avg"]):
+            assert not any(grad.requires_grad for grad in grads)  # they are constants
+            continue
+        with pytest.raises(RuntimeError, match=f"^{subject.op.__name__} has no second derivatives"):
+            torch.autograd.grad(sum(grad.sum() for grad in grads), leaves, allow_unused=True)
+
+
+@every_subject
 def test_a_named_backend_never_falls_back(subject):
     """No backend but the reference takes float64."""
     for backend in ("cpu", "triton"):

@@ -9,6 +9,7 @@ from revit_kernels.dispatch import one_device, register
 from revit_kernels.ops.attention import rotary as rotation
 from revit_kernels.ops.attention.handover import order
 from revit_kernels.ops.attention.rotary import Rotary
+from revit_kernels.ops.derivatives import once_differentiable
 
 _ROTARY = " Tensor? cos, Tensor? sin, Tensor? row, bool half, str? backend"
 
@@ -54,7 +55,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("attention")
     def backward(ctx, grad):
         *tensors, cu_seqlens, cu_seqlens_k, cos, sin, row = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()

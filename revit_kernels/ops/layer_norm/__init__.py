@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.e4m3 import E4M3
 
 
@@ -63,7 +64,7 @@ class _LayerNorm(torch.autograd.Function):
         return y if branch is None else (y, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("layer_norm")
     def backward(ctx, dy, dsum=None):
         total, weight, bias, row, branch, gamma, mean, rstd = ctx.saved_tensors
         if dy is None and dsum is None:
