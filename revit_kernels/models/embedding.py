@@ -62,6 +62,8 @@ def as_tensors(images, channels: int, channels_last: bool, device: torch.device)
 def _only_dense(x, grids, packing, max_tokens, channels_last):
     """x, in a torch.fx graph, where nothing else may be given."""
     if isinstance(x, Proxy):  # of the model, or of a graph that is traced again
+        for node in x.tracer.graph.find_nodes(op="placeholder"):
+            node.type = None  # TorchScript, which is refused below, would be at a loss for types before it comes here
         return x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
     if grids is not None or packing is not None or max_tokens is not None or channels_last:
         raise ValueError("a torch.fx graph of the model takes a dense batch (images, channels, height, width) alone")
