@@ -158,7 +158,8 @@ def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
 
 
 def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
-    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be had are no failure."""
+    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be downloaded are
+    reported, and are no error."""
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{folder} is not a folder")
