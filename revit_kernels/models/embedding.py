@@ -183,7 +183,7 @@ class Embedding:
         return Packing.uniform(x.shape[0], grid, self.num_prefix_tokens, device=self._device())
 
     def _device(self) -> torch.device:
-        plain = self.cls_token  # at hand, where there is one
+        plain = self.cls_token  # needs no search
         return (next(self.patch_embed.parameters()) if plain is None else plain).device
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:

@@ -73,7 +73,7 @@ def test_labels(labels, tmp_path, seed):
     except ValueError as error:
         assert "labels.parquet is no whole file of labels" in str(error) and "\n" not in str(error)
     else:
-        assert len(found) == 6 and found.take([0, 5]).relabel().label.shape == (2,)
+        assert len(found) == 6 and found.take([0, 5]).label.shape == (2,)
         assert len(found.menu) == found.correct.shape[1]
 
 
