@@ -46,7 +46,7 @@ DISABLED = _disabled(os.environ.get("REVIT_DISABLE", ""))
 
 @cache
 def load(op: str, backend: str) -> ModuleType | str:
-    """The module `ops/<op>/<backend>.py`, or the reason it cannot be had here."""
+    """The module `ops/<op>/<backend>.py`, or the reason that it cannot be imported here."""
     if f"{op}.{backend}" in DISABLED:
         return "switched off by REVIT_DISABLE"
     name = f"revit_kernels.ops.{op}.{backend}"

@@ -15,6 +15,7 @@ LISTS = ("id2label", "label_names", "labels", "names", "classes", "categories") 
 NAMES = ("name", "label", "class_name", "label_name", "class")  # columns or entries of a name
 NUMBERS = ("id", "index", "idx", "number", "class_id", "label_id", "class_index", "target")
 NUMBERED = re.compile(r"(\d+)(?:\s*[:,\t]\s*| +)(.*\S)")  # a line of text: 0: tench
+QUOTED = re.compile(r"([\"'])(.*)\1,?")
 NO_NAME = re.compile(r"n\d{8}|\d+")  # WordNet's numbers, and others
 LETTER = re.compile(r"[^\W\d_]")
 OTHERS = (".yaml", ".yml", ".jsonl", ".pbtxt", ".xml", ".toml")  # which are no names a line, and not read
@@ -106,6 +107,8 @@ def _literal(text: str):
 
 
 def _from_lines(lines: list[str]) -> list[str]:
+    if all(quoted := [QUOTED.fullmatch(line) for line in lines]):
+        return [found[2] for found in quoted]
     pairs = [NUMBERED.fullmatch(line) for line in lines]
     if len(lines) < 2 or not all(pairs) or sorted(int(pair[1]) for pair in pairs) != list(range(len(lines))):
         return lines

@@ -16,10 +16,9 @@ from revit_kernels.engines.packed import HOOKS, TRAINING, PackedBlocks, refusal
 from revit_kernels.grids import Grid
 from revit_kernels.models.embedding import Images
 from revit_kernels.models.quantize import fp8
-from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.linear import traced
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 QUANTIZE = (None, "int8", "fp8")
 STALE = ("raise", "refresh")
@@ -237,4 +236,4 @@ def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
 
 
 def _dense(x: Tensor, packing) -> Tensor:
-    return x.view(packing.images, packing.max_seqlen, -1)
+    return x.view(packing.images, packing.max_seqlen, x.shape[-1])

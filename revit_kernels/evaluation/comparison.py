@@ -65,8 +65,8 @@ def against_random(e: Evaluation, one: Measured) -> Gap | None:
 
 
 def candidates(e: Evaluation) -> list[Measured]:
-    """What could serve with the model's own answers: the policies without the lots and lengths that they are compared
-    with, and the oracle."""
+    """What could serve with the model's own answers: the policies without their baselines (random lengths, lengths
+    alone) and without the oracle."""
     return [one for one in e.policies if one.name not in ("oracle", "random", "fixed") and not one.alone]
 
 

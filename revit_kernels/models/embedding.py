@@ -62,6 +62,8 @@ def as_tensors(images, channels: int, channels_last: bool, device: torch.device)
 def _only_dense(x, grids, packing, max_tokens, channels_last):
     """x, in a torch.fx graph, where nothing else may be given."""
     if isinstance(x, Proxy):  # of the model, or of a graph that is traced again
+        for node in x.tracer.graph.find_nodes(op="placeholder"):
+            node.type = None  # TorchScript, which is refused below, would be at a loss for types before it comes here
         return x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
     if grids is not None or packing is not None or max_tokens is not None or channels_last:
         raise ValueError("a torch.fx graph of the model takes a dense batch (images, channels, height, width) alone")
@@ -181,7 +183,7 @@ class Embedding:
         return Packing.uniform(x.shape[0], grid, self.num_prefix_tokens, device=self._device())
 
     def _device(self) -> torch.device:
-        plain = self.cls_token  # at hand, where there is one
+        plain = self.cls_token  # needs no search
         return (next(self.patch_embed.parameters()) if plain is None else plain).device
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
@@ -218,7 +220,7 @@ class Embedding:
             x = self._embed_in_steps(images, channels_last)
         else:
             x = self._embed(images, packing, channels_last, positions, packed)
-            x = x.view(packing.images, packing.max_seqlen, -1) if dense else x
+            x = x.view(packing.images, packing.max_seqlen, x.shape[-1]) if dense else x
             x = x if self.pos_embed is None and self.pos_axes is None else self.pos_drop(x)
         if dense or isinstance(self.patch_drop, nn.Identity):
             x = self.patch_drop(x)

@@ -26,9 +26,10 @@ EMBEDDINGS = ("resize", "patch", "per_length")
 POSITIONS = ("interpolate", "per_length")
 NORMS = ("per_length", "shared")
 # The norms that are told the packing: those of the stream, of queries and keys, and around attention pooling.
-NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "pre_norm", "post_norm")
-NORM_NAMES += ("norm3", "norm4")
-NORM_NAMES += ("temporal_norm1",)
+NORM_NAMES = (
+    *("norm1", "norm2", "norm3", "norm4", "temporal_norm1", "in_norm", "norm", "norm_pre", "fc_norm"),
+    *("q_norm", "k_norm", "pre_norm", "post_norm"),
+)
 NORM_OWNERS = (
     "Attention",
     "AttentionPoolPrr",

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from revit_kernels.device_cache import numbers
 from revit_kernels.dispatch import without_autocast
+from revit_kernels.grids import Grid
 from revit_kernels.ops.attention.rotary import Rotary
-from revit_kernels.packing import Grid, Packing
+from revit_kernels.packing import Packing
 
 KINDS = ("cat", "dinov3", "mixed", "mrope")
 

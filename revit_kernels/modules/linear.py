@@ -81,7 +81,7 @@ def name_of(activation: nn.Module) -> str | None:
 
 
 def activation_name(activation: nn.Module) -> str | None:
-    """What the op `linear` calls the activation, or None where it has none such, or somebody hooked it."""
+    """What the op `linear` calls the activation, or None where it has no name for it, or somebody hooked it."""
     return name_of(activation) if is_plain(activation, "GELU", "GELUTanh", "SiLU") else None
 
 

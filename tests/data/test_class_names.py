@@ -79,6 +79,7 @@ TABLE = {"id": 1, "name": "dark green"}, {"id": 0, "name": "red"}, {"id": 2, "na
         ("x.txt", "2: blue\n0: red\n1: dark green\n"),
         ("x.txt", "0 red\r1 dark green\r2 blue\r"),
         ("x.txt", "{0: 'red',\n 1: 'dark green',\n 2: 'blue'}"),
+        ("x.txt", '"red",\n"dark green",\n"blue"\n'),
         ("x.txt", "['red', 'dark green', 'blue']"),
         ("x.json", {"red": "0", "blue": "2", "dark green": "1"}),
         ("x.json", [["0", "red"], ["1", "dark green"], ["2", "blue"]]),
