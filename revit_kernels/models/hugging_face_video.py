@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from revit_kernels.models import families
 from revit_kernels.models.hugging_face import _pooler, of_blocks, renamed, size_of
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
@@ -78,7 +79,11 @@ def load(model: ClipModel, path, prefix: str = "") -> None:
     """See ClipModel.load_pretrained."""
     state = read_checkpoint(path, prefix)
     if is_hugging_face(state):
-        state = {key: x for key, x in our_state(state).items() if not key.startswith("pooler.")}
+        try:
+            state = {key: x for key, x in our_state(state).items() if not key.startswith("pooler.")}
+        except ValueError:
+            families.refuse_others(state, path)
+            raise
     else:
         state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in state.items()}
     wanted = model.state_dict()
@@ -95,6 +100,9 @@ def load(model: ClipModel, path, prefix: str = "") -> None:
     wrong = ([some(wrong)] if wrong else []) + ([f"missing: {some(missing)}"] if missing else [])
     wrong += [f"unexpected: {some(unexpected)}"] if unexpected else []
     if wrong:
+        families.refuse_others(state, path)
+        if told := families.mismatch(state, model, path):
+            raise ValueError(told)
         raise ValueError(f"{path} does not fit the model: {'; '.join(wrong)}")
     model.load_state_dict(state)
 
