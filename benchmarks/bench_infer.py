@@ -45,7 +45,7 @@ def sources() -> list[Image.Image]:
         try:
             files = sorted(gather_photographs(Path(folder)))
         except ValueError as why:
-            pytest.skip(f"the photographs cannot be had: {why}")
+            pytest.skip(f"the photographs cannot be downloaded: {why}")
     found = []
     for file in files:
         try:

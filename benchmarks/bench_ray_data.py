@@ -1,6 +1,6 @@
 """`revit infer --ray` over tar shards, against the same command in one process with as many threads.
 
-    python benchmarks/bench_ray_data.py --output benchmarks/results/ray_data.json
+    python benchmarks/bench_ray_data.py --output benchmarks/results/scale/ray_data.json
 
 The rows are compared bit for bit, in a run in which an actor is killed too.
 """

@@ -1,7 +1,7 @@
 """`revit serve` under load on one machine: every answer checked, latency, and tokens a second against the model's own.
 
-    python benchmarks/bench_serving.py --output benchmarks/results/serving.json
-    python benchmarks/bench_serving.py --output benchmarks/results/serving.json --service padded
+    python benchmarks/bench_serving.py --output benchmarks/results/scale/serving.json
+    python benchmarks/bench_serving.py --output benchmarks/results/scale/serving.json --service padded
 
 The rival: the same service with batches of a fixed number of images, padded to the longest. Loopback only. Clients
 share the cores with the service; they make their requests before the clock starts. A service whose figures the output

@@ -213,7 +213,7 @@ def pictures() -> dict[str, str]:
 
 def headline() -> str:
     """What README.md says of one benchmark of one device, and of the shipped ReViT's report."""
-    _, rows = headline_rows()
+    results, rows = headline_rows()
     dates = " and ".join(sorted({row["date"] for row in rows}))
     ratio = {row["rival"]: f"**{row['speedup']:.2f}x**" for row in rows}
     found = json.loads((REPORTS / "fashion_mnist" / "report.json").read_text())
@@ -230,12 +230,26 @@ def headline() -> str:
 
 {picture("mixed_batches", "Speed of a mixed batch against rivals")}
 
-Medians of paired runs of {dates}; [all rows](docs/performance.md), those that lose too.
+Medians of paired runs of {dates}; [all rows](docs/performance.md), those that lose too:
+{losing(results)}.
 
 {picture("accuracy_speed", "Accuracy against measured speed of lengths and policies")}
 
 {found["count"]:,} test images of Fashion-MNIST, {device}; [report]({report}/report.md).
 """
+
+
+def losing(results: dict) -> str:
+    """The duels with somebody else's code that are lost by one part in a hundred or more, the worst first."""
+    lost = []
+    for bench, title in BENCHES.items():
+        for parameters, row in _rows(results, bench):
+            rival = RIVALS.get(row["rival"], row["rival"]).partition(",")[0]
+            if row["speedup"] < 0.99 and not rival.startswith("ours"):
+                what = title.partition(":")[0].partition(",")[0].lower()
+                of = ", ".join(part for part in (case(parameters, row), row["dtype"]) if not part.isdigit())
+                lost.append((row["speedup"], f"**{row['speedup']:.2f}x** of {rival} in {what} ({of})"))
+    return "; ".join(text for _, text in sorted(lost))
 
 
 def picture(name: str, said: str, folder: str = charts.FOLDER) -> str:

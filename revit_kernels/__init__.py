@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from revit_kernels import ops
 from revit_kernels.clips import ClipPacking
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 if TYPE_CHECKING:
     from revit_kernels.adaptive.assigner import TokenLengthAssigner
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from revit_kernels.models.registry import create_model, list_models
     from revit_kernels.models.timesformer import VarLenTimeSformer
     from revit_kernels.models.video_vit import VarLenVideoViT
-    from revit_kernels.models.vit import PackedTokens, VarLenViT
+    from revit_kernels.models.vit import VarLenViT
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
 
 _MODULE_OF = {  # imported when the name is first asked for: a program that uses the ops does not wait for the models
     "AdaptiveViT": "adaptive.model",
-    "PackedTokens": "models.vit",
     "TokenLengthAssigner": "adaptive.assigner",
     "VarLenTimeSformer": "models.timesformer",
     "VarLenViT": "models.vit",

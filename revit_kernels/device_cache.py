@@ -101,7 +101,7 @@ class DeviceCache:
         return tensors
 
 
-_constants = DeviceCache(256)
+_constants = DeviceCache(2048)  # menus of native aspects are many
 
 
 def constant(key: Hashable, device: torch.device, make: Callable[[], Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from types import ModuleType
 
@@ -46,7 +46,7 @@ DISABLED = _disabled(os.environ.get("REVIT_DISABLE", ""))
 
 @cache
 def load(op: str, backend: str) -> ModuleType | str:
-    """The module `ops/<op>/<backend>.py`, or the reason it cannot be had here."""
+    """The module `ops/<op>/<backend>.py`, or the reason that it cannot be imported here."""
     if f"{op}.{backend}" in DISABLED:
         return "switched off by REVIT_DISABLE"
     name = f"revit_kernels.ops.{op}.{backend}"
@@ -99,12 +99,13 @@ def _choose(op, backend, step, args, order) -> ModuleType:
     raise NotImplementedError(f"{op}: " + "; ".join(f"{name}: {why}" for name, why in refusals.items()))
 
 
-def register(op: str, step: str, schema: str, fake, order=None):
+def register(op: str, step: str, schema: str, fake, order=None, check=None):
     """The torch op `revit_kernels::<op>_<step>`, run by the function `<step>` of the backend chosen.
 
     A backend has `refusal(step, args)`, where args has the names of the schema, and `<step>(*args)`. The last argument
     of the schema must be `str? backend`. order: gives, from args, the backends in the order in which to try them, where
-    that is not the same for all.
+    that is not the same for all. check: raises ValueError, from args, for what the op's public function does not pass
+    on; asked where PyTorch's dispatcher calls the op.
     """
     name = f"{op}_{step}"
     names = [argument.name for argument in torch._C.parse_schema(f"{name}{schema}").arguments]
@@ -121,7 +122,12 @@ def register(op: str, step: str, schema: str, fake, order=None):
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return run_step(*args)  # an op computes in the dtypes it was given
 
-    torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd", run)
+    def run_checked(*args):
+        check(arguments._make(args[:-1]))
+        return run(*args)
+
+    implementation = run if check is None else run_checked
+    torch.library.impl(f"revit_kernels::{name}", "CompositeExplicitAutograd", implementation)
     registered = getattr(torch.ops.revit_kernels, name).default
 
     def call(*args):
@@ -150,7 +156,8 @@ PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 def unwatched(*args) -> bool:
-    """Whether nobody would see an op: no autograd, compiler, tracer, mode, transform, nor tensor of another class."""
+    """Whether nobody would see an op: no autograd, compiler, tracer, mode, transform, nor tensor of another class;
+    and the first tensor has values."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -159,7 +166,13 @@ def unwatched(*args) -> bool:
         for kind in set(map(type, arg)) if type(arg) is list else (type(arg),):
             if kind not in PLAIN and issubclass(kind, torch.Tensor):
                 return False
-    return True
+    first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+    return not (isinstance(first, torch.Tensor) and first.is_meta)
+
+
+def without_autocast(device: torch.device):
+    """torch.autocast switched off on the device; tensors without values (device "meta") know none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def one_device(**tensors) -> None:

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revit_kernels.device_cache import DeviceCache, copied_at_once, watched
-
-Grid = tuple[int, int]
+from revit_kernels.device_cache import DeviceCache, constant, copied_at_once, watched
+from revit_kernels.grids import Grid
 
 _MOST_KEPT = 2048  # tokens of a dense batch on a CPU whose packing is kept: of one image or a few, it takes time
 
@@ -54,7 +54,6 @@ def _distinct(grids: Iterable[Grid]) -> tuple[Grid, ...]:
 
 
 _CPU = torch.device("cpu")
-_tables = DeviceCache(1024)  # menus of native aspects are many
 _uniforms = DeviceCache(16)
 
 
@@ -66,14 +65,7 @@ def _cells(menu: tuple[Grid, ...]) -> list[tuple[int, int, int]]:
 
 def _table(menu: tuple[Grid, ...], device: torch.device) -> Tensor:
     """(menu, 3) int32: `_cells`"""
-
-    def make() -> list[Tensor]:
-        return [torch.tensor(_cells(menu), dtype=torch.int32)]
-
-    if watched():
-        return make()[0].to(device)
-    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
-        return _tables.get(menu, device, make)[0]
+    return constant(("cells", menu), device, lambda: torch.tensor(_cells(menu), dtype=torch.int32))
 
 
 def _on_host(index: np.ndarray, lengths: np.ndarray, capacity: int, menu: tuple[Grid, ...]) -> list[np.ndarray]:
@@ -303,6 +295,21 @@ class Packing:
             raise ValueError("tokens can be split by image only where the host knows the grids")
         lengths = [self.prefix + h * w for h, w in self.grids]
         return torch.split(tokens[: sum(lengths)], lengths) if lengths else ()
+
+
+class PackedTokens(NamedTuple):
+    """Tokens of images of several lengths, and which of them belongs to which image.
+
+    tokens:  (capacity, dim)
+    packing: where each image's tokens lie
+    """
+
+    tokens: Tensor
+    packing: Packing
+
+    def split(self) -> tuple[Tensor, ...]:
+        """One view (length, dim) per image."""
+        return self.packing.split(self.tokens)
 
 
 @lru_cache(maxsize=64)

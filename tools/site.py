@@ -17,6 +17,7 @@ OUTSIDE = (
     "recipes/reports/*.md",
     "recipes/reports/*/*",
     "benchmarks/results/*.md",
+    "benchmarks/results/scale/*",
 )
 LINK = re.compile(r'(\]\(|src(?:set)?=")([^)"#\s]+)')
 

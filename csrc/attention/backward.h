@@ -7,7 +7,7 @@ struct Backward {
   static constexpr int64_t kChunk = 126;  // queries whose weights are kept at a time: they and their keys fit in L2
 
   const Problem<T>& p;
-  const Item& item;
+  const Piece& item;
   const int64_t dim = p.dim, depth = units<Math>(dim), width = ceil_div(depth, kLanes) * kLanes, keys = item.keys,
                 key_units = units<Math>(keys), key_panels = ceil_div(keys, kLanes), dim_panels = ceil_div(dim, kLanes),
                 row = key_panels * kLanes, columns = dim_panels * kLanes;
@@ -31,7 +31,7 @@ struct Backward {
     take(room, turned_rows * dim), take(gradient, turned_rows ? kRows * columns : 0);
   }
 
-  Backward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
+  Backward(const Problem<T>& problem, const Piece& item, Arena& scratch) : p(problem), item(item) {
     int64_t bytes = 0;
     lay_out(
         [&](auto*& piece, int64_t count) { bytes += Arena::bytes<std::remove_reference_t<decltype(*piece)>>(count); });
@@ -197,7 +197,7 @@ struct Backward {
 };
 
 template <class T>
-void backward_item(const Problem<T>& problem, const Item& item) {
+void backward_item(const Problem<T>& problem, const Piece& item) {
   static thread_local Arena scratch;
   Backward<MathOf<T>, T>(problem, item, scratch).run();
 }

@@ -26,11 +26,11 @@ namespace revit {
 namespace {
 
 template <class T>
-using Kernel = void (*)(const Problem<T>&, const Item&);
+using Kernel = void (*)(const Problem<T>&, const Piece&);
 
 // Items of at most `rows` queries, those with the most work first.
-std::vector<Item> items_of(const Boundaries& queries, const Boundaries& keys, int64_t heads, int64_t rows) {
-  std::vector<Item> chunks;
+std::vector<Piece> items_of(const Boundaries& queries, const Boundaries& keys, int64_t heads, int64_t rows) {
+  std::vector<Piece> chunks;
   for (int64_t i = 0; i < queries.images; ++i) {
     const int64_t pieces = rows ? ceil_div(queries.length(i), rows) : 1;
     for (int64_t piece = 0, first = 0; piece < pieces; ++piece) {
@@ -40,10 +40,10 @@ std::vector<Item> items_of(const Boundaries& queries, const Boundaries& keys, in
     }
   }
   std::stable_sort(chunks.begin(), chunks.end(),
-                   [](const Item& a, const Item& b) { return a.queries * a.keys > b.queries * b.keys; });
-  std::vector<Item> items;
+                   [](const Piece& a, const Piece& b) { return a.queries * a.keys > b.queries * b.keys; });
+  std::vector<Piece> items;
   items.reserve(chunks.size() * heads);
-  for (const Item& chunk : chunks)
+  for (const Piece& chunk : chunks)
     for (int64_t head = 0; head < heads; ++head) {
       items.push_back(chunk);
       items.back().head = head;
@@ -63,42 +63,22 @@ void zero_outside(T* data, int64_t width, const Boundaries& images) {
 }
 
 template <class T>
-Strided<T> strided(const Tensor& x) {
-  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
-}
-
-template <class T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Boundaries& queries, const Boundaries& keys,
              float scale, const Rotation& rotation, Tensor& y, Tensor& lse) {
-  Problem<T> p{};
-  p.rotation = rotation;
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v), p.y = strided<T>(y);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
+  Problem<T> p = problem_of<T>(q, k, v, scale, rotation);
+  p.y = strided<T>(y), p.lse = static_cast<float*>(lse.data_ptr());
   zero_outside(p.y.data, p.heads * p.dim, queries);
   zero_outside(p.lse, p.heads, queries);
   const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
-  const std::vector<Item> items = items_of(queries, keys, p.heads, 512);
+  const std::vector<Piece> items = items_of(queries, keys, p.heads, 512);
   each_of(items.size(), [&](int64_t i) {
-    const Item& item = items[i];
+    const Piece& item = items[i];
     if (item.keys) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t) {
       std::memset(static_cast<void*>(p.y.at(t, item.head)), 0, p.dim * sizeof(T));
       p.lse[t * p.heads + item.head] = -INFINITY;
     }
   });
-}
-
-template <class T>
-Problem<T> problem_of(const void* qkv, int64_t heads, int64_t dim, float scale, const Rotation& rotation, void* y,
-                      float* lse) {
-  const int64_t width = heads * dim;
-  const T* q = static_cast<const T*>(qkv);
-  Problem<T> p{};
-  p.q = {q, 3 * width, dim}, p.k = {q + width, 3 * width, dim}, p.v = {q + 2 * width, 3 * width, dim};
-  p.y = {static_cast<T*>(y), width, dim};
-  p.lse = lse, p.heads = heads, p.dim = dim, p.scale = scale, p.rotation = rotation;
-  return p;
 }
 
 }  // namespace
@@ -130,9 +110,9 @@ Rotation rotation_of(const std::optional<Tensor>& cos, const std::optional<Tenso
 void attend_piece(bool is_bf16, const void* qkv, const Piece& piece, int64_t heads, int64_t head_dim, float scale,
                   const Rotation& rotation, void* y, float* lse) {
   if (is_bf16)
-    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<Bfloat16>)(problem_of<Bfloat16>(qkv, heads, head_dim, scale, y, lse, rotation), piece);
   else
-    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, rotation, y, lse), piece);
+    EVERY_ISA_PICK(forward_item<float>)(problem_of<float>(qkv, heads, head_dim, scale, y, lse, rotation), piece);
 }
 
 namespace {
@@ -141,21 +121,17 @@ template <class T>
 void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
               const Boundaries& queries, const Boundaries& keys, float scale, const Rotation& rotation, Tensor& dq,
               Tensor& dk, Tensor& dv) {
-  Problem<T> p{};
-  p.rotation = rotation;
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v);
-  p.grad = strided<const T>(grad);
+  Problem<T> p = problem_of<T>(q, k, v, scale, rotation);
+  p.grad = strided<const T>(grad), p.lse = static_cast<float*>(lse.data_ptr());
   p.dq = strided<T>(dq), p.dk = strided<T>(dk), p.dv = strided<T>(dv);
-  p.lse = static_cast<float*>(lse.data_ptr());
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = scale;
   const int64_t width = p.heads * p.dim;
   zero_outside(p.dq.data, width, queries);
   zero_outside(p.dk.data, width, keys);
   zero_outside(p.dv.data, width, keys);
   const Kernel<T> kernel = EVERY_ISA_PICK(backward_item<T>);
-  const std::vector<Item> items = items_of(queries, keys, p.heads, 0);
+  const std::vector<Piece> items = items_of(queries, keys, p.heads, 0);
   each_of(items.size(), [&](int64_t i) {
-    const Item& item = items[i];
+    const Piece& item = items[i];
     if (item.keys && item.queries) return kernel(p, item);
     for (int64_t t = item.first_query; t < item.first_query + item.queries; ++t)
       std::memset(static_cast<void*>(p.dq.at(t, item.head)), 0, p.dim * sizeof(T));

@@ -30,7 +30,7 @@ struct Forward {
   static constexpr int kRows = kLanes == 4 ? 4 : 6;
 
   const Problem<T>& p;
-  const Item& item;
+  const Piece& item;
   const int64_t dim = p.dim, depth = units<Math>(dim), width = ceil_div(depth, kLanes) * kLanes, keys = item.keys,
                 key_units = units<Math>(keys), key_panels = ceil_div(keys, kLanes), dim_panels = ceil_div(dim, kLanes),
                 row = key_panels * kLanes;
@@ -38,7 +38,7 @@ struct Forward {
   float* scores;
   T* room;  // for rows that are turned
 
-  Forward(const Problem<T>& problem, const Item& item, Arena& scratch) : p(problem), item(item) {
+  Forward(const Problem<T>& problem, const Piece& item, Arena& scratch) : p(problem), item(item) {
     const int64_t turned_rows = p.rotation.cos ? std::max<int64_t>(keys, kRows) : 0;
     scratch.reserve(Arena::bytes<T>(turned_rows * dim) + Arena::bytes<Unit>(row * depth) +
                     Arena::bytes<Unit>(dim_panels * kLanes * key_units) + Arena::bytes<Unit>(kRows * width) +
@@ -106,7 +106,7 @@ struct Forward {
 };
 
 template <class T>
-void forward_item(const Problem<T>& problem, const Item& item) {
+void forward_item(const Problem<T>& problem, const Piece& item) {
   static thread_local Arena scratch;
   Forward<MathOf<T>, T>(problem, item, scratch).run();
 }

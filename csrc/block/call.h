@@ -248,7 +248,7 @@ struct Call {
           for (const Step step : steps) share_step(block, step, phases);
         else
           phases.add(parts.size(),
-                     [&, steps](int64_t i, char* memory) { run_half(problem, half, steps, parts[i], memory); });
+                     [&, half, steps](int64_t i, char* memory) { run_half(problem, half, steps, parts[i], memory); });
         if (half == Half::kSecond) continue;
         if (problem.of_time) {
           phases.add(across.size(), [&](int64_t i, char*) { attend_time(problem, between, across[i]); });

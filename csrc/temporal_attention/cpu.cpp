@@ -13,7 +13,20 @@
 #include <type_traits>
 #include <vector>
 
-#include "temporal_attention/problem.h"
+#include "attention/problem.h"
+#include "temporal_attention/temporal_attention.h"
+
+namespace revit {
+namespace {
+
+// Some sequences of a clip: a lane for each head of each position, numbered head by head.
+struct Item {
+  Clip clip;
+  int64_t begin, count;  // lanes
+};
+
+}  // namespace
+}  // namespace revit
 
 #define KERNELS "temporal_attention/kernels.h"
 #include "cpu/checks.h"
@@ -74,11 +87,6 @@ struct Clips {
 };
 
 template <class T>
-Strided<T> strided(const Tensor& x) {
-  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1)};
-}
-
-template <class T>
 using Kernel = void (*)(const Problem<T>&, const Item&);
 
 template <class T>
@@ -91,28 +99,16 @@ void run(Kernel<T> kernel, const Problem<T>& p, const std::vector<Item>& items) 
 }
 
 template <class T>
-Problem<T> problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
-  Problem<T> p{};
-  p.q = strided<const T>(q), p.k = strided<const T>(k), p.v = strided<const T>(v);
-  p.heads = q.size(1), p.dim = q.size(2), p.scale = static_cast<float>(scale);
-  return p;
-}
-
-template <class T>
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const Clips& clips, double scale, Tensor& y,
              Tensor& lse) {
-  Problem<T> p = problem<T>(q, k, v, scale);
+  Problem<T> p = problem_of<T>(q, k, v, scale);
   p.y = strided<T>(y), p.lse = static_cast<float*>(lse.data_ptr());
   run<T>(EVERY_ISA_PICK(forward_item<T>), p, clips.items(p.heads));
 }
 
 template <class T>
 void attend(const void* qkv, const Clip& clip, int64_t heads, int64_t head_dim, float scale, void* y, float* lse) {
-  const int64_t width = heads * head_dim;
-  auto part = [&](int64_t i) { return Strided<const T>{static_cast<const T*>(qkv) + i * width, 3 * width, head_dim}; };
-  Problem<T> p{};
-  p.q = part(0), p.k = part(1), p.v = part(2), p.y = {static_cast<T*>(y), width, head_dim}, p.lse = lse;
-  p.heads = heads, p.dim = head_dim, p.scale = scale;
+  const Problem<T> p = problem_of<T>(qkv, heads, head_dim, scale, y, lse);
   const Kernel<T> kernel = EVERY_ISA_PICK(forward_item<T>);
   each_item(clip, heads, [&](const Item& item) { kernel(p, item); });
 }
@@ -120,7 +116,7 @@ void attend(const void* qkv, const Clip& clip, int64_t heads, int64_t head_dim, 
 template <class T>
 void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Clips& clips, double scale,
               Tensor& dq, Tensor& dk, Tensor& dv) {
-  Problem<T> p = problem<T>(q, k, v, scale);
+  Problem<T> p = problem_of<T>(q, k, v, scale);
   p.grad = strided<const T>(grad);
   p.dq = strided<T>(dq), p.dk = strided<T>(dk), p.dv = strided<T>(dv);
   run<T>(EVERY_ISA_PICK(backward_item<T>), p, clips.items(p.heads));

@@ -302,9 +302,7 @@ class TokenLengthAssigner(nn.Module):
             raise ValueError(f"{path} holds no token-length assigner")
         try:
             return cls._from(json.loads(head), tensors).eval()
-        except (
-            Exception
-        ) as error:  # an entry or a tensor is missing, or another: each is noticed where it is first used
+        except Exception as error:  # an entry or a tensor that is missing, or is another, is noticed at its first use
             raise ValueError(f"{path} is no whole assigner: {' '.join(str(error).split())[:200]}") from error
 
     @classmethod

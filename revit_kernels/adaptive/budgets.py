@@ -164,7 +164,6 @@ def solve(
     *,
     known: dict[str, Policy] | None = None,
     prefix: int | list[int] = 1,
-    seed: int = 0,
 ) -> Policy:
     """The policy of this kind that meets the budget best on held-out outcomes.
 
@@ -190,7 +189,7 @@ def solve(
         return Oracle(len(outcomes.menu))
     found = [(one, problem.measure(one)) for one in map(Fixed, range(len(outcomes.menu)))]
     if policy == "random":
-        found = _random(problem, seed)
+        found = _random(problem)
     elif policy != "fixed":
         known = fitted(outcomes) if known is None else known
         for name, one in known.items():
@@ -253,7 +252,8 @@ def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np
 
 
 def _turns(right: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The prices, ascending, at which one length of an image becomes worth more than another; none, and beyond all.
+    """The prices, ascending, at which one length of an image becomes worth more than another, between
+    0 and one above all of them.
 
     right: (images, lengths) probabilities; costs: (lengths,) by which a price is multiplied
     """
@@ -276,14 +276,14 @@ def _unreachable(policy: str, problem: _Problem, found) -> str:
     return f"the policy {policy!r} cannot meet the budget {problem.budget}: {reach}, and that is taken"
 
 
-def _random(problem: _Problem, seed: int):
+def _random(problem: _Problem):
     """Every length, and mixes of two of them, with what is expected of each."""
     rows = [(problem.measure(Fixed(row)), row) for row in range(len(problem.outcomes.menu))]
     found = [(Fixed(row), measured) for measured, row in rows]
     for (first, a), (second, b) in itertools.combinations(rows, 2):
         for share in np.linspace(0, 1, 101)[1:-1]:
             expected = tuple(float(share * x + (1 - share) * y) for x, y in zip(first, second))
-            found.append((Random(_mix(len(rows), {a: share, b: 1 - share}), seed), expected))
+            found.append((Random(_mix(len(rows), {a: share, b: 1 - share})), expected))
     return found
 
 

@@ -131,7 +131,7 @@ def check_resizable(model) -> tuple[Grid, ...]:
 
 
 def _round_robin(works: list[Callable[[], object]], rounds: int, warmup: int, device: torch.device) -> list[float]:
-    """Median seconds of each work; all are timed in turn, so that drift hits all alike."""
+    """Median seconds of each work; all are timed in turn, so that drift hits all equally."""
 
     def wait():
         if device.type == "cuda":

@@ -20,10 +20,10 @@ from revit_kernels.engines import Answers, Engine
 from revit_kernels.models.embedding import Images, as_tensors
 from revit_kernels.models.registry import load_resizable
 from revit_kernels.models.video import ClipModel
-from revit_kernels.models.vit import PackedTokens, VarLenViT
+from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.lengths import Grid, cells, tokens_of
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 
 class AdaptiveViT(nn.Module):

@@ -131,15 +131,6 @@ class Outcomes:
         learnt, rest = (replace(self.take(np.flatnonzero(mask)), held_out=None) for mask in masks)
         return learnt if len(learnt) else None, rest
 
-    def relabel(self, unsolved: str = "smallest", rule: str = "first_correct", against: str | None = None) -> Outcomes:
-        """The same with other labels. against: "full" or "truth" also decides anew what counts as right."""
-        correct = self.correct
-        if against is not None:
-            truth = self.predicted[:, :1] if against == "full" else self.targets[:, None]
-            correct = self.predicted == truth
-        about = self.about | {"unsolved": unsolved, "rule": rule} | ({"against": against} if against else {})
-        return replace(self, correct=correct, label=label_of(correct, unsolved, rule), about=about)
-
     # ------------------------------------------------------------------ files
 
     def save(self, path) -> None:

@@ -19,6 +19,7 @@ from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.device_cache import constant
+from revit_kernels.files import parse_json
 from revit_kernels.grids import grid_text
 
 POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "oracle")
@@ -86,13 +87,13 @@ class Policy:
     def from_json(text: str) -> Policy:
         """What `to_json` wrote. Raises ValueError for any other text."""
         try:
-            found = json.loads(text)
+            found = parse_json(text)
             classes = {cls.name: cls for cls in (Fixed, Random, Oracle, Assign, Cascade, AssignedCascade, RunLength)}
             name = found.pop("policy")
             if name not in classes:
                 raise ValueError(f"policy must be one of {POLICIES}, got {name!r}")
             return classes[name](**{key: _tuples(value) for key, value in found.items()})
-        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no JSON of a policy: {error}") from None
 
     def require(self, menu) -> Policy:

@@ -1,7 +1,6 @@
 """`revit label`."""
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype,
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
+from revit_kernels.files import parse_json
 from revit_kernels.grids import grid_text
 from revit_kernels.models.registry import load_resizable, model_file
 from revit_kernels.training.labels import collect, fit_images, join
@@ -132,9 +132,9 @@ def learnt(args) -> str | None:
     """Why the labels may be of images that the model has learnt from, as the folder of its run tells; None if not."""
     path = Path(model_file(args.model)).parent / SETTINGS
     try:
-        run = json.loads(path.read_text())
+        run = parse_json(path.read_text())
         same = run["split"] == args.split and _place(run["data"]) == _place(args.data)
-        held, fold, seed = run["held_out"], run["fold"], run["seed"]
+        held, fold, seed = float(run["held_out"] or 0), run["fold"], run["seed"]
     except (OSError, ValueError, KeyError, TypeError):  # no folder of a run
         return None
     if not same or (fold and args.fold_models):

@@ -109,29 +109,42 @@ def run(args) -> int:
         from revit_kernels.serving.batcher import Batcher
         from revit_kernels.serving.prepare import Settings, prepare
         from revit_kernels.serving.ray_serve import listening, parts
+        from revit_kernels.serving.ray_start import connect, keep
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
     parts(arguments)  # what is wrong is said here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
     Batcher(prepare(Settings(**of_the_model))).close()
-    if not ray.is_initialized():
-        ray.init(address=args.ray, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    ended, ready = threading.Event(), False
+
+    def end(number, frame):
+        """The first signal ends the start, or the service; another does not disturb what is then put in order."""
+        if not ended.is_set() and not ready:
+            ended.set()
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        ended.set()
 
     def log(line: dict, file=sys.stdout) -> None:
         print(json.dumps(line), file=file, flush=True)
 
-    with redirect_stdout(sys.stderr):  # what Ray says of its processes
-        try:
-            with listening(arguments, args.host, args.port, log if args.log_requests else None):
-                ended, where = threading.Event(), f"http://{args.host}:{args.port}"
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, lambda *_: ended.set())
-                print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
-                while not ended.wait(1):  # a signal that another thread gets wakes nobody here
-                    pass
-        finally:
-            ray.shutdown()
+    handlers = {number: end for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in handlers}
+    keep(handlers)
+    try:
+        with redirect_stdout(sys.stderr):  # what Ray says of its processes
+            try:
+                connect(args.ray)
+                with listening(arguments, args.host, args.port, log if args.log_requests else None):
+                    ready, where = True, f"http://{args.host}:{args.port}"
+                    print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
+                    while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                        pass
+            finally:
+                ray.shutdown()
+                keep(handlers)  # as Ray leaves them, a signal would end the process where it is
+    finally:
+        keep(before)
     print("revit: served", file=sys.stderr)
     return 0

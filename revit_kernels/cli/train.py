@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
 from revit_kernels.devices import choose_device
+from revit_kernels.files import parse_json
 from revit_kernels.grids import grid_text
 from revit_kernels.models.arguments import check_arguments
 from revit_kernels.models.checkpoints import save_checkpoint
@@ -268,10 +268,11 @@ def epoch_text(row: dict, epochs: float) -> str:
 def _share(args, world: int) -> int:
     """The images of a step in each process; a run that goes on shares out those that a step took when it began."""
     try:
-        step = json.loads((Path(args.output) / SETTINGS).read_text())["batch"] if args.resume else None
-    except (OSError, ValueError, KeyError):  # no run yet, or RunFolder says what is wrong with it
-        step = None
-    if step is None:
+        found = parse_json((Path(args.output) / SETTINGS).read_text()) if args.resume else None
+    except (OSError, ValueError):  # no run yet, or RunFolder says what is wrong with it
+        found = None
+    step = found.get("batch") if isinstance(found, dict) else None
+    if type(step) is not int:
         return args.batch
     if step % world:
         raise ValueError(f"a step of this run takes {step} images, which {world} processes cannot share out evenly")

@@ -1,4 +1,4 @@
-"""Dividing the images of a set by chance, each class alike: what is held out, and folds."""
+"""Random divisions of a set's images, stratified by class: what is held out, and folds."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class ImageSet:
         return Subset(self, np.asarray(indices, np.int64))
 
     def split(self, held_out: float, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-        """(rest, held out): `held_out` images, or that share of them, of every class alike."""
+        """(rest, held out): `held_out` images, or that share of them, stratified by class."""
         rest, held = hold_out(self.targets, held_out, seed)
         return self.subset(rest), self.subset(held)
 

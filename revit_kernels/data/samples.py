@@ -135,7 +135,7 @@ def gather_weights(folder: Path) -> Path:
 def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
     """The first `each` test images of every class of Fashion-MNIST as PNG files, in a folder per class.
 
-    The set is read where `revit data` put it, else gathered for the moment. Raises ValueError where it cannot be had.
+    The set is read where `revit data` put it, else downloaded for this call. Raises ValueError where it cannot be.
     """
     from revit_kernels.data import sets
 
@@ -158,7 +158,8 @@ def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
 
 
 def gather(folder: str, weights: bool = True, fashion: bool = True) -> int:
-    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be had are no failure."""
+    """`revit samples`: all of them, with a line of what to do with each. Clothes that cannot be downloaded are
+    reported, and are no error."""
     root = Path(folder)
     if root.exists() and not root.is_dir():
         raise ValueError(f"{folder} is not a folder")

@@ -75,9 +75,9 @@ def open_known(name: str, split: str, root=None) -> ImageSet:
 
 
 def fetch(name: str, root=None) -> Path | None:
-    """The set's file, gathered if it does not lie there; see data.fetch. None for a set that lies there as other files.
+    """The set's file, downloaded if it is missing; see data.fetch. None for a set whose other files are there.
 
-    Raises ValueError where it cannot be had.
+    Raises ValueError where it cannot be downloaded.
     """
     if name == "fashion-mnist" and not any(data_root(root).glob(ARCHIVES[name].file)):
         if folder := _idx_folder(data_root(root)):

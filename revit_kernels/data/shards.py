@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from revit_kernels.data.archives import Member
 from revit_kernels.data.image_set import EncodedSet, numbered, pick_split
 from revit_kernels.data.images import SUFFIXES
+from revit_kernels.files import parse_json
 
 LABELS = ("cls", "label", "txt", "json")  # of a sample's files, the first that is there says its class
 LARGEST_LABEL = 1 << 20  # bytes
@@ -98,7 +98,7 @@ def _sample(path: str, key: tuple[str, str], found: dict) -> tuple[str, tarfile.
 
 def _label(text: str):
     try:
-        said = json.loads(text)
+        said = parse_json(text)
     except ValueError:
         return None
     if not isinstance(said, dict):

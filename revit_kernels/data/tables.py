@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from revit_kernels.data.archives import IMAGE_COLUMNS, encoded
 from revit_kernels.data.image_set import EncodedSet, ImageSet, check_classes, numbered, pick_split
+from revit_kernels.files import parse_json
 
 LABEL_COLUMNS = ("label", "labels", "target", "class")
 COLUMN_OPTIONS = ("image_column", "label_column", "split_column")
@@ -130,7 +130,7 @@ def parquet_set(
 def _class_names(schema, label: str) -> list[str] | None:
     """The names of the classes, where Hugging Face's datasets wrote the file."""
     try:
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
         return list(features[label]["names"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import os
 import re
 import warnings
@@ -19,6 +18,7 @@ from revit_kernels.data.image_set import EncodedSet, ImageSet, numbered, pick_sp
 from revit_kernels.data.images import ImageError
 from revit_kernels.data.tables import csv_set, options_of, rows_of
 from revit_kernels.data.videos import SUFFIXES, Sampling, decode_clip
+from revit_kernels.files import parse_json
 
 TABLES = (".csv", ".txt", ".json")
 OPTIONS = ("videos", "labels")  # behind the # of a table's name
@@ -134,14 +134,14 @@ def _something(path: Path, text: str, split: str, folder: Path, labels: str | No
     pick_split(str(path), split, [])
     file = Path(labels) if labels else path.with_name("something-something-v2-labels.json")
     try:
-        rows, numbers = json.loads(text), json.loads(file.read_text(encoding="utf-8"))
+        rows, numbers = parse_json(text), parse_json(file.read_text(encoding="utf-8"))
         places = {name: int(number) for name, number in numbers.items()}
         found = [(str(row["id"]), places[re.sub(r"[\[\]]", "", row["template"])]) for row in rows]
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror}: name it behind the # as labels=FILE") from None
     except KeyError as error:
         raise ValueError(f"{path} and {file} do not fit: there is no {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no list of Something-Something: {error}") from None
     if not found or sorted(places.values()) != list(range(len(places))):
         raise ValueError(f"{path} has no videos, or {file} does not number its classes from 0")

@@ -160,7 +160,7 @@ class CapturedEngine:
             self.budgets = ladder(longest, self.expected(images), waste)
         else:
             self.budgets = ladder(min(self.lengths), images * longest, waste)
-        # Where the device chooses, the first image must fit whatever it is given, or it would wait for ever.
+        # Where the device chooses, the first image must fit at any length, or it would wait forever.
         if not self.budgets or (self.budgets[-1] if choose is None else self.budgets[0]) < longest:
             which = "the largest budget" if choose is None else "every budget"
             raise ValueError(f"{which} must hold the longest image's {longest} tokens, got {self.budgets}")
@@ -242,7 +242,7 @@ class CapturedEngine:
                     raise ValueError(
                         f"choose must give ({self.slots},) menu rows, got {tuple(chosen.shape)} {chosen.dtype}"
                     )
-                # An image is never given none of the menu: it would wait for a place for ever.
+                # A row below 0 would leave an image without tokens: it would wait for room forever.
                 choice = chosen.clamp(min=0).masked_fill(choice < 0, -1)
             packing = Packing.from_choice(choice, self.menu, self.model.num_prefix_tokens, capacity=budget)
             return self.model(self._images, packing=packing, channels_last=self.channels_last), packing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from revit_kernels.engines.packed import HOOKS, TRAINING, PackedBlocks, refusal
 from revit_kernels.grids import Grid
 from revit_kernels.models.embedding import Images
 from revit_kernels.models.quantize import fp8
-from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add
 from revit_kernels.modules.linear import traced
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 QUANTIZE = (None, "int8", "fp8")
 STALE = ("raise", "refresh")
+PLAIN = int, float, str, bool, type(None)  # attributes that are compared by value
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 class StaleEngine(RuntimeError):
@@ -40,9 +43,9 @@ class Engine:
     quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
               "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
     stale:    what to do in a call where the model went through `train()`, or the versions, memory or identities of
-              its parameters, or hooks on its modules, show a change: "raise" StaleEngine, or "refresh". A write through
-              `.data`, a NumPy view or, without `train()`, a fused optimizer raises no version and goes unnoticed: call
-              `refresh()` after one
+              its parameters, numbers and texts among its modules' attributes, or hooks on these, show a change: "raise"
+              StaleEngine, or "refresh". A write through `.data`, a NumPy view or, without `train()`, a fused optimizer
+              raises no version and goes unnoticed: call `refresh()` after one
 
     Many threads may call one engine. Raises ValueError for another `quantize` or `stale`, NotImplementedError where the
     model cannot be quantized here.
@@ -193,12 +196,16 @@ def watched_of(model: nn.Module) -> tuple[list, ...]:
     """What the model keeps its modules, parameters, attributes and hooks in, for `state_of`."""
     modules = list(model.modules())
     watched = [m._modules for m in modules if m._modules], [m._parameters for m in modules if m._parameters]
-    return *watched, modules, [m.__dict__ for m in modules], [m.__dict__[name] for m in modules for name in HOOKS]
+    hooks, values = [m.__dict__[name] for m in modules for name in HOOKS], []
+    for own in (owned := [m.__dict__ for m in modules]):
+        if names := [name for name, value in own.items() if type(value) in PLAIN and name not in _OF_EVERY_MODULE]:
+            values.append((itemgetter(*names), own))
+    return *watched, modules, owned, hooks, values
 
 
 def state_of(watched: tuple[list, ...], model: nn.Module, written: bool = True) -> tuple:
     """What shows a change: which modules and parameters there are, where these lie, and how often they were written to;
-    of what classes the modules are, how many attributes they have, and whether any is hooked.
+    of what classes the modules are, their attributes' number and plain values, and whether any is hooked.
 
     written: False leaves out writes in place
     """
@@ -206,7 +213,7 @@ def state_of(watched: tuple[list, ...], model: nn.Module, written: bool = True) 
     parameters = [p for p in parameters if p is not None]
     versions = [0 if p.is_inference() else p._version for p in parameters] if written else []
     identities = [*map(id, modules)], [*map(id, parameters)]
-    touched = [*map(type, watched[2])], [*map(len, watched[3])], any(watched[4])
+    touched = [*map(type, watched[2])], [*map(len, watched[3])], any(watched[4]), [get(own) for get, own in watched[5]]
     return model.times_trained, touched, identities, versions, [*map(Tensor.data_ptr, parameters)]
 
 
@@ -229,4 +236,4 @@ def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
 
 
 def _dense(x: Tensor, packing) -> Tensor:
-    return x.view(packing.images, packing.max_seqlen, -1)
+    return x.view(packing.images, packing.max_seqlen, x.shape[-1])

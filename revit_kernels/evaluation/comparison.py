@@ -65,7 +65,7 @@ def against_random(e: Evaluation, one: Measured) -> Gap | None:
 
 
 def candidates(e: Evaluation) -> list[Measured]:
-    """What could serve: the policies without the lots and lengths that they are compared with, and the oracle."""
+    """What could serve: the policies without their baselines (random lengths, lengths alone) and without the oracle."""
     return [one for one in e.policies if one.name not in ("oracle", "random", "fixed")]
 
 

@@ -57,8 +57,8 @@ class Evaluation:
     @property
     def random(self) -> list[Measured]:
         """All that was measured of random lengths: at budgets, and in the mixes of policies."""
-        lots = [one.lot for one in self.policies if one.lot is not None]
-        return [one for one in self.policies if one.name == "random"] + lots
+        baselines = [one.baseline for one in self.policies if one.baseline is not None]
+        return [one for one in self.policies if one.name == "random"] + baselines
 
     def calibration(self) -> list[tuple[str, np.ndarray, np.ndarray]]:
         """(name, probability, right), (images,) each, of every length, and of the assigner for the shortest one."""
@@ -89,7 +89,7 @@ def check_apart(outcomes: Outcomes | None, images: ImageSet, use: str) -> None:
 
 
 def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes | None, say=None) -> tuple[str, ...]:
-    """The policies to measure: those named, or all that can be had; `say` is told which are left out.
+    """The policies to measure: those named, or all that are possible; `say` is told which are left out.
 
     Raises ValueError for a policy or budget that is none, and for a policy named that lacks an assigner or outcomes.
     """
@@ -143,7 +143,7 @@ def evaluate(
     say: Callable[[str], None] | None = None,
     bar: Callable | None = None,
 ) -> Evaluation:
-    """Every length alone, every policy at every budget, and lots of the same mix of lengths as each policy gave.
+    """Every length alone, every policy at every budget, and random lengths in the mix that each policy gave.
 
     model:     resizable, in eval mode; assigner: of it, or None
     held_out:  outcomes to solve budgets from; the assigner's, if not given
@@ -151,7 +151,7 @@ def evaluate(
                of two at each budget, and the mix that each other policy gave
     configurations: (name, AdaptiveViT) of the same model, to measure as well
     rounds:    how often each configuration is timed, all in turn
-    timed:     on how many of the images, every class alike; on all, if not given
+    timed:     on how many of the images, stratified by class; on all, if not given
     say:       called with a sentence where a policy cannot meet a budget, and the nearest is measured
     bar:       makes a progress bar, like tqdm
 

@@ -31,7 +31,7 @@ class Measured:
     macs:         mean multiply-accumulates of an image, the assigner's counted
     seconds:      (rounds,) of all timed images
     timed:        how many they are
-    lot:          the same mix of lengths at random, where that was measured
+    baseline:     the same mix of lengths at random, where that was measured
     """
 
     name: str
@@ -43,7 +43,7 @@ class Measured:
     macs: float
     seconds: list[float] = field(default_factory=list)
     timed: int = 0
-    lot: Measured | None = None
+    baseline: Measured | None = None
 
     @property
     def accuracy(self) -> float:
@@ -148,17 +148,17 @@ class Bench:
         answers = run(adaptive, batches, self.outcomes.label)
         return time.perf_counter() - start, answers
 
-    def measure(self, made, lots: bool) -> list[Measured]:
-        """Each (name, budget, AdaptiveViT); with `lots` also, for each policy, random lengths in its mix."""
+    def measure(self, made, baselines: bool) -> list[Measured]:
+        """Each (name, budget, AdaptiveViT); with `baselines` also, for each policy, random lengths in its mix."""
         rows, made = len(self.outcomes.menu), list(made)
         found = self._answers(made)
         timed = list(zip(found, (adaptive for _, _, adaptive in made)))
-        like = [one for one in found if lots and one.name not in ("random", "oracle", "fixed")]
+        like = [one for one in found if baselines and one.name not in ("random", "oracle", "fixed")]
         engine = made[0][2].engine
         more = [("random", "", AdaptiveViT(engine, Random(tuple(one.mix(rows))))) for one in like]
-        for one, lot, (_, _, adaptive) in zip(like, self._answers(more), more):
-            one.lot = lot
-            timed.append((lot, adaptive))
+        for one, baseline, (_, _, adaptive) in zip(like, self._answers(more), more):
+            one.baseline = baseline
+            timed.append((baseline, adaptive))
         self._time(timed)
         return found
 
@@ -181,7 +181,7 @@ class Bench:
         return Measured(name, budget, adaptive.policy, right, row, tokens, macs, [], self.timed)
 
     def _time(self, timed: list[tuple[Measured, AdaptiveViT]]) -> None:
-        """Every round, all in turn, a few batches each time: drift of the machine then hits all alike.
+        """Every round, all in turn, a few batches each time: drift of the machine then hits all equally.
 
         Where all images are timed, the answers of the first round are those that count.
         """

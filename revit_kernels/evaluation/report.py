@@ -52,7 +52,8 @@ def _headline(e: Evaluation) -> list[str]:
         cells += ["" if bare else _gap(against_static(e, one))]
         if e.random:
             cells += ["" if bare else _gap(against_random(e, one))]
-            cells += [f"{100 * one.lot.accuracy:.2f} at {one.lot.speed(e.full):.2f}x" if one.lot is not None else ""]
+            same = one.baseline
+            cells += ["" if same is None else f"{100 * same.accuracy:.2f} at {same.speed(e.full):.2f}x"]
         rows.append(cells)
     return _rows(head, rows, 2)
 
@@ -246,10 +247,10 @@ def as_json(e: Evaluation, command: str = "") -> dict:
         }
         if m.name in ("fixed", "random"):
             return found
-        lot = {} if m.lot is None else {"same_mix_by_lot": one(m.lot)}
+        baseline = {} if m.baseline is None else {"same_mix_by_lot": one(m.baseline)}
         return (
             found
-            | lot
+            | baseline
             | {
                 "against_lengths_alone": compared(against_static(e, m)),
                 "against_random": compared(against_random(e, m)),

@@ -69,7 +69,7 @@ def constructor_arguments(cls: type[nn.Module]) -> dict[str, inspect.Parameter]:
 def check_arguments(cls: type[nn.Module], kwargs: dict) -> None:
     """Raise ValueError for an argument that the model's constructor does not have, or of another type or range.
 
-    Only names, numbers and truth values pass: no argument of theirs can have a file opened or a weight downloaded.
+    Only names, numbers and truth values pass: none of them can open a file or download weights.
     """
     known = constructor_arguments(cls)
     for name, value in kwargs.items():

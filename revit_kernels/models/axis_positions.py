@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revit_kernels.packing import Grid
+from revit_kernels.grids import Grid
 
 
 class AxisPositions(nn.Module):

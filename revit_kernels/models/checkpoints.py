@@ -21,9 +21,8 @@ from revit_kernels.models.weight_files import is_safetensors, read_checkpoint, s
 
 METADATA = "revit_kernels"  # the entry of a .safetensors file's metadata that says what model it holds
 HEADS = ("head.", "head_dist.", "aux_head.")
-FC_NORM = dict.fromkeys(
-    ("VarLenEva", "VarLenTower", "VarLenGemma4"), "use_fc_norm"
-)  # what a class calls the argument that says whether there is such a norm
+# What a class calls the argument that says whether there is a norm behind pooling.
+FC_NORM = dict.fromkeys(("VarLenEva", "VarLenTower", "VarLenGemma4"), "use_fc_norm")
 UNUSED = ("mask_token", "decoder_", "pre_logits", "n_averaged")  # of pretraining; timm's models have none of them
 AVERAGES = {"ema", "model_ema", "ema_model", "teacher", "target_encoder"}  # which of several models in a file is taken
 # Fields of pretrained_cfg that a file keeps.
@@ -132,7 +131,7 @@ def _by_timm(state, model) -> dict[str, Tensor]:
     return {key: value for key, value in converted.items() if isinstance(value, Tensor)}
 
 
-def _check(state, model, source, strict):
+def check_state(state, model, source, strict=True) -> None:
     """Raise one ValueError that lists everything that does not fit."""
     wanted = model.state_dict()
     both = [key for key in wanted if key in state]
@@ -221,7 +220,7 @@ def _fitted(state, model, path, strict, new_head, interpolation, antialias) -> d
         _begin_head(state, model, path)
     if model.menu is not None:
         model.fill_lengths(state)
-    _check(state, model, path, strict)
+    check_state(state, model, path, strict)
     return state
 
 

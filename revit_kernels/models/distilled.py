@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from revit_kernels.models.vit import PackedTokens, VarLenViT
+from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.linear import linear
+from revit_kernels.packing import PackedTokens
 
 
 class VarLenViTDistilled(VarLenViT):

@@ -15,9 +15,10 @@ from revit_kernels.grids import native_grid
 from revit_kernels.models.naflex_inputs import images_of
 from revit_kernels.modules.attention import fitting
 from revit_kernels.modules.layer_norm import normalise
-from revit_kernels.modules.linear import is_plain, takes_packing, traced
+from revit_kernels.modules.linear import is_known, is_plain, takes_packing, traced
 from revit_kernels.modules.patch_dropout import drop_patches
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid, resize_mode
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
 
@@ -58,22 +59,18 @@ def as_tensors(images, channels: int, channels_last: bool, device: torch.device)
     return _as_tensor(images, channels, channels_last, device)
 
 
-def _is_known(size) -> bool:
-    """Whether a tracer knows the number itself, not its name alone."""
-    if not torch.compiler.is_compiling() or not torch.compiler._is_exporting_flag:
-        return type(size) is int
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and loaded by then
-
-    return has_static_value(size)
-
-
 def _only_dense(x, grids, packing, max_tokens, channels_last):
     """x, in a torch.fx graph, where nothing else may be given."""
     if isinstance(x, Proxy):  # of the model, or of a graph that is traced again
+        for node in x.tracer.graph.find_nodes(op="placeholder"):
+            node.type = None  # TorchScript, which is refused below, would be at a loss for types before it comes here
         return x.tracer.create_proxy("call_function", _only_dense, (x, grids, packing, max_tokens, channels_last), {})
     if grids is not None or packing is not None or max_tokens is not None or channels_last:
         raise ValueError("a torch.fx graph of the model takes a dense batch (images, channels, height, width) alone")
     return x
+
+
+_only_dense.__prepare_scriptable__ = refuse_script  # of a graph, which TorchScript compiles function by function
 
 
 class Embedding:
@@ -128,7 +125,8 @@ class Embedding:
                 grid = tuple(s // p for s, p in zip(size, self.patch_embed.patch_size))
                 return x, Packing.uniform(x.shape[0], grid, prefix, device=device), True
         elif not _is_list_of_images(x):
-            raise ValueError("images must be a tensor, or a list of tensors (channels, height, width)")
+            found = sorted({str(tuple(image.shape)) for image in x}) if isinstance(x, list) else type(x).__name__
+            raise ValueError(f"images must be a tensor, or a list of tensors (channels, height, width), got {found}")
         self._check_mixed()
         images = len(x)
         if packing is not None:
@@ -173,7 +171,8 @@ class Embedding:
         sizes = None if isinstance(x, Proxy) else x.shape[1:3] if channels_last else x.shape[2:]
         if sizes is not None and torch.jit.is_tracing():  # whose numbers are tensors: a trace is of one size
             sizes = tuple(map(int, sizes))
-        if sizes is None or not all(map(_is_known, sizes)):
+        compiled = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag  # anew for each size
+        if sizes is None or not (compiled or is_known(*sizes)):
             raise NotImplementedError(
                 "a ReViT, or a model with rotary positions, is traced and exported for images of one size, known when "
                 "it is"
@@ -184,7 +183,7 @@ class Embedding:
         return Packing.uniform(x.shape[0], grid, self.num_prefix_tokens, device=self._device())
 
     def _device(self) -> torch.device:
-        plain = self.cls_token  # at hand, where there is one
+        plain = self.cls_token  # needs no search
         return (next(self.patch_embed.parameters()) if plain is None else plain).device
 
     def _positions(self, menu: tuple) -> tuple[Tensor | None, Tensor | None]:
@@ -221,7 +220,7 @@ class Embedding:
             x = self._embed_in_steps(images, channels_last)
         else:
             x = self._embed(images, packing, channels_last, positions, packed)
-            x = x.view(packing.images, packing.max_seqlen, -1) if dense else x
+            x = x.view(packing.images, packing.max_seqlen, x.shape[-1]) if dense else x
             x = x if self.pos_embed is None and self.pos_axes is None else self.pos_drop(x)
         if dense or isinstance(self.patch_drop, nn.Identity):
             x = self.patch_drop(x)
@@ -253,7 +252,7 @@ class Embedding:
             if not torch.onnx.is_in_onnx_export():  # an error in a trace that is given another
                 x = x.unflatten(3, size[1:]).unflatten(2, size[:1])
         grid = self.patch_embed.dynamic_feat_size(size)
-        x = self.patch_embed(x)
+        x = self.patch_embed(x.to(self._dtype()) if x.dtype == torch.float32 else x)
         if x.ndim == 3 and not is_grid(grid, self.patch_embed.grid_size):
             x = x.unflatten(1, grid)  # which timm's own model takes no images of
         return self._pos_embed(x)

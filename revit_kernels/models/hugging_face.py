@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from revit_kernels.models.distilled import VarLenViTDistilled
 from revit_kernels.models.eva import VarLenEva
 from revit_kernels.models.naflex_inputs import projection
-from revit_kernels.models.vit import PackedTokens, VarLenViT
+from revit_kernels.models.vit import VarLenViT
+from revit_kernels.packing import PackedTokens
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

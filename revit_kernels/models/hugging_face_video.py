@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.models import families
+from revit_kernels.models.checkpoints import check_state
 from revit_kernels.models.hugging_face import _pooler, of_blocks, renamed, size_of
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.video_vit import VarLenVideoViT
-from revit_kernels.models.weight_files import read_checkpoint, some
+from revit_kernels.models.weight_files import read_checkpoint
 from revit_kernels.modules.layer_norm import LayerNorm
 
 HALF, IMAGENET = ((0.5,) * 3,) * 2, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -77,33 +78,20 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load(model: ClipModel, path, prefix: str = "") -> None:
     """See ClipModel.load_pretrained."""
-    state = read_checkpoint(path, prefix)
-    if is_hugging_face(state):
-        try:
-            state = {key: x for key, x in our_state(state).items() if not key.startswith("pooler.")}
-        except ValueError:
-            families.refuse_others(state, path)
-            raise
-    else:
-        state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in state.items()}
-    wanted = model.state_dict()
-    if not model.num_classes:
-        state = {key: x for key, x in state.items() if not key.startswith("head.")}
-    if model.menu is not None:
-        model.fill_lengths(state)
-    wrong = [
-        f"{key} is {tuple(state[key].shape)} where the model has {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    missing, unexpected = ([k for k in a if k not in b] for a, b in ((wanted, state), (state, wanted)))
-    wrong = ([some(wrong)] if wrong else []) + ([f"missing: {some(missing)}"] if missing else [])
-    wrong += [f"unexpected: {some(unexpected)}"] if unexpected else []
-    if wrong:
-        families.refuse_others(state, path)
-        if told := families.mismatch(state, model, path):
-            raise ValueError(told)
-        raise ValueError(f"{path} does not fit the model: {'; '.join(wrong)}")
+    read = read_checkpoint(path, prefix)
+    try:
+        if is_hugging_face(read):
+            state = {key: x for key, x in our_state(read).items() if not key.startswith("pooler.")}
+        else:
+            state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in read.items()}
+        if not model.num_classes:
+            state = {key: x for key, x in state.items() if not key.startswith("head.")}
+        if model.menu is not None:
+            model.fill_lengths(state)
+        check_state(state, model, path)
+    except ValueError:
+        families.refuse_others(read, path)
+        raise
     model.load_state_dict(state)
 
 

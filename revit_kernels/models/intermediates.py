@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from revit_kernels.grids import Grid
 from revit_kernels.models.embedding import Images
-from revit_kernels.modules.attention import Maps
+from revit_kernels.modules.attention import Maps, mask_of
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import takes_packing
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 
 def take_indices(count: int, indices) -> tuple[list[int], int]:
@@ -63,7 +63,7 @@ class Intermediates:
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken, last = take_indices(len(self.blocks), indices)
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        mask = mask_of(attn_mask, is_causal)
         patches, prefixes = [], []
         grid = None
         if dense and output_fmt == "NCHW":
@@ -79,7 +79,7 @@ class Intermediates:
 
         depth = last + 1 if stop_early else None
         features, packing = self._features(images, packing, dense, channels_last, mask, visit, depth)
-        features = features if dense else self._packed_tokens(features, packing)
+        features = features if dense else PackedTokens(features, packing)
         has_prefix = bool(self.num_prefix_tokens) and return_prefix_tokens
         if output_dict:
             result = {"image_intermediates": patches}
@@ -90,18 +90,13 @@ class Intermediates:
             patches = list(zip(patches, prefixes))
         return patches if intermediates_only else (features, patches)
 
-    def _packed_tokens(self, tokens, packing):
-        from revit_kernels.models.vit import PackedTokens
-
-        return PackedTokens(tokens, packing)
-
     def _apart(self, tokens, packing, dense: bool, maps: bool, grid):
         """Patches and prefix tokens apart; patches as maps (dim, rows, columns) if asked."""
         prefix = self.num_prefix_tokens
         if dense:
             patches = tokens[:, prefix:]
             if maps:
-                patches = patches.reshape(patches.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()
+                patches = patches.reshape(patches.shape[0], *grid, patches.shape[2]).permute(0, 3, 1, 2).contiguous()
             return patches, tokens[:, :prefix]
         parts = packing.split(tokens)
         patches = tuple(part[prefix:] for part in parts)

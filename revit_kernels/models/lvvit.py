@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revit_kernels import ops
-from revit_kernels.models.vit import PackedTokens, VarLenViT
+from revit_kernels.models.vit import VarLenViT
 from revit_kernels.modules.block import FixedScale
 from revit_kernels.modules.conv_stem import ConvStem
 from revit_kernels.modules.linear import linear, traced
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 SHARE = 0.5  # of the patches' largest logit in the answer
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from revit_kernels.packing import Grid
+from revit_kernels.grids import Grid
 
 KEYS = ("patches", "patch_coord", "patch_valid"), ("pixel_values", "spatial_shapes", "pixel_attention_mask")
 

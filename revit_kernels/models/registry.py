@@ -25,7 +25,8 @@ from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.video_vit import VarLenVideoViT
 from revit_kernels.models.vision_towers import VarLenGemma4, VarLenTower
-from revit_kernels.models.vit import SCRIPT, VarLenViT
+from revit_kernels.models.vit import VarLenViT
+from revit_kernels.modules.script import refuse_script
 
 OF_IMAGES = (VarLenViT, VarLenViTDistilled, VarLenEva, VarLenTower, VarLenGemma4, VarLenLVViT)
 CLASSES = {cls.__name__: cls for cls in (*OF_IMAGES, VarLenTimeSformer, VarLenVideoViT)}
@@ -158,7 +159,7 @@ def create_model(
     family, and for weights that do not fit; NotImplementedError for scriptable=True.
     """
     if scriptable:
-        raise NotImplementedError(SCRIPT)
+        refuse_script()
     if features_only:
         if (feature_cls := kwargs.pop("feature_cls", "getter")) != "getter":
             raise ValueError(f"feature_cls must be 'getter' for a Vision Transformer, got {feature_cls!r}")

@@ -12,9 +12,10 @@ from torch.fx import Proxy
 
 from revit_kernels import ops
 from revit_kernels.device_cache import numbers
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.modules import layer_norm
 from revit_kernels.modules.lengths import Grid, cells, check_menu, nearest, tokens_of
-from revit_kernels.modules.linear import is_plain, traced
+from revit_kernels.modules.linear import is_known, is_plain, traced
 from revit_kernels.modules.patch_embed import PatchEmbed, is_grid
 from revit_kernels.packing import Packing
 
@@ -25,9 +26,10 @@ EMBEDDINGS = ("resize", "patch", "per_length")
 POSITIONS = ("interpolate", "per_length")
 NORMS = ("per_length", "shared")
 # The norms that are told the packing: those of the stream, of queries and keys, and around attention pooling.
-NORM_NAMES = ("norm1", "norm2", "in_norm", "norm", "norm_pre", "fc_norm", "q_norm", "k_norm", "pre_norm", "post_norm")
-NORM_NAMES += ("norm3", "norm4")
-NORM_NAMES += ("temporal_norm1",)
+NORM_NAMES = (
+    *("norm1", "norm2", "norm3", "norm4", "temporal_norm1", "in_norm", "norm", "norm_pre", "fc_norm"),
+    *("q_norm", "k_norm", "pre_norm", "post_norm"),
+)
 NORM_OWNERS = (
     "Attention",
     "AttentionPoolPrr",
@@ -195,7 +197,7 @@ class Resizable:
         """(cells of all grids, dim)"""
         if not traced(table) and table.is_meta:
             return table.new_empty(sum(map(cells, grids)), table.shape[-1])
-        if traced(table):
+        if traced(table) or (torch.compiler.is_compiling() and not all([is_known(*grid) for grid in grids])):
             return torch.cat([self._by_torch(table, grid) for grid in grids])
         how = {"interpolation": self.pos_interpolation, "antialias": self.pos_antialias}
         how["align_corners"] = self.pos_align_corners
@@ -265,7 +267,7 @@ class Resizable:
             )
             weight, bias = self._kernel(row)
             chosen = images[members[0] : members[-1] + 1] if _contiguous(members) else _take(images, members)
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight.device):
                 parts.append(ops.patch_embed(chosen, weight, bias, part, pos=pos, prefix=prefix, **options))
             for i in members:
                 starts[i] = total

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.device_cache import numbers
+from revit_kernels.dispatch import without_autocast
+from revit_kernels.grids import Grid
 from revit_kernels.ops.attention.rotary import Rotary
-from revit_kernels.packing import Grid, Packing
+from revit_kernels.packing import Packing
 
 KINDS = ("cat", "dinov3", "mixed", "mrope")
 
@@ -152,7 +154,7 @@ class RotaryPositions(nn.Module):
 
     def tables(self, menu: tuple[Grid, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
         """Cos and sin of every cell of the menu's grids: a pair for each block ("mixed"), or one for all."""
-        with torch.autocast(device.type, enabled=False):
+        with without_autocast(device):
             angles = self.angles(menu, device)
             cos, sin = angles.cos(), angles.sin()
         return list(zip(cos.unbind(), sin.unbind())) if self.kind == "mixed" else [(cos, sin)]

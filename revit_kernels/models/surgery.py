@@ -102,7 +102,3 @@ class Surgery:
         self.pos_embed = nn.Parameter(
             torch.cat([table[:prefix], cells])[None], requires_grad=self.pos_embed.requires_grad
         )
-
-    def get_patch_size(self) -> tuple[int, int]:
-        """(height, width) of a patch, in pixels."""
-        return self.patch_embed.patch_size

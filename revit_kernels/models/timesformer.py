@@ -11,11 +11,10 @@ from revit_kernels import modules, ops
 from revit_kernels.clips import ClipPacking
 from revit_kernels.models.layers import ACTIVATIONS, NORMS, Layer, layer
 from revit_kernels.models.video import ClipModel, resized_times
-from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.divided import DividedBlock
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.patch_embed import pair
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 ATTENTION_TYPES = ("divided_space_time", "space_only", "joint_space_time")
 
@@ -103,7 +102,7 @@ class VarLenTimeSformer(ClipModel):
         if weight_init != "skip":
             self._draw()
             if attention_type == "divided_space_time":
-                for block in self.blocks[1:]:  # as its authors: time starts without a say, but in the first block
+                for block in self.blocks[1:]:  # as its authors: attention over time starts at zero, except in the first
                     nn.init.zeros_(block.temporal_fc.weight)
 
     @classmethod

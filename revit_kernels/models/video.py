@@ -18,12 +18,11 @@ from revit_kernels.grids import native_grid
 from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths
 from revit_kernels.models.run_length import differences
 from revit_kernels.models.surgery import _is_affine
-from revit_kernels.models.vit import PackedTokens
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.lengths import check_menu, tokens_of
 from revit_kernels.modules.linear import is_plain, is_plain_itself, linear, takes_packing
 from revit_kernels.modules.patch_embed import resize_mode
-from revit_kernels.packing import Packing
+from revit_kernels.packing import PackedTokens, Packing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -474,10 +473,6 @@ class ClipModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute each block again in the backward, instead of keeping what it computed."""
         self.grad_checkpointing = enable
-
-    def get_patch_size(self) -> tuple[int, int]:
-        """(height, width) of a patch, in pixels."""
-        return self.patch_embed.patch_size
 
     def _draw(self) -> None:
         """Draw the weights: truncated normal, as TimeSformer's."""

@@ -19,8 +19,8 @@ POSITIONS = ("sincos", "learn", "rope")
 class VarLenVideoViT(ClipModel):
     """A Vision Transformer of tubelets that takes clips of different grids and frame counts, each as one sequence.
 
-    Called as VarLenTimeSformer is; a grid (frames, rows, columns) counts tokens: a clip has `tubelet_size` times as
-    many frames, and must have a multiple of it.
+    Called as VarLenTimeSformer is. A grid (frames, rows, columns) counts tokens, each of `tubelet_size` frames: the
+    frames of a clip must be a multiple of it.
 
     num_frames:   frames of the clips that the model is made for
     tubelet_size: frames of a clip that one token sees
@@ -30,7 +30,8 @@ class VarLenVideoViT(ClipModel):
                   arXiv:2506.09985)
     class_token:  whether there is one
     global_pool:  "avg" (of the patches) or "token" (the first)
-    final_norm, fc_norm: whether tokens are normalised after the last block, and what is pooled of them
+    final_norm:   whether tokens are normalised after the last block
+    fc_norm:      whether the pooled tokens are normalised before the head
 
     Raises ValueError for clips whose channels, dtype, size or number do not fit the model or the grids.
     """

@@ -72,10 +72,8 @@ class VarLenGemma4(_Tower):
         **kwargs,
     ):
         mode, depth, heads = kwargs.pop("weight_init", ""), kwargs.pop("depth", 16), kwargs.get("num_heads", 12)
-        kv_heads, rates = (
-            kwargs.pop("num_kv_heads", None),
-            [kwargs.pop(f"{n}_rate", 0.0) for n in ("attn_drop", "proj_drop", "drop_path")],
-        )
+        kv_heads = kwargs.pop("num_kv_heads", None)
+        attn_drop, proj_drop, rate = (kwargs.pop(f"{n}_rate", 0.0) for n in ("attn_drop", "proj_drop", "drop_path"))
         super().__init__(*args, **kwargs, depth=0, use_abs_pos_emb=False, norm_layer=modules.RmsNorm)
         new = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         embed = self.patch_embed
@@ -83,7 +81,6 @@ class VarLenGemma4(_Tower):
             embed.img_size, embed.patch_size, self.in_chans, self.embed_dim, bias=False, output_fmt="NHWC", **new
         )
         self.pos_axes = AxisPositions((num_positions,) * 2, self.embed_dim, interpolate=False, **new)
-        attn_drop, proj_drop, rate = rates
         self.blocks = nn.ModuleList(
             SandwichBlock(
                 self.embed_dim,

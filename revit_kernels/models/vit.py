@@ -3,7 +3,7 @@
 # No postponed annotations: torch.fx writes the types of `forward` into the code of a graph, and cannot pickle texts.
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +19,18 @@ from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, Layer, layer
 from revit_kernels.models.resizable import Resizable
 from revit_kernels.models.surgery import Surgery
-from revit_kernels.modules.attention import by_length, dense_packing, fitting, per_length
+from revit_kernels.modules.attention import by_length, dense_packing, fitting, mask_of, per_length
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
 from revit_kernels.modules.patch_dropout import PatchDropout
-from revit_kernels.packing import Packing
+from revit_kernels.modules.script import refuse_script
+from revit_kernels.packing import PackedTokens, Packing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from revit_kernels.engines import CapturedEngine, Engine
-
-SCRIPT = "TorchScript is deprecated and not supported: use torch.compile or torch.export"
-
-
-class PackedTokens(NamedTuple):
-    """Tokens of images of several lengths, and which of them belongs to which image.
-
-    tokens:  (capacity, dim)
-    packing: where each image's tokens lie
-    """
-
-    tokens: Tensor
-    packing: Packing
-
-    def split(self) -> tuple[Tensor, ...]:
-        """One view (length, dim) per image."""
-        return self.packing.split(self.tokens)
 
 
 class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
@@ -71,6 +55,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     Raises ValueError for images whose channels, dtype or number fit neither the model nor the grids.
     """
 
+    __prepare_scriptable__ = refuse_script
     times_trained = 0  # how often the model was put into training mode
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
@@ -248,9 +233,6 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         self.times_trained += mode  # whatever was done to the weights
         return super().train(mode)
 
-    def __prepare_scriptable__(self):
-        raise NotImplementedError(SCRIPT)
-
     @classmethod
     def from_timm(cls, model: nn.Module) -> "VarLenViT":
         """The same model, packed: shares the parameters and leaf modules of a timm VisionTransformer, copies nothing.
@@ -407,7 +389,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
     ) -> Any:
         """Tokens after the last block and norm: (images, length, dim) for a dense batch, else PackedTokens."""
         images, packing, dense = self._inputs(x, grids, packing, max_tokens, channels_last)
-        mask = _mask(attn_mask, is_causal)
+        mask = mask_of(attn_mask, is_causal)
         x, packing = self._features(images, packing, dense, channels_last, mask)
         return x if dense else PackedTokens(x, packing)
 
@@ -493,7 +475,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         options = {"grids": grids, "packing": packing, "max_tokens": max_tokens, "channels_last": channels_last}
         if not self._own("forward_features", "forward_head", "pool"):
             return self._forward_in_parts(x, attn_mask, is_causal, options)
-        mask = _mask(attn_mask, is_causal)
+        mask = mask_of(attn_mask, is_causal)
         if not mask and grids is packing is None and listed.takes(self, x):
             return listed.answers(self, x, max_tokens, channels_last)
         images, packing, dense = self._inputs(x, **options)
@@ -523,10 +505,6 @@ def _pool_by_torch(x: Tensor, pool_type: str, skip: int) -> Tensor:
     if pool_type == "avgmax":
         return 0.5 * (x.amax(1) + x.mean(1))
     return x.mean(1) if pool_type == "avg" else x.amax(1)
-
-
-def _mask(attn_mask, is_causal) -> dict:
-    return {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
 
 
 def _start_lengths(model, state, prefix, *_) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from revit_kernels import ops
 from revit_kernels.modules.layer_norm import PLAIN, RmsNorm, _PerLength, apply_norm
 from revit_kernels.modules.linear import is_plain, linear, traced
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.attention.rotary import Rotary, rotate
 from revit_kernels.packing import Packing
 
@@ -76,6 +77,11 @@ def by_length(module: nn.Module, x: Tensor, packing: Packing | None, mask: dict)
     return F.pad(used, (0, 0, 0, x.shape[0] - len(used)))
 
 
+def mask_of(attn_mask: Tensor | None, is_causal: bool) -> dict:
+    """The arguments that tell an attention of a mask; none where there is no mask."""
+    return {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+
+
 def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
     """timm's attention, by torch's ops: through `module.attn_drop` where `module.fused_attn` is False.
 
@@ -83,8 +89,8 @@ def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is
     """
     if module.fused_attn:
         dropout = module.attn_drop.p if module.training else 0.0
-        options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal, "scale": module.scale}
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal}
+        return F.scaled_dot_product_attention(q, k, v, **options, scale=module.kernel_scale())
     return attention_map(module, q, k, attn_mask, is_causal) @ v
 
 
@@ -123,7 +129,12 @@ def turned(q: Tensor, k: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor]:
 class Maps(nn.Module):
     """What computes attention, in one kernel; or as timm's `fused_attn = False`, with maps that `attn_drop` sees."""
 
+    __prepare_scriptable__ = refuse_script
     fused_attn = True
+
+    def kernel_scale(self) -> float:
+        """What the scores are multiplied with in one kernel: as in timm, `scale` counts where `fused_attn` is False."""
+        return self.head_dim**-0.5 if self.fused_attn else self.scale
 
     def _gives_maps(self) -> bool:
         """Whether somebody wants to see the maps, or drops some of them."""
@@ -136,6 +147,10 @@ class Maps(nn.Module):
         if traced(x):
             return True
         return len(x.shape) == 3 and (self._gives_maps() or not all(is_plain(m, "Identity", *PLAIN) for m in within))
+
+    def _weigh(self, *qkv: Tensor, **mask) -> Tensor:
+        """`weigh` with the tokens before the heads: (images, length, heads, head_dim) each."""
+        return weigh(self, *(t.transpose(1, 2) for t in qkv), **mask).transpose(1, 2)
 
 
 def attend(
@@ -153,8 +168,8 @@ def attend(
     """Attention inside each image. q, k, v: (capacity, heads, head_dim). Returns (capacity, heads, head_dim).
 
     rope: angles by which q and k are turned, or None
-    A mask (as F.scaled_dot_product_attention takes it), causality and dropout are no matter of the packed kernels:
-    they run on torch's, and a mask and causality only for a dense batch. ValueError otherwise.
+    The packed kernels have no mask (as F.scaled_dot_product_attention takes it), causality or dropout: torch's runs
+    those, a mask and causality for a dense batch only. ValueError otherwise.
     """
     q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast a norm of queries and keys leaves them wider
     if attn_mask is None and not is_causal and not dropout:
@@ -239,14 +254,10 @@ class Attention(Maps):
             y = image_by_image(self._weigh, packing, *turned(q, k, rope), v)
         else:
             dropout = self.attn_drop.p if self.training else 0.0
-            y = attend(q, k, v, packing, self.scale, dropout=dropout, rope=rope, **mask)
+            y = attend(q, k, v, packing, self.kernel_scale(), dropout=dropout, rope=rope, **mask)
         y = apply_norm(self.norm, y.reshape(*x.shape[:-1], self.num_heads * self.head_dim), packing)
         y = y if gate is None else y * gate
         return self.proj_drop(linear(self.proj, y))
-
-    def _weigh(self, *qkv: Tensor) -> Tensor:
-        """q, k, v: (images, length, heads, head_dim)"""
-        return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
 
     def _steps(self, x: Tensor, attn_mask, is_causal, packing: Packing | None, rope: Rotary | None = None) -> Tensor:
         """timm's steps with timm's shapes. x: (images, length, dim)"""
@@ -312,11 +323,11 @@ class _Lambda(Maps):
         k = self.k_norm(k.reshape(-1, self.num_heads, 2, self.head_dim)).transpose(1, 2)
         v = v.reshape(-1, 1, self.num_heads, 2, self.head_dim).expand(-1, 2, -1, -1, -1)
         shape = (q.shape[0], 2, self.num_heads, 2, self.head_dim)
-        wide = (t.unsqueeze(3).expand(shape).reshape(q.shape[0], -1, self.head_dim) for t in (q, k))
-        y = attend(*wide, v.reshape(q.shape[0], -1, self.head_dim), packing, self.scale, **options)
+        wide = (t.unsqueeze(3).expand(shape).flatten(1, 3) for t in (q, k))
+        y = attend(*wide, v.flatten(1, 3), packing, self.kernel_scale(), **options)
         first, second = y.view(shape[0], 2, self.num_heads, 2 * self.head_dim).unbind(1)
         y = self.sub_norm(first - self._compute_lambda().type_as(q) * second) * (1 - self.lambda_init)
-        return y.reshape(shape[0], -1)
+        return y.flatten(1)
 
     def _differ_in_steps(self, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
         """`_differ` with timm's steps and shapes. q, k, v: (images, length, dim)"""

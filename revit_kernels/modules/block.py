@@ -17,7 +17,7 @@ from revit_kernels.modules.attention import (
     by_length,
     fitting,
     image_by_image,
-    weigh,
+    mask_of,
 )
 from revit_kernels.modules.layer_norm import LayerNorm, RmsNorm, add, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, takes_packing, traced
@@ -143,7 +143,7 @@ class _Streaming(nn.Module):
         **told,
     ) -> Tensor:
         """told: what else `stream` takes, such as the positions of tokens"""
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        mask = mask_of(attn_mask, is_causal)
         return add(*self.stream([x, None, None], fitting(packing, x), **mask, **told))
 
     def _options(self, dim, device, dtype, init_values, drop_path):
@@ -311,16 +311,12 @@ class ParallelScalingBlock(_Streaming, Maps):
         q, k, v = (t.unflatten(-1, (self.num_heads, self.head_dim)) for t in (q, k, v))
         q, k = apply_norm(self.q_norm, q, packing), apply_norm(self.k_norm, k, packing)
         if dense:
-            return weigh(self, *(t.transpose(1, 2) for t in (q, k, v)), **mask).transpose(1, 2).reshape(shape)
+            return self._weigh(q, k, v, **mask).reshape(shape)
         if self._gives_maps():
             return image_by_image(self._weigh, packing, q, k, v).view(shape)
         dropout = self.attn_drop.p if self.training else 0.0
         q, k, v = (t.flatten(0, -3) for t in (q, k, v))
-        return attend(q, k, v, packing, self.scale, dropout=dropout, **mask).view(shape)
-
-    def _weigh(self, *qkv: Tensor) -> Tensor:
-        """q, k, v: (images, length, heads, head_dim)"""
-        return weigh(self, *(t.transpose(1, 2) for t in qkv)).transpose(1, 2)
+        return attend(q, k, v, packing, self.kernel_scale(), dropout=dropout, **mask).view(shape)
 
     def stream(self, stream: Stream, packing: Packing, **mask) -> Stream:
         x, branch, gamma = take(stream)
@@ -381,7 +377,7 @@ class ParallelThingsBlock(nn.Module):
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, *, packing: Packing | None = None
     ) -> Tensor:
         packing = fitting(packing, x)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        mask = mask_of(attn_mask, is_causal)
         x = x + sum(
             self._branch(b, lambda y, b=b: run_attention(b.attn, y, packing, mask), x, packing, mask)
             for b in self.attns

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from revit_kernels import ops
 from revit_kernels.modules import whole_block
-from revit_kernels.modules.attention import Attention, fitting
+from revit_kernels.modules.attention import Attention, fitting, mask_of
 from revit_kernels.modules.block import DropPath, Stream, drop_path, run_attention, take
 from revit_kernels.modules.layer_norm import LayerNorm, add, normalise
 from revit_kernels.modules.linear import is_plain, linear, traced
@@ -141,9 +141,8 @@ class StreamingBlock(nn.Module):
         *,
         packing: Packing | None = None,
     ) -> Tensor:
-        packing = fitting(packing, x)
-        mask = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
-        return add(*self.stream([x, None, None], packing, rope=rope, **mask))
+        mask = mask_of(attn_mask, is_causal)
+        return add(*self.stream([x, None, None], fitting(packing, x), rope=rope, **mask))
 
 
 class _EvaBlock(StreamingBlock):

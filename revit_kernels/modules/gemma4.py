@@ -71,6 +71,9 @@ class SandwichAttention(AttentionRope):
         self.q_norm, self.k_norm = (RmsNorm(self.head_dim, eps, **kwargs) for _ in range(2))
         self.v_norm = RmsNorm(self.head_dim, eps, affine=False, **kwargs)
 
+    def kernel_scale(self) -> float:
+        return self.scale
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = super().project(x)
         return q, k, self.v_norm(v)

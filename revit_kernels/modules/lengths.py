@@ -8,11 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from revit_kernels.device_cache import DeviceCache
+from revit_kernels.device_cache import constant
 
 Grid = tuple[int, ...]
-
-_tables = DeviceCache(256)
 
 
 def cells(grid: Grid) -> int:
@@ -91,8 +89,9 @@ def select(longest: Tensor, shorter: Tensor, menu: tuple[Grid, ...], wanted: tup
     if exact == tuple(range(len(menu))):
         return table
     if exact is not None:
-        return table[_index(exact, table.device)]
-    share = _table(tuple(map(tuple, mix)), table.device).to(table.dtype)
+        return table[constant(("rows", exact), table.device, lambda: torch.tensor(exact))]
+    key = "shares", tuple(map(tuple, mix))
+    share = constant(key, table.device, lambda: torch.tensor(mix)).to(table.dtype)
     mixed = (share[:, :, None] * table).sum(1)  # no matrix product: autocast would round it
     return mixed[0] if len(wanted) == 1 else mixed
 
@@ -138,18 +137,3 @@ def _joined(longest: Tensor, shorter: Tensor) -> Tensor | None:
     if type(longest) is not nn.Parameter or type(shorter) is not nn.Parameter or longest.dtype != shorter.dtype:
         return None
     return _one_table(longest.detach(), shorter.detach())
-
-
-def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    return _kept(rows, device, lambda: [torch.tensor(rows)])
-
-
-def _table(mix: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    return _kept(mix, device, lambda: [torch.tensor(mix)])
-
-
-def _kept(key, device: torch.device, make) -> Tensor:
-    if torch.compiler.is_compiling():
-        return make()[0].to(device)
-    with torch.inference_mode(False):  # else what is kept could not be saved for a backward
-        return _tables.get(key, device, make)[0]

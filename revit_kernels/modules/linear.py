@@ -35,11 +35,22 @@ def is_plain_itself(module: nn.Module, *names: str) -> bool:
     )
 
 
+def is_known(*sizes) -> bool:
+    """Whether these are numbers, for certain: a tracer, or a graph compiled for all sizes, knows some by name only."""
+    if not torch.compiler.is_compiling():
+        return all(type(size) is int for size in sizes)
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import, and loaded by then
+
+    return all([has_static_value(size) for size in sizes])
+
+
 def traced(x) -> bool:
     """Whether a tracer or a transform that knows torch's own ops alone follows what becomes of x: torch.fx, ONNX's
-    exporters, torch.export, torch.func, forward-mode derivatives. Submodules are then called, by torch's ops."""
+    exporters, torch.export, torch.func, forward-mode derivatives; and torch.compile, of a dense batch whose images'
+    sizes vary. Submodules are then called, by torch's ops."""
     if torch.compiler.is_compiling():
-        return torch.compiler._is_exporting_flag  # torch.compile takes is_exporting() to be true
+        exporting = torch.compiler._is_exporting_flag  # torch.compile takes is_exporting() to be true
+        return exporting or (isinstance(x, Tensor) and x.ndim > 2 and not is_known(*x.shape[1:]))
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     return transformed or torch.jit.is_tracing() or forward_ad._current_level >= 0 or isinstance(x, Proxy)
 
@@ -70,7 +81,7 @@ def name_of(activation: nn.Module) -> str | None:
 
 
 def activation_name(activation: nn.Module) -> str | None:
-    """What the op `linear` calls the activation, or None where it has none such, or somebody hooked it."""
+    """What the op `linear` calls the activation, or None where it has no name for it, or somebody hooked it."""
     return name_of(activation) if is_plain(activation, "GELU", "GELUTanh", "SiLU") else None
 
 

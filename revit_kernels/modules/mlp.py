@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from revit_kernels.modules.linear import activation_name, is_plain, linear, linear_gated, linear_then, traced
+from revit_kernels.modules.script import refuse_script
 
 ROWS = 1024  # tokens that an MLP takes at a time on a CPU where nothing is recorded
 
@@ -20,6 +21,8 @@ class QuickGELU(nn.Module):
 
 class Mlp(nn.Module):
     """fc1, activation, optional norm, fc2. x: (..., in_features)"""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class Mlp(nn.Module):
 class GluMlp(nn.Module):
     """One projection to two halves, of which one gates the other; SwiGLUPacked with SiLU and gate_last=False."""
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         in_features,
@@ -120,6 +125,8 @@ class GluMlp(nn.Module):
 
 class SwiGLU(nn.Module):
     """Two projections, of which one gates the other (Shazeer, arXiv:2002.05202)."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -11,7 +11,9 @@ from torch.fx import Proxy
 
 from revit_kernels import ops
 from revit_kernels.device_cache import constant
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.modules.linear import is_plain
+from revit_kernels.modules.script import refuse_script
 from revit_kernels.ops.patch_embed.reference import resized
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
@@ -57,6 +59,8 @@ class PatchEmbed(nn.Module):
 
     `forward` is timm's: a dense batch in, (images, patches, dim) out. `pack` is what VarLenViT calls.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -166,7 +170,7 @@ class PatchEmbed(nn.Module):
         how = {"pos": pos, "prefix": prefix, "method": method, "packed": packed}
         if fused:
             # Under autocast too in the weight's own dtype: it is a hundredth of the work, and starts the fp32 stream.
-            with torch.autocast(conv.weight.device.type, enabled=False):
+            with without_autocast(conv.weight.device):
                 images, mean, std = self._prepared(images, mean, std)
                 options |= {"mean": mean, "std": std}
                 return ops.patch_embed(images, conv.weight, conv.bias, packing, **how, **options)

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels import ops
-from revit_kernels.modules.attention import attend, fitting
+from revit_kernels.modules.attention import Maps, attend, fitting
 from revit_kernels.modules.layer_norm import PLAIN, LayerNorm, apply_norm, normalise
 from revit_kernels.modules.linear import is_plain, linear, traced
 from revit_kernels.modules.mlp import Mlp
 from revit_kernels.packing import Packing
 
 
-class AttentionPoolLatent(nn.Module):
+class AttentionPoolLatent(Maps):
     """Learned queries attend to each image's tokens (the `map` head of SigLIP and big_vision).
 
     x: (capacity, dim) with its packing, or (images, length, dim) without. Returns (images, dim).
@@ -95,9 +95,9 @@ class AttentionPoolLatent(nn.Module):
             self.latent_len,
             cu_seqlens_k=packing.cu_seqlens,
             max_seqlen_k=packing.max_seqlen,
-            scale=self.scale,
+            scale=self.kernel_scale(),
         )
-        return self._answer(y.reshape(images, self.latent_len, -1))
+        return self._answer(y.reshape(images, self.latent_len, self.num_heads * self.head_dim))
 
     def _is_plain(self) -> bool:
         norms = is_plain(self.q_norm, "Identity", *PLAIN) and is_plain(self.k_norm, "Identity", *PLAIN)
@@ -109,7 +109,7 @@ class AttentionPoolLatent(nn.Module):
         q = self.q(self.latent.expand(images, -1, -1))
         q = q.reshape(images, self.latent_len, self.num_heads, self.head_dim).transpose(1, 2)
         k, v = self.kv(x).reshape(images, length, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.scale)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.kernel_scale())
         return y.transpose(1, 2).reshape(images, self.latent_len, self.num_heads * self.head_dim)
 
     def _answer(self, y: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class AttentionPoolLatent(nn.Module):
         return y[:, 0] if self.pool == "token" else y.mean(1) if self.pool == "avg" else y
 
 
-class AttentionPoolPrr(nn.Module):
+class AttentionPoolPrr(Maps):
     """Patch representation refinement: the tokens attend to each other without weights, then are pooled.
 
     x: (capacity, dim) with its packing, or (images, length, dim) without. Returns (images, dim).
@@ -153,7 +153,7 @@ class AttentionPoolPrr(nn.Module):
         packing = fitting(packing, x)
         x, _ = normalise(self.pre_norm, x, packing)
         heads = x.reshape(-1, self.num_heads, self.head_dim)
-        x = attend(heads, heads.view_as(heads), heads.view_as(heads), packing, self.scale).view(x.shape)
+        x = attend(heads, heads.view_as(heads), heads.view_as(heads), packing, self.kernel_scale()).view(x.shape)
         x, _ = normalise(self.post_norm, x, packing)
         return ops.pool(x.flatten(0, -2), packing.cu_seqlens, self.pool, prefix=0, include_prefix=True)
 
@@ -162,6 +162,6 @@ class AttentionPoolPrr(nn.Module):
         images, length, dim = x.shape
         x = apply_norm(self.pre_norm, x, packing)
         heads = x.reshape(images, length, self.num_heads, self.head_dim).transpose(1, 2)
-        x = F.scaled_dot_product_attention(heads, heads, heads, scale=self.scale)
+        x = F.scaled_dot_product_attention(heads, heads, heads, scale=self.kernel_scale())
         x = apply_norm(self.post_norm, x.transpose(1, 2).reshape(images, length, dim), packing)
         return x[:, 0] if self.pool == "token" else x.mean(1)

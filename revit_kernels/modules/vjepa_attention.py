@@ -37,7 +37,7 @@ class TurnedAttention(Attention):
         q, k, v = self.project(x)
         if turn is not None:
             q, k = turned(q, turn), turned(k, turn)
-        return self.proj_drop(linear(self.proj, attend(q, k, v, packing, self.scale).flatten(1)))
+        return self.proj_drop(linear(self.proj, attend(q, k, v, packing, self.kernel_scale()).flatten(1)))
 
 
 def angles(menu: tuple[tuple[int, int, int], ...], head_dim: int, device: torch.device) -> Turn:

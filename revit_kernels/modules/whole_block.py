@@ -128,7 +128,7 @@ def form(module: nn.Module) -> Form:
         heads=parts["attn"].num_heads,
         eps=Eps(**{name: norm.eps for name, norm in found.items()}),
         rms=type(found["norm1"]).__name__ in RMS,
-        scale=parts["attn"].scale,
+        scale=parts["attn"].kernel_scale(),
         activation=name_of(mlp["act"]),
     )
 

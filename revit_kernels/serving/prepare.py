@@ -129,7 +129,7 @@ class Prepared:
 def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
     """Load what the settings name. always_plain: no policy unless the settings name one
 
-    Raises ValueError for what cannot be had, and warns where a budget cannot be met.
+    Raises ValueError for what is not available, and warns where a budget cannot be met.
     """
     name, device = settings.model or str(SHIPPED), choose_device(settings.device)
     model = load_model(
@@ -203,7 +203,7 @@ def _adaptive(settings: Settings, model, always_plain: bool) -> AdaptiveViT | No
 
     Without a policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless grids,
     max_tokens or method say otherwise.
-    Raises ValueError where a policy is asked for that cannot be had.
+    Raises ValueError for a policy that is not possible with them.
     """
     otherwise = settings.grids or settings.max_tokens or settings.method == "patch"
     otherwise = otherwise or always_plain

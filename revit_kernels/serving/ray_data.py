@@ -23,6 +23,7 @@ from revit_kernels.data.images import find_images
 from revit_kernels.serving.infer import GridRule, Totals, infer
 from revit_kernels.serving.journal import finish_settings, open_settings
 from revit_kernels.serving.prepare import Settings, prepare
+from revit_kernels.serving.ray_start import connect
 from revit_kernels.serving.records import Answer, Columns, open_records
 
 COLUMNS = ("bytes", *IMAGE_COLUMNS, "jpeg", "webp", "path")  # the first that a batch has
@@ -277,8 +278,7 @@ class Cluster:
         self.lock.close()
 
     def _run(self) -> Iterator[Totals]:
-        if not ray.is_initialized():
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        connect(self.address)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         DataContext.get_current().enable_progress_bars = False
         resources = ray.cluster_resources()

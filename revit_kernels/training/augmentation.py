@@ -30,7 +30,7 @@ def augmentation(
 ) -> Callable[[Tensor], Tensor] | None:
     """What happens to one training image (3, height, width), or clip (frames, 3, height, width), of uint8.
 
-    None for nothing. All frames of a clip are changed alike.
+    None for nothing. All frames of a clip are changed in the same way.
 
     size: (height, width) that every image of a batch has in the end
     crop: "pad": the image shifted by up to an eighth of its size, its edges reflected; "resized": a random part of it

@@ -124,7 +124,7 @@ def test_solved_policies_keep_their_budget(name, budget):
     policy = solve(name, outcomes, COSTS, budget)
     problem = _Problem(outcomes, COSTS, Budget.parse(budget), 1)
     accuracy, cost = problem.measure(policy)
-    if policy.name == "random":  # by lot: as expected, not as drawn
+    if policy.name == "random":  # as expected, not as drawn
         assert problem.wanted is not None or cost <= problem.limit * 1.02
     else:
         assert problem.meets((accuracy, cost))

@@ -80,7 +80,7 @@ def labels(r, path):
     path = path / "x.parquet"
     path.write_bytes(data)
     found = Outcomes.load(path)
-    assert len(found.take([0]).relabel().label) == 1 and found.correct.shape == (len(found), len(found.menu))
+    assert len(found.take([0]).label) == 1 and found.correct.shape == (len(found), len(found.menu))
 
 
 def assigner(r, path):

@@ -2,8 +2,10 @@
 
 import json
 import random
+from argparse import Namespace
 
 import numpy as np
+import pyarrow
 import pytest
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -11,6 +13,10 @@ from safetensors.torch import save_file
 from revit_kernels.adaptive import assigner as assigners
 from revit_kernels.adaptive.costs import Costs
 from revit_kernels.adaptive.outcomes import METADATA, Outcomes
+from revit_kernels.adaptive.policies import Policy
+from revit_kernels.cli import label, train
+from revit_kernels.data import shards, tables, video_sets
+from revit_kernels.data.class_names import read_class_names
 from revit_kernels.models.registry import SHIPPED_ASSIGNER
 
 VALUES = [None, True, -1, 0, 1, 2.5, 1 << 70, float("nan"), float("inf"), "", "x", [], {}, [[]], [1], [[1, 2, 3]]]
@@ -67,7 +73,7 @@ def test_labels(labels, tmp_path, seed):
     except ValueError as error:
         assert "labels.parquet is no whole file of labels" in str(error) and "\n" not in str(error)
     else:
-        assert len(found) == 6 and found.take([0, 5]).relabel().label.shape == (2,)
+        assert len(found) == 6 and found.take([0, 5]).label.shape == (2,)
         assert len(found.menu) == found.correct.shape[1]
 
 
@@ -128,3 +134,29 @@ def test_an_assigner_that_describes_another_network_asks_for_no_memory(tmp_path)
     save_file(tensors, path, {assigners.METADATA: json.dumps(head)})
     with pytest.raises(ValueError, match="not those of the network that it describes"):
         assigners.TokenLengthAssigner.load(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 10**5, '{"a": ' * 10**5, "1" * 5000, "1e999", "NaN", "null", "[1]", '"x"', '{"batch": "8"}']
+)
+def test_json_of_other_things(tmp_path, text):
+    """Whatever reads a file of JSON takes it, or says in one sentence that it does not."""
+    (tmp_path / "labels.json").write_text(f'{{"a": {text}}}')
+    (tmp_path / "settings.json").write_text(text)
+    run = Namespace(output=tmp_path, resume=True, batch=8, model=tmp_path / "a.pth", split="all", data="c")
+    schema = pyarrow.schema([], metadata={b"huggingface": text.encode()})
+    for read in (
+        lambda: Costs.from_json(text),
+        lambda: Policy.from_json(text),
+        lambda: read_class_names(str(tmp_path / "settings.json"), 3),
+        lambda: shards._label(text),
+        lambda: tables._class_names(schema, "label"),
+        lambda: video_sets._something(tmp_path / "a.json", text, "train", tmp_path, None),
+        lambda: video_sets._something(tmp_path, "[]", "train", tmp_path, tmp_path / "labels.json"),
+        lambda: train._share(run, 1),
+        lambda: label.learnt(run),
+    ):
+        try:
+            read()
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)

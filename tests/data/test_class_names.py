@@ -29,6 +29,7 @@ def test_class_folders():
         (["March", "march"], ["March", "walk"], [0, None]),  # "march" is not what another name is exactly
         (["mole"], ["mole", "Mole"], [0]),
         (["cat"], ["dog"], [None]),
+        (["-1", "1.5"], ["1", "1-5"], [None, None]),  # numbers are no spelling of one another
     ],
 )
 def test_exact_names_come_first(names, classes, expected):
@@ -74,6 +75,15 @@ TABLE = {"id": 1, "name": "dark green"}, {"id": 0, "name": "red"}, {"id": 2, "na
     [
         ("x.txt", "red\ndark green\nblue\n"),
         ("x.txt", "\r\n red \r\n\r\ndark green\r\nblue\r\n\r\n"),
+        ("x.txt", "0\tred\n1\tdark green\n2\tblue\n"),
+        ("x.txt", "2: blue\n0: red\n1: dark green\n"),
+        ("x.txt", "0 red\r1 dark green\r2 blue\r"),
+        ("x.txt", "{0: 'red',\n 1: 'dark green',\n 2: 'blue'}"),
+        ("x.txt", '"red",\n"dark green",\n"blue"\n'),
+        ("x.txt", "['red', 'dark green', 'blue']"),
+        ("x.json", {"red": "0", "blue": "2", "dark green": "1"}),
+        ("x.json", [["0", "red"], ["1", "dark green"], ["2", "blue"]]),
+        ("x.csv", "id;name\n1;dark green\n0;red\n2;blue\n"),
         ("x.names", "\ufeffred\ndark green\nblue"),
         ("x.JSON", THREE),
         ("x.json", {"0": "red", "2": "blue", "1": "dark green"}),
@@ -112,6 +122,8 @@ def test_files_of_names(tmp_path, name, content, encoding):
         ("x.json", {"a": 0.5}, "neither names by number nor numbers by name"),
         ("x.json", ["red", None, "blue"], "'None' is not a name"),
         ("x.json", ["red", {"colour": 1}, "blue"], "is not a name"),
+        ("x.json", '{"0": "red", "0": "blue", "1": "green"}', "it has a key twice"),
+        ("x.yaml", "- red\n- blue\n- green\n", ".yaml is none of .txt, .json"),
         ("x.csv", "red,rot\ngreen,grün\nblue,blau\n", "several columns of words and no header"),
         ("x.csv", "0,red\n1\n2,blue\n", "different numbers of columns"),
         ("x.csv", "0,red\n1,green\n1,blue\n", "it names no class 2"),

@@ -305,7 +305,7 @@ def test_report_from_end_to_end(tmp_path, monkeypatch, capsys):
     oracle = by_name["oracle "]
     assert oracle["accuracy"] >= max(one["accuracy"] for one in found["static"]) and oracle["mix"] == found["labels"]
     assert found["static"][0]["speed"] == 1.0 and len(found["static"][0]["seconds"]) == 2
-    # by lot, the same lengths are given as often
+    # at random, the same lengths are given as often
     assert any("same_mix_by_lot" in one for one in found["policies"])
     for one in found["policies"]:
         if "same_mix_by_lot" in one:

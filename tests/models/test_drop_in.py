@@ -171,6 +171,23 @@ def test_a_module_of_somebodys_own_is_called(configuration, edit):
                 assert name.endswith("attn.norm") or not torch.equal(expected, plain), f"{name}: proves nothing"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("configuration", ["plain", "map", "prr", "differential", "differential scaling blocks"])
+def test_a_scale_set_by_hand(configuration, maps):
+    """timm's fused attention does not look at it."""
+    theirs, ours = theirs_and_ours(configuration, maps)
+    for model in (theirs, ours):
+        for module in model.modules():
+            if hasattr(module, "scale"):
+                module.scale *= 3
+    x = images(theirs)
+    expected = theirs(x)
+    assert torch.equal(expected, theirs_and_ours(configuration)[0](x)) != maps
+    for name, found in (("the model", ours(x)), ("an engine", ours.engine()(x)), ("a list", ours(list(x)))):
+        assert_near(name, found, expected)
+
+
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_backward_hooks_see_timms_gradients(configuration):
     theirs, ours = theirs_and_ours(configuration)

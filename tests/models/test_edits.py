@@ -85,6 +85,28 @@ SEEN = {
 }
 
 
+ATTRIBUTES = {
+    "eps": lambda model: setattr(model.blocks[1].norm2, "eps", 0.3),
+    "heads": lambda model: [setattr(block.attn, *pair) for block in model.blocks for pair in HEADS],
+    "an activation's": lambda model: setattr(model.blocks[0].mlp.act, "approximate", "tanh"),
+    "pooling": lambda model: setattr(model, "global_pool", "avg"),
+}
+HEADS = (("num_heads", 4), ("head_dim", 16), ("scale", 0.25))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("edit", ATTRIBUTES.values(), ids=ATTRIBUTES)
+def test_an_attribute_that_changed_is_seen(edit):
+    model, x = made(torch.float32), torch.randn(2, 3, 64, 64).to(DEVICE)
+    strict, lenient, before = model.engine(), model.engine(stale="refresh"), model(x)
+    edit(model)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(lenient(x), copy.deepcopy(model).engine()(x))
+    if strict.refusal is None:
+        with pytest.raises(StaleEngine):
+            strict(x)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("place", PLACES)

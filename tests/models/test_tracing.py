@@ -41,6 +41,13 @@ def test_per_sample_gradients(name):
             assert_near(key, ours[key], expected, scale=expected.abs().max().item())
 
 
+@torch.no_grad()
+def test_images_get_the_dtype_of_the_weights():
+    _, ours = pair()
+    x, ours = batch(ours), ours.double()
+    assert_near("vmap", vmap(lambda image: ours(image[None])[0])(x), ours(x))
+
+
 def test_transforms_refuse_a_list():
     _, ours = pair()
     images = mixed(ours)
@@ -115,8 +122,10 @@ def test_interpolation_by_elementary_steps(mode, antialias):
 def test_torch_script(tmp_path):
     """Refused; a trace holds for any number of images of its size, wherever torch is, and for no other size."""
     theirs, ours = pair(dynamic_img_size=True)
-    with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
-        torch.jit.script(ours)
+    mlp = ours.blocks[0].mlp
+    for part in (ours, torch.nn.Sequential(*ours.blocks), mlp, ours.patch_embed, torch.fx.symbolic_trace(ours)):
+        with pytest.raises(NotImplementedError, match="TorchScript is deprecated"):
+            torch.jit.script(part)
     x, (h, w) = batch(theirs, 3), theirs.patch_embed.img_size
     traced = torch.jit.trace(ours, batch(theirs))
     assert_near("traced", traced(x), theirs(x))
@@ -246,6 +255,34 @@ def test_compiled_lists_know_no_size():
     assert_near("one image on its grid", compiled(one, grids=[(6, 6)]), theirs(one[0][None]))
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3"])
+def test_compiled_dense_batches_know_no_size(name, training):
+    """A graph for the first size, others as the images, rows and columns are seen to vary, one for a single image."""
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+
+    _, ours = pair(name, dynamic_img_size=True)
+    dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    h, w = ours.patch_embed.patch_size
+    for count, rows, columns in (
+        (2, 4, 6),
+        (3, 4, 6),
+        (3, 5, 6),
+        (4, 7, 4),
+        (5, 2, 3),
+        (1, 4, 4),
+        (6, 9, 9),
+        (2, 9, 2),
+    ):
+        x = torch.randn(count, 3, h * rows, w * columns, device=DEVICE)
+        with torch.set_grad_enabled(training):
+            assert_near(str(tuple(x.shape)), compiled(x), ours(x))
+    assert counters["stats"]["unique_graphs"] <= 5
+
+
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3"])
 def test_flops_of_a_mixed_batch(name):
     """Those of the images one by one."""
@@ -325,6 +362,16 @@ def test_photographs_and_arrays():
     assert torch.equal(ours([pixels.numpy()], channels_last=True), wanted)
     assert torch.equal(ours(pixels.permute(2, 0, 1)[None].numpy(), grids=[(4, 3)]), ours([photograph], grids=[(4, 3)]))
     assert torch.equal(ours.engine()([photograph, photograph])[1:], ours.engine()([photograph]))
+
+
+@pytest.mark.parametrize("recording", [False, True])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_vit3", "vit_small_patch16_dinov3"])
+def test_images_without_values(name, recording):
+    _, ours = pair(name, **({} if "dino" in name else {"dynamic_img_size": True}))
+    x, images, ours = batch(ours).to("meta"), [image.to("meta") for image in mixed(ours)], ours.to("meta")
+    with torch.set_grad_enabled(recording):
+        assert ours(x).shape == (2, 5) and ours(images).shape == (len(images), 5) and ours(images).is_meta
+        assert ours(images, grids=[(1, 2)] * len(images)).requires_grad == recording
 
 
 def test_nested_tensors_are_refused_by_name():

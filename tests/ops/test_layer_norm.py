@@ -203,3 +203,25 @@ def test_wrong_use_says_so(change, message):
     inputs = {k: v.cpu() for k, v in make_inputs([3, 5], 16, torch.float32).items()}
     with pytest.raises(ValueError, match=message):
         layer_norm(**inputs | change)
+
+
+@pytest.mark.parametrize("step", ["forward", "fp8"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(weight=torch.zeros(3, 15)), r"weight must be \(lengths, 16\)"),
+        (dict(weight=torch.zeros(16), bias=None), r"weight must be \(lengths, 16\), got \(16,\)"),
+        (dict(weight=torch.zeros(3, 16, 1)), r"weight must be \(lengths, 16\)"),
+        (dict(row=torch.zeros(7, dtype=torch.int32)), r"row must be \(8,\)"),
+        (dict(row=torch.zeros(16, dtype=torch.int32)[::2]), r"row must be contiguous"),
+        (dict(row=torch.empty(0, dtype=torch.int32)), r"row must be \(8,\)"),
+        (dict(x=torch.zeros(1, 16).expand(8, 16)), r"x must be contiguous"),
+        (dict(branch=torch.zeros(2, 16)), r"branch must have the shape of x"),
+    ],
+)
+def test_the_torch_ops_refuse_what_does_not_fit(change, message, step):
+    """By name, whichever backend would run: one in Triton reads where it is told to."""
+    inputs = {k: v.cpu() for k, v in make_inputs([3, 5], 16, torch.float32).items()} | change
+    op = getattr(torch.ops.revit_kernels, f"layer_norm_{step}")
+    with pytest.raises(ValueError, match=message):
+        op(**inputs, eps=1e-6, rms=False, backend=None)

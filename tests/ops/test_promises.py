@@ -202,7 +202,7 @@ def results(subject: Subject, images, backend=None, dtype=torch.float32, tail=0,
             grads = torch.autograd.grad(outputs, list(leaves.values()), [seed(o) for o in outputs]) if leaves else ()
     except NotImplementedError as refused:
         for_inference = training and "is for inference" in str(refused)
-        assert not must_run(backend) or for_inference, f"refused where it always ran: {refused}"
+        assert not must_run(backend, refused) or for_inference, f"refused where it always ran: {refused}"
         pytest.skip(str(refused))
     own = [LENGTHS[i] for i in images]
     found = {f"output {i}": (out.detach(), rows) for i, out in enumerate(outputs)}
@@ -285,6 +285,25 @@ def test_it_compiles_whole(subject, training):
         whole = results(subject, images, training=training, op=compiled)
         for name, (parts, _) in eager.items():
             torch.testing.assert_close(whole[name][0], parts, msg=name)
+
+
+@every_subject
+def test_second_derivatives_are_refused_by_name(subject):
+    """Also of what nothing but the op's own inputs depends on, where torch would leave them out without a word."""
+    if not subject.trained:
+        pytest.skip("the op is for inference")
+    inputs = subject.make((0, 2), 0, torch.float32)
+    leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    for power in (1, 2):
+        outputs = subject.op(**inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        total = sum((out if power == 1 else out**power).sum() for out in outputs)
+        grads = torch.autograd.grad(total, leaves, create_graph=True)
+        if power == 1 and (subject.op in (ops.patch_embed, ops.pos_embed) or subject is SUBJECTS["pool-avg"]):
+            assert not any(grad.requires_grad for grad in grads)  # they are constants
+            continue
+        with pytest.raises(RuntimeError, match=f"^{subject.op.__name__} has no second derivatives"):
+            torch.autograd.grad(sum(grad.sum() for grad in grads), leaves, allow_unused=True)
 
 
 @every_subject

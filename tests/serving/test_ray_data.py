@@ -20,6 +20,7 @@ from revit_kernels import cli
 from revit_kernels.data.archives import Archive
 from revit_kernels.serving.prepare import Settings
 from revit_kernels.serving.ray_data import Predictor, Worker, units
+from revit_kernels.serving.ray_start import connect
 
 SIZES = ((64, 48), (200, 30), (28, 28), (90, 120), (33, 47))
 
@@ -137,6 +138,16 @@ def test_map_batches(ray_here):
 
 
 # ---------------------------------------------------------------------- the command
+
+
+def test_a_ray_that_does_not_start(monkeypatch):
+    def fails(**options):
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fails)
+    with pytest.raises(RuntimeError, match=r"^Ray does not start: The current node timed out during startup\.$"):
+        connect("auto")
 
 
 def test_pieces_of_work():

@@ -211,6 +211,7 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
             assert ask("/healthz", port=port)[0] == 200  # those before it are being answered
         finally:
             process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # as a supervisor that does not wait long
         answers = [client.makefile("rb").readline() for client in clients]
         rest = process.stderr.read()
     assert answers == [b"HTTP/1.1 200 OK\r\n"] * 8
@@ -218,6 +219,38 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
     assert "Traceback" not in "".join(lines) + rest
     logged = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["images"] for line in logged if line["path"] == "/v1/classify"] == [1] + [48] * 8
+
+
+TAKES_SIGNALS = """
+import ctypes, os, signal, sys, time
+import ray
+from revit_kernels import cli
+from revit_kernels.serving import batcher, prepare, ray_serve
+
+def take(*args, **kwargs):  # as Ray does, past Python
+    ctypes.CDLL(None).signal(int(signal.SIGTERM), 0)
+
+def interrupted(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+def shutdown():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1)
+    print("whole", file=sys.stderr)
+    take()
+
+ray.init, ray.shutdown, ray_serve.listening = take, shutdown, interrupted
+prepare.prepare = lambda settings: None
+batcher.Batcher = lambda prepared: open(os.devnull)
+sys.exit(cli.main(["serve"]))
+"""
+
+
+def test_signals_while_it_starts_and_ends():
+    """Ray's handler would have the process aborted in the middle of its end."""
+    run = subprocess.run([sys.executable, "-c", TAKES_SIGNALS], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGTERM, "whole\n")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from revit_kernels.dispatch import one_device, register
 from revit_kernels.ops.attention import rotary as rotation
 from revit_kernels.ops.attention.handover import order
 from revit_kernels.ops.attention.rotary import Rotary
+from revit_kernels.ops.derivatives import once_differentiable
 
 _ROTARY = " Tensor? cos, Tensor? sin, Tensor? row, bool half, str? backend"
 
@@ -44,25 +45,20 @@ class _Attention(torch.autograd.Function):
         told = (scale, cos, sin, row, half, backend)
         out, lse = _forward(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k, *told)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, cos, sin, row)
-        ctx.max_seqlen, ctx.max_seqlen_k, ctx.scale, ctx.half, ctx.backend = (
-            max_seqlen,
-            max_seqlen_k,
-            scale,
-            half,
-            backend,
-        )
+        ctx.told = max_seqlen, max_seqlen_k, scale, half, backend
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("attention")
     def backward(ctx, grad):
         *tensors, cu_seqlens, cu_seqlens_k, cos, sin, row = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        lengths = (cu_seqlens, ctx.max_seqlen, cu_seqlens_k, ctx.max_seqlen_k)
-        dq, dk, dv = _backward(grad, *tensors, *lengths, ctx.scale, cos, sin, row, ctx.half, ctx.backend)
+        max_seqlen, max_seqlen_k, scale, half, backend = ctx.told
+        lengths = (cu_seqlens, max_seqlen, cu_seqlens_k, max_seqlen_k)
+        dq, dk, dv = _backward(grad, *tensors, *lengths, scale, cos, sin, row, half, backend)
         dcos = dsin = None
         if any(ctx.needs_input_grad[3:5]):
-            dcos, dsin = rotation.table_gradients(tensors[:2], (dq, dk), cos, sin, row, ctx.half, cu_seqlens)
+            dcos, dsin = rotation.table_gradients(tensors[:2], (dq, dk), cos, sin, row, half, cu_seqlens)
         return dq, dk, dv, dcos, dsin, *[None] * 8
 
 

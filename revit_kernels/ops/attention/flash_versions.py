@@ -19,7 +19,7 @@ from revit_kernels import native
 
 
 def _importable(name: str):
-    """The module, or why it cannot be had."""
+    """The module, or why it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,10 +1,10 @@
 """The definition of the op, in plain PyTorch: every other backend is tested against this file."""
 
 import torch
-import torch.nn.functional as F
 
 from revit_kernels.ops.attention.rotary import rotate
 from revit_kernels.ops.block import BlockWeights, Eps
+from revit_kernels.ops.linear.products import activate
 
 
 def refusal(*_):
@@ -57,11 +57,7 @@ def _attend(q, k, v, cu_seqlens, scale):
 
 
 def _activate(x, activation):
-    if activation == "quick_gelu":
-        return x * torch.sigmoid(1.702 * x)
-    if activation == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return x * torch.sigmoid(1.702 * x) if activation == "quick_gelu" else activate(x, activation)
 
 
 def forward(x, cu_seqlens, row, *rest):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.e4m3 import E4M3
 
 
@@ -32,6 +33,7 @@ _forward = register(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps, bool rms,"
     " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_forward,
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "layer_norm",
@@ -46,6 +48,7 @@ _fp8 = register(
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma, float eps, bool rms,"
     " str? backend) -> (Tensor, Tensor, Tensor)",
     _fake_fp8,
+    check=lambda args: _check_as_laid_out(args),
 )
 
 
@@ -61,7 +64,7 @@ class _LayerNorm(torch.autograd.Function):
         return y if branch is None else (y, total)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("layer_norm")
     def backward(ctx, dy, dsum=None):
         total, weight, bias, row, branch, gamma, mean, rstd = ctx.saved_tensors
         if dy is None and dsum is None:
@@ -120,6 +123,17 @@ def _check_each(x, weight, bias, row, branch, gamma):
         raise ValueError("gamma scales the branch: it needs one")
     if gamma is not None and gamma.shape != (dim,):
         raise ValueError(f"gamma must be ({dim},), got {tuple(gamma.shape)}")
+
+
+def _check_as_laid_out(args):
+    """What the public functions see to by themselves, too: kernels in Triton read what they are told to."""
+    _check(*args[:6])
+    for name in ("weight", "bias"):
+        if (parameter := getattr(args, name)) is not None and parameter.ndim != 2:
+            raise ValueError(f"{name} must be (lengths, {args.x.shape[1]}), got {tuple(parameter.shape)}")
+    for name in ("x", "row", "branch"):
+        if (tensor := getattr(args, name)) is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
 
 
 def layer_norm(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from revit_kernels.dispatch import PLAIN, one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.linear import choice
 from revit_kernels.ops.linear.products import finish, keeps
 
@@ -62,7 +63,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("linear")
     def backward(ctx, dy):
         x, weight, bias, kept = ctx.saved_tensors
         activation, gate, backend = ctx.form

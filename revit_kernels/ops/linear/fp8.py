@@ -47,7 +47,9 @@ class Quantized(NamedTuple):
 
 
 def _check_group(x, group) -> None:
-    if x.ndim != 2 or group < 1 or x.shape[1] % group:
+    if x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
+        raise ValueError(f"x must be (rows, columns) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
+    if group < 1 or x.shape[1] % group:
         raise ValueError(f"the columns must be a multiple of the group, got x {tuple(x.shape)} and {group}")
 
 
@@ -63,7 +65,13 @@ def _fake_fp8(x, x_scale, weight, weight_scale, bias, activation, gate, dtype, q
     return x.new_empty(rows, columns, dtype=dtype), x_scale.new_empty(0)
 
 
-_quantize = register("linear", "quantize", "(Tensor x, int group, str? backend) -> (Tensor, Tensor)", _fake_quantize)
+_quantize = register(
+    "linear",
+    "quantize",
+    "(Tensor x, int group, str? backend) -> (Tensor, Tensor)",
+    _fake_quantize,
+    check=lambda args: _check_group(*args),
+)
 _fp8 = register(
     "linear",
     "fp8",
@@ -71,7 +79,29 @@ _fp8 = register(
     " ScalarType dtype, bool quantized, str? backend) -> (Tensor, Tensor)",
     _fake_fp8,
     lambda args: choice.fp8_order(*args),
+    check=lambda args: _check_fp8(*args[:3], args.weight_scale.unsqueeze(-1), *args[4:7], args.quantized),
 )
+
+
+def _check_fp8(x, x_scale, weight, weight_scale, bias, activation, gate, quantized) -> None:
+    check(x, weight, bias, activation, gate)
+    for name, values, scale, groups in (
+        ("x", x, x_scale, {1, x.shape[1] / GROUP}),
+        ("weight", weight, weight_scale, {1}),
+    ):
+        rows = values.shape[0]
+        if values.dtype != E4M3:
+            raise ValueError(f"{name} must be of {E4M3}, got {values.dtype}")
+        if scale.ndim != 2 or scale.shape[0] != rows or scale.shape[1] not in groups:
+            wanted = " or ".join(f"({rows}, {int(g)})" for g in sorted(groups) if g == int(g))
+            raise ValueError(f"the scale of {name} must be {wanted}, got {tuple(scale.shape)}")
+        if scale.dtype != torch.float32:
+            raise ValueError(f"the scale of {name} must be of torch.float32, got {scale.dtype}")
+        if not scale.is_contiguous():
+            raise ValueError(f"the scale of {name} must be contiguous, got strides {scale.stride()}")
+    columns = weight.shape[0] // (2 if gate else 1)
+    if quantized and columns % GROUP:
+        raise ValueError(f"a quantized result has a scale every {GROUP} columns, got {columns} columns")
 
 
 def quantize(x: Tensor, group: int | None = None, backend: str | None = None) -> Quantized:
@@ -80,9 +110,7 @@ def quantize(x: Tensor, group: int | None = None, backend: str | None = None) ->
     A scale brings the largest number among its own to 448, e4m3's largest; it is 1 where all are zero.
     Raises ValueError where x is no such matrix, or its columns no multiple of the group.
     """
-    if x.ndim != 2 or not x.is_floating_point() or not x.shape[1]:
-        raise ValueError(f"x must be (rows, columns) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
-    group = x.shape[1] if group is None else group
+    group = x.shape[-1] if group is None and x.ndim else group
     _check_group(x, group)
     return Quantized(*_quantize(x, group, backend), x.dtype)
 
@@ -108,19 +136,7 @@ def linear_fp8(
     only between the groups of 128 inputs). Raises ValueError for a wrong shape or dtype, NotImplementedError where no
     backend takes the arguments.
     """
-    check(x.values, weight.values, bias, activation, gate)
-    for name, numbers, groups in (("x", x, {1, x.shape[1] / GROUP}), ("weight", weight, {1})):
-        rows = numbers.shape[0]
-        if numbers.values.dtype != E4M3:
-            raise ValueError(f"{name} must be of {E4M3}, got {numbers.values.dtype}")
-        if numbers.scale.ndim != 2 or numbers.scale.shape[0] != rows or numbers.scale.shape[1] not in groups:
-            wanted = " or ".join(f"({rows}, {int(g)})" for g in sorted(groups) if g == int(g))
-            raise ValueError(f"the scale of {name} must be {wanted}, got {tuple(numbers.scale.shape)}")
-        if numbers.scale.dtype != torch.float32:
-            raise ValueError(f"the scale of {name} must be of torch.float32, got {numbers.scale.dtype}")
-    columns = weight.shape[0] // (2 if gate else 1)
-    if quantized and columns % GROUP:
-        raise ValueError(f"a quantized result has a scale every {GROUP} columns, got {columns} columns")
+    _check_fp8(x.values, x.scale, weight.values, weight.scale, bias, activation, gate, quantized)
     args = (x.values, x.scale, weight.values, weight.scale[:, 0], bias, activation, gate, x.dtype, quantized)
     y, scale = _fp8(*args, backend)
     return Quantized(y, scale, x.dtype) if quantized else y

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import PLAIN, load, one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.patch_embed.weight import resize_patch_weight
 from revit_kernels.ops.pos_embed.interpolation import MODES
 from revit_kernels.packing import Packing
@@ -47,7 +48,7 @@ class _PatchEmbed(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("patch_embed")
     def backward(ctx, grad):
         dweight, sums = _backward(grad, *ctx.saved_tensors, *ctx.how)
         before, cells = sums[: ctx.how[0]], sums[ctx.how[0] :]

@@ -5,6 +5,7 @@ import torch
 from revit_kernels import native
 from revit_kernels.ops.linear import linear
 from revit_kernels.ops.linear.panels import pack_weight
+from revit_kernels.ops.patch_embed.normalisation import affine
 
 native.load("cpu")
 _embed = torch.ops.revit_kernels.patch_embed_cpu.default
@@ -36,14 +37,6 @@ def pack(weight, bias):
     return pack_weight(weight.flatten(1), bias, None, weight.dtype) if _fits(weight) else None
 
 
-def _affine(images, channels, mean, std):
-    """What to multiply a pixel of each channel with, and what to add then."""
-    std = [1.0] * channels if std is None else std
-    mean = [0.0] * channels if mean is None else mean
-    unit = 255 if images and images[0].dtype == torch.uint8 else 1
-    return [1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std)]
-
-
 def forward_packed(
     images,
     weight,
@@ -61,9 +54,9 @@ def forward_packed(
 ):
     """The op in one sweep at inference. packed: what `pack` made of the weight and the bias"""
     pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
-    affine = _affine(images, weight.shape[1], mean, std)
+    scale_and_shift = affine(images, weight.shape[1], mean, std)
     how = (interpolation == "bicubic", channels_last, prefix_tokens, image.shape[0])
-    return _embed(images, weight, packed, cu_seqlens, placement, pos, prefix, *affine, *how)
+    return _embed(images, weight, packed, cu_seqlens, placement, pos, prefix, *scale_and_shift, *how)
 
 
 def forward(
@@ -89,9 +82,9 @@ def forward(
         y = forward_packed(images, weight, packed, *places, pos, prefix, mean, std, *how)
         return y, weight.new_empty(0, weight[0].numel())
     pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
-    affine = _affine(images, weight.shape[1], mean, std)
+    scale_and_shift = affine(images, weight.shape[1], mean, std)
     how = (interpolation == "bicubic", channels_last, prefix_tokens, image.shape[0])
-    patches = _patchify(images, weight, cu_seqlens, placement, *affine, *how)
+    patches = _patchify(images, weight, cu_seqlens, placement, *scale_and_shift, *how)
     y = linear(patches, weight.flatten(1), bias)
     _place(y, cu_seqlens, placement, pos, prefix, prefix_tokens)
     return y, patches if keep else patches.new_empty(0, patches.shape[1])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from revit_kernels import native
 from revit_kernels.device_cache import host_buffer, to_device
+from revit_kernels.ops.patch_embed.normalisation import affine
 
 native.load("cuda")
 _forward = torch.ops.revit_kernels.patch_embed_cuda.default
@@ -37,13 +38,6 @@ def refusal(step, args):
             most = f"{MOST_ROWS} rows, {MOST_CHANNELS} channels and {MOST_NUMBERS} numbers"
             return f"no kernel for patches of more than {most}, got {rows} x {columns} of {channels} channels"
     return None
-
-
-def _affine(images, channels, mean, std):
-    """What to multiply a pixel of each channel with, and what to add then."""
-    mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    unit = 255 if images and images[0].dtype == torch.uint8 else 1
-    return [1 / (s * unit) for s in std], [-m / s for m, s in zip(mean, std)]
 
 
 def _table(images, channels_last, device):
@@ -79,7 +73,7 @@ def forward(
     prefix_tokens,
     keep,
 ):
-    scale, shift = _affine(images, weight.shape[1], mean, std)
+    scale, shift = affine(images, weight.shape[1], mean, std)
     table = _table(images, channels_last, weight.device)
     return _forward(
         images if table is None else images[:1],  # it says the dtype; hundreds of tensors take their time to hand over

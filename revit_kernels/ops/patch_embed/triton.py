@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from revit_kernels import measured
-from revit_kernels.device_cache import DeviceCache, to_device
+from revit_kernels.device_cache import DeviceCache, constant, to_device
+from revit_kernels.ops.patch_embed.normalisation import affine
 
 PIXELS = {torch.uint8: tl.uint8, torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -249,10 +250,9 @@ def _table(images, channels_last, device):
 
 
 def _affine(images, channels, mean, std, device):
-    mean, std = mean or [0.0] * channels, std or [1.0] * channels
-    unit = 255 if images and images[0].dtype == torch.uint8 else 1
-    rows = tuple(1 / (s * unit) for s in std), tuple(-m / s for m, s in zip(mean, std))
-    return _CACHE.get(("affine", rows), device, lambda: [torch.tensor(rows, dtype=torch.float32)])[0]
+    """(2, channels) fp32"""
+    rows = affine(images, channels, mean, std)
+    return constant(("affine", *map(tuple, rows)), device, lambda: torch.tensor(rows, dtype=torch.float32))
 
 
 def forward(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 
 KINDS = ("token", "avg", "max", "avgmax")
 
@@ -30,7 +31,7 @@ class _Pool(torch.autograd.Function):
         return _forward(x, cu_seqlens, kind, prefix, include_prefix, backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("pool")
     def backward(ctx, grad):
         x, cu_seqlens = ctx.saved_tensors
         return _backward(grad.contiguous(), x, cu_seqlens, ctx.tokens, *ctx.rest), None, None, None, None, None

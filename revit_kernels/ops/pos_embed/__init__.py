@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import register
+from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.pos_embed.interpolation import MODES
 
 _HOW = "SymInt[] sizes, str interpolation, bool antialias, bool align_corners, float offset, str? backend"
@@ -37,7 +38,7 @@ class _PosEmbed(torch.autograd.Function):
         return _forward(table, sizes, *how)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("pos_embed")
     def backward(ctx, grad):
         return _backward(grad, *ctx.how), None, None, None, None, None, None
 

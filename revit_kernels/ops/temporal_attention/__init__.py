@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import one_device, register
+from revit_kernels.ops.derivatives import once_differentiable
 
 
 def _fake_forward(q, *_):
@@ -37,7 +38,7 @@ class _TemporalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable("temporal_attention")
     def backward(ctx, grad):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         return *_backward(grad, *ctx.saved_tensors, *ctx.told), *[None] * 6
