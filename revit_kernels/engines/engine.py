@@ -236,4 +236,4 @@ def _embedded(running, blocks, images, packing, channels_last) -> Tensor:
 
 
 def _dense(x: Tensor, packing) -> Tensor:
-    return x.view(packing.images, packing.max_seqlen, -1)
+    return x.view(packing.images, packing.max_seqlen, x.shape[-1])

@@ -220,7 +220,7 @@ class Embedding:
             x = self._embed_in_steps(images, channels_last)
         else:
             x = self._embed(images, packing, channels_last, positions, packed)
-            x = x.view(packing.images, packing.max_seqlen, -1) if dense else x
+            x = x.view(packing.images, packing.max_seqlen, x.shape[-1]) if dense else x
             x = x if self.pos_embed is None and self.pos_axes is None else self.pos_drop(x)
         if dense or isinstance(self.patch_drop, nn.Identity):
             x = self.patch_drop(x)

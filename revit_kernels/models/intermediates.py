@@ -96,7 +96,7 @@ class Intermediates:
         if dense:
             patches = tokens[:, prefix:]
             if maps:
-                patches = patches.reshape(patches.shape[0], *grid, -1).permute(0, 3, 1, 2).contiguous()
+                patches = patches.reshape(patches.shape[0], *grid, patches.shape[2]).permute(0, 3, 1, 2).contiguous()
             return patches, tokens[:, :prefix]
         parts = packing.split(tokens)
         patches = tuple(part[prefix:] for part in parts)

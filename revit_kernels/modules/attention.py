@@ -323,11 +323,11 @@ class _Lambda(Maps):
         k = self.k_norm(k.reshape(-1, self.num_heads, 2, self.head_dim)).transpose(1, 2)
         v = v.reshape(-1, 1, self.num_heads, 2, self.head_dim).expand(-1, 2, -1, -1, -1)
         shape = (q.shape[0], 2, self.num_heads, 2, self.head_dim)
-        wide = (t.unsqueeze(3).expand(shape).reshape(q.shape[0], -1, self.head_dim) for t in (q, k))
-        y = attend(*wide, v.reshape(q.shape[0], -1, self.head_dim), packing, self.kernel_scale(), **options)
+        wide = (t.unsqueeze(3).expand(shape).flatten(1, 3) for t in (q, k))
+        y = attend(*wide, v.flatten(1, 3), packing, self.kernel_scale(), **options)
         first, second = y.view(shape[0], 2, self.num_heads, 2 * self.head_dim).unbind(1)
         y = self.sub_norm(first - self._compute_lambda().type_as(q) * second) * (1 - self.lambda_init)
-        return y.reshape(shape[0], -1)
+        return y.flatten(1)
 
     def _differ_in_steps(self, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
         """`_differ` with timm's steps and shapes. q, k, v: (images, length, dim)"""

@@ -97,7 +97,7 @@ class AttentionPoolLatent(Maps):
             max_seqlen_k=packing.max_seqlen,
             scale=self.kernel_scale(),
         )
-        return self._answer(y.reshape(images, self.latent_len, -1))
+        return self._answer(y.reshape(images, self.latent_len, self.num_heads * self.head_dim))
 
     def _is_plain(self) -> bool:
         norms = is_plain(self.q_norm, "Identity", *PLAIN) and is_plain(self.k_norm, "Identity", *PLAIN)
