@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revit_kernels.files import write_whole
-from revit_kernels.models import convert_timm, hugging_face, openai_clip
+from revit_kernels.models import convert_timm, families, hugging_face, openai_clip
 from revit_kernels.models.arguments import PLACES, check_arguments, check_description, constructor_arguments
 from revit_kernels.models.naflex_inputs import projection
 from revit_kernels.models.weight_files import is_safetensors, read_checkpoint, some
@@ -149,6 +149,8 @@ def check_state(state, model, source, strict=True) -> None:
     wrong += [f"unexpected: {some(unexpected)}"] if unexpected else []
     if not wrong:
         return
+    if told := families.mismatch(state, model, source):
+        raise ValueError(told)
     advice = ""
     if shape and all(line.startswith(HEADS) for line in shape):
         advice = " (to begin a new head, give num_classes to create_model, or new_head=True)"
@@ -198,6 +200,16 @@ def load_checkpoint(
     copied.
     """
     state = read_checkpoint(path, prefix)
+    try:
+        state = _fitted(state, model, path, strict, new_head, interpolation, antialias)
+    except ValueError:
+        families.refuse_others(state, path)
+        raise
+    return model.load_state_dict(state, strict=strict)
+
+
+def _fitted(state, model, path, strict, new_head, interpolation, antialias) -> dict[str, Tensor]:
+    """The state with the model's keys and shapes; see `load_checkpoint`."""
     if convert_timm.is_timms(state, model):
         state = convert_timm.our_state(state, model)
     elif openai_clip.is_clip(state):
@@ -209,7 +221,7 @@ def load_checkpoint(
     if model.menu is not None:
         model.fill_lengths(state)
     check_state(state, model, path, strict)
-    return model.load_state_dict(state, strict=strict)
+    return state
 
 
 def description(path) -> dict | None:

@@ -21,7 +21,7 @@ ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu
 TOWERS = ("Qwen3VitClassifier", "DeepseekVitClassifier", "Gemma4VitClassifier")
 TAKEN = ("NaFlexVit", *TOWERS)
 USUAL = {"act_layer": "gelu", "mlp_layer": "Mlp", "norm_layer": {"name": "layernorm", "eps": 1e-6}}  # as None
-PROJECTORS = re.compile(r"(?:merger|aligner|pooler|std_bias|std_scale)")  # of language models
+PROJECTORS = re.compile(r"(?:merger|aligner|pooler)")  # of language models
 
 
 class Description(NamedTuple):
@@ -176,6 +176,7 @@ def _gemma(encoder: nn.Module, kwargs: dict) -> Description:
         "intermediate_size": block.mlp.gate_proj.linear.out_features,
         "num_positions": encoder.patch_embed.position_embedding_size,
         "use_clipped_linears": encoder.use_clipped_linears,
+        "standardize": encoder.std_bias is not None,
     }
     if block.attn.num_kv_heads != block.attn.num_heads:
         kwargs["num_kv_heads"] = block.attn.num_kv_heads

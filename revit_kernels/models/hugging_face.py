@@ -28,6 +28,7 @@ TAKEN = (
     *("DeiTForImageClassificationWithTeacher", "Dinov2Model", "Dinov2WithRegistersModel", "DINOv3ViTModel"),
     *("CLIPVisionModel", "CLIPVisionModelWithProjection", "SiglipVisionModel", "Siglip2VisionModel"),
 )
+FAMILIES = "ViT, DeiT, DINOv2, DINOv3, the vision models of CLIP and SigLIP, TimeSformer, VideoMAE, ViViT and V-JEPA 2"
 
 # Keys of one block and around the blocks, as transformers 4 and 5 write them, and timm's for them.
 OF_BLOCK = (
@@ -260,7 +261,7 @@ def from_transformers(model: nn.Module) -> VarLenViT:
     if name in video.TAKEN:
         return video.from_transformers(model)
     if name not in TAKEN:
-        raise NotImplementedError(f"from_transformers takes {', '.join((*TAKEN, *video.TAKEN))}, got {name}")
+        raise NotImplementedError(f"from_transformers takes {FAMILIES}, got {name}")
     new = _build(name, config)
     state = timm_state(dict(model.named_parameters()))
     pooler = {key: state.pop(f"pooler.{key}", None) for key in ("weight", "bias")}

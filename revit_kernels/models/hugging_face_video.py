@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor, nn
 
+from revit_kernels.models import families
 from revit_kernels.models.checkpoints import check_state
 from revit_kernels.models.hugging_face import _pooler, of_blocks, renamed, size_of
 from revit_kernels.models.timesformer import VarLenTimeSformer
@@ -77,16 +78,20 @@ def our_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load(model: ClipModel, path, prefix: str = "") -> None:
     """See ClipModel.load_pretrained."""
-    state = read_checkpoint(path, prefix)
-    if is_hugging_face(state):
-        state = {key: x for key, x in our_state(state).items() if not key.startswith("pooler.")}
-    else:
-        state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in state.items()}
-    if not model.num_classes:
-        state = {key: x for key, x in state.items() if not key.startswith("head.")}
-    if model.menu is not None:
-        model.fill_lengths(state)
-    check_state(state, model, path)
+    read = read_checkpoint(path, prefix)
+    try:
+        if is_hugging_face(read):
+            state = {key: x for key, x in our_state(read).items() if not key.startswith("pooler.")}
+        else:
+            state = {re.sub(r"^(?:model\.|module\.)+", "", key): x for key, x in read.items()}
+        if not model.num_classes:
+            state = {key: x for key, x in state.items() if not key.startswith("head.")}
+        if model.menu is not None:
+            model.fill_lengths(state)
+        check_state(state, model, path)
+    except ValueError:
+        families.refuse_others(read, path)
+        raise
     model.load_state_dict(state)
 
 

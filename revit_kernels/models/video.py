@@ -111,13 +111,15 @@ class ClipModel(nn.Module):
                 if not isinstance(clip, Tensor) or clip.ndim != 4:
                     found = tuple(clip.shape) if isinstance(clip, Tensor) else type(clip).__name__
                     raise ValueError(f"clips[{i}] must be {layout}: frames of one size, got {found}")
+        shapes = [tuple(x.shape[1:])] * len(x) if isinstance(x, Tensor) else [tuple(clip.shape) for clip in x]
         at = (0, slice(1, 3), 3) if channels_last else (1, slice(2, 4), 0)
-        sizes = [(clip.shape[at[0]], *clip.shape[at[1]]) for clip in x]
-        for i, clip in enumerate(x):
-            if clip.shape[at[2]] != self.in_chans:
-                raise ValueError(f"expected clips of {self.in_chans} channels, got {clip.shape[at[2]]} (clips[{i}])")
-            if 0 in sizes[i]:
-                raise ValueError(f"clips[{i}] is empty: {tuple(clip.shape)}")
+        for shape in dict.fromkeys(shapes):
+            if shape[at[2]] != self.in_chans:
+                which = f"{shape[at[2]]} (clips[{shapes.index(shape)}])"
+                raise ValueError(f"expected clips of {self.in_chans} channels, got {which}")
+            if 0 in shape:
+                raise ValueError(f"clips[{shapes.index(shape)}] is empty: {shape}")
+        sizes = [(shape[at[0]], *shape[at[1]]) for shape in shapes]
         if packing is not None:
             if grids is not None:
                 raise ValueError("give grids or packing, not both")
@@ -163,20 +165,27 @@ class ClipModel(nn.Module):
 
     def _frames(self, x, own: list[int], wanted: list[int], channels_last: bool) -> Tensor | list[Tensor]:
         """What becomes tokens, clip by clip: frames, or tubelets as images of `tubelet` times the channels."""
-        time = 0 if channels_last else 1
-        if self.tubelet == 1 and isinstance(x, Tensor) and own == wanted and len(x):
-            x = x if channels_last else x.transpose(1, 2)
+        if isinstance(x, Tensor) and len(x):
+            x = x if channels_last else x.transpose(1, 2)  # (clips, frames, ...)
+            if own != wanted:
+                frame = [i * n + j for i, (n, count) in enumerate(zip(own, wanted)) for j in sampled(n, count)]
+                x = x.flatten(0, 1).index_select(0, self._numbers(frame))[None]
+            if self.tubelet > 1:
+                return self._tubelets(x, channels_last).flatten(0, 1)
             if x.stride(0) == x.stride(1) * x.shape[1]:
                 return x.flatten(0, 1)  # a view
-            time, x = 0, x.unbind()
-        elif own != wanted:
-            pairs = zip(x, own, wanted)
-            x = [clip if n == m else clip.index_select(time, self._numbers(sampled(n, m))) for clip, n, m in pairs]
-        if self.tubelet == 1:
-            return [frame for clip in x for frame in clip.unbind(time)]
-        if channels_last:
-            return [t for clip in x for t in clip.unflatten(0, (-1, self.tubelet)).permute(0, 2, 3, 4, 1).flatten(3)]
-        return [t for clip in x for t in clip.unflatten(1, (-1, self.tubelet)).transpose(0, 1).flatten(1, 2)]
+            return [frame for clip in x for frame in clip]
+        found = []
+        for clip, n, count in zip(x, own, wanted):
+            clip = clip if channels_last else clip.transpose(0, 1)
+            clip = clip if n == count else clip.index_select(0, self._numbers(sampled(n, count)))
+            found += (clip if self.tubelet == 1 else self._tubelets(clip, channels_last)).unbind()
+        return found
+
+    def _tubelets(self, frames: Tensor, channels_last: bool) -> Tensor:
+        """(..., tubelets, height, width, channels * tubelet), or channels first, of (..., frames, height, ...)."""
+        x = frames.unflatten(-4, (-1, self.tubelet))
+        return x.movedim(-4, -1).flatten(-2) if channels_last else x.transpose(-4, -3).flatten(-4, -3)
 
     def _numbers(self, values) -> Tensor:
         return torch.tensor(values, device=self._device())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from revit_kernels.models.checkpoints import resample_positions
+from revit_kernels.models.families import PLAINEST, family
 from revit_kernels.models.timesformer import VarLenTimeSformer
 from revit_kernels.models.video import ClipModel
 from revit_kernels.models.weight_files import read_checkpoint, some
@@ -41,6 +42,8 @@ def inflate(model: ClipModel, path, found: dict | None) -> bool:
     own = found is None and state.keys() == model.state_dict().keys()
     in_time = any("temporal_" in key or key == "time_embed" for key in state)
     if own or in_time or "cls_token" not in state or not isinstance(model, VarLenTimeSformer):
+        return False
+    if family(state) != PLAINEST:
         return False
     model.load_state_dict(inflated(state, model, path, tuple(found["grid"]) if found else None))
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from revit_kernels import modules
@@ -57,6 +58,8 @@ class VarLenGemma4(_Tower):
     intermediate_size:       width of the gated MLPs
     num_positions:           rows and columns that have positions
     use_clipped_linears:     whether linear layers clamp their inputs and outputs
+    standardize:             whether there are `std_bias` and `std_scale` of a language model's projector; no answer
+                             uses them, but checkpoints hold them
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class VarLenGemma4(_Tower):
         intermediate_size: int = 3072,
         num_positions: int = 10240,
         use_clipped_linears: bool = False,
+        standardize: bool = False,
         **kwargs,
     ):
         mode, depth, heads = kwargs.pop("weight_init", ""), kwargs.pop("depth", 16), kwargs.get("num_heads", 12)
@@ -92,6 +96,9 @@ class VarLenGemma4(_Tower):
             )
             for i in range(depth)
         )
+        if standardize:
+            self.register_buffer("std_bias", torch.zeros(self.embed_dim, **new))
+            self.register_buffer("std_scale", torch.ones(self.embed_dim, **new))
         reduction = self.patch_embed.feat_ratio()
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": self.embed_dim, "reduction": reduction} for i in range(depth)

@@ -319,14 +319,17 @@ def test_export_of_any_batch_of_one_size(name):
 
 
 @torch.no_grad()
-def test_onnx_by_the_older_exporter(tmp_path):
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "the older exporter"])
+def test_onnx(dynamo, tmp_path):
+    """By the newer exporter for any number of images."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     theirs, ours = (model.cpu() for model in pair(NAMES[1], dynamic_img_size=True))
     x, path = batch(theirs).cpu(), str(tmp_path / "model.onnx")
-    torch.onnx.export(ours, (x,), path, dynamo=False, input_names=["x"])
+    shapes = {"dynamic_shapes": {"x": {0: torch.export.Dim("images")}}} if dynamo else {}
+    torch.onnx.export(ours, (x,), path, dynamo=dynamo, verbose=False, input_names=["x"], **shapes)
     session = runtime.InferenceSession(path)
-    for images in (x, x.flip(0)):
+    for images in (x, x.flip(0), *([x[:1], x.repeat(2, 1, 1, 1)] if dynamo else [])):
         (found,) = session.run(None, {"x": images.numpy()})
         assert_near("ONNX", torch.from_numpy(found), theirs(images))
 

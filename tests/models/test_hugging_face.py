@@ -217,7 +217,7 @@ def test_constants_of_its_image_processor():
 
 def test_wrong_use():
     config = transformers.ViTMAEConfig(**SMALL, intermediate_size=100)
-    with pytest.raises(NotImplementedError, match=r"from_transformers takes ViTModel, .*, got ViTMAEModel"):
+    with pytest.raises(NotImplementedError, match=r"takes ViT, DeiT, .* and V-JEPA 2, got ViTMAEModel"):
         revit_kernels.from_transformers(transformers.ViTMAEModel(config))
     with pytest.raises(NotImplementedError, match=r"hidden_act must be one of .*, got 'relu'"):
         config = transformers.ViTConfig(**SMALL, intermediate_size=100, hidden_act="relu")

@@ -213,7 +213,7 @@ def test_checkpoints_by_layout(attention_type, tmp_path):
     loaded.load_pretrained(path)
     same(loaded(x), revit_kernels.from_transformers(theirs)(x))
     with pytest.raises(ValueError, match="where the model has"):
-        VarLenTimeSformer(**SMALL | dict(img_size=40)).load_pretrained(path)
+        VarLenTimeSformer(**SMALL | dict(img_size=40), attention_type=attention_type).load_pretrained(path)
 
 
 MENU = [(4, 4, 4), (4, 3, 3), (2, 3, 3)]

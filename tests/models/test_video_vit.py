@@ -149,6 +149,19 @@ def test_layouts(positions):
         model(pixels[:, :7], channels_last=True)
 
 
+@every_position
+@torch.no_grad()
+def test_a_tensor_of_clips_is_a_list_of_them(positions):
+    """Also of some clips fewer frames than of others."""
+    model = ours(positions)
+    pixels = torch.randint(256, (4, 8, 32, 32, 3), dtype=torch.uint8, device=DEVICE)
+    for grids in ([(4, 4, 4)] * 4, [(2, 4, 4)] * 4, [(4, 4, 4), (1, 2, 3), (4, 3, 3), (2, 4, 4)]):
+        logits = model(list(pixels), grids=grids, channels_last=True)
+        same(model(pixels, grids=grids, channels_last=True), logits)
+        same(model(pixels.permute(0, 4, 1, 2, 3), grids=grids), logits)
+        same(model(pixels.permute(0, 4, 1, 2, 3).contiguous(), grids=grids), logits)
+
+
 def test_angles_of_positions():
     turn = angles(((2, 1, 3), (1, 2, 1)), 24, torch.device("cpu"))
     assert turn.cos.shape == (8, 24)

@@ -55,7 +55,8 @@ def _halves(x: Tensor, pairs: int, half: bool) -> tuple[Tensor, Tensor]:
 
 def _of_tokens(cos: Tensor, sin: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens, heads or 1, pairs) each."""
-    stays, at = (row < 0).view(-1, *[1] * (cos.ndim - 1)), row.clamp(0, cos.shape[0] - 1).long()
+    # Widened first: of a clamped int32, ONNX's exporter of torch 2.11 writes a graph that names what it lacks.
+    stays, at = (row < 0).view(-1, *[1] * (cos.ndim - 1)), row.long().clamp(0, cos.shape[0] - 1)
     cos, sin = torch.where(stays, 1.0, cos[at]), torch.where(stays, 0.0, sin[at])
     return (cos, sin) if cos.ndim == 3 else (cos[:, None], sin[:, None])
 
