@@ -14,7 +14,9 @@ from revit_kernels import dispatch, native
 from revit_kernels.ops.linear import choice
 
 OPS = {
-    "attention": {"_forward": lambda q, k, v, *_: (torch.empty_like(v), v.new_empty(v.shape[:2], dtype=torch.float32))},
+    "attention": {
+        "_forward": lambda q, k, v, *_: (v.new_empty(q.shape), v.new_empty(q.shape[:2], dtype=torch.float32))
+    },
     "layer_norm": {"_forward": lambda x, weight, bias, row, branch, *_: _normalised(x, branch)},
     "patch_embed": {
         "_images": lambda *_: None,

@@ -42,7 +42,8 @@ class AdaptiveViT(nn.Module):
     capacity: rows of a packing made on the device; the worst case if not given
     reuse:    let images that stay at the shortest length go on from the tokens of a "tokens" assigner
 
-    A fixed, random or assigner policy makes one packed pass, and on a GPU never waits for the device. A cascade is two
+    A fixed, random or assigner policy makes one packed pass, and on a GPU, of a model with one patch kernel, never
+    waits for the device. A cascade is two
     passes; between them it waits to know who goes on.
     Raises ValueError where policy, model, assigner, outcomes and costs do not belong together. A budget that cannot be
     met gives the nearest that can be, with a warning.
@@ -156,11 +157,14 @@ class AdaptiveViT(nn.Module):
 
         images:        a tensor, or a list of images of any sizes, as VarLenViT takes them
         labels:        (images,) true menu rows, for the policy "oracle" alone
-        device_choice: pack on the device, without waiting for it; by default where the model is on a GPU
+        device_choice: pack on the device, without waiting for it; by default where the model is on a GPU and the host
+                       need not pack: it does clips, and images of a patch kernel per length
         """
         count, device = len(images), next(self.model.parameters()).device
         if device_choice is None:
-            device_choice = device.type != "cpu" and self.model.per_frame is None  # clips are packed by the host
+            # Clips, and images of a patch kernel per length, are packed by the host.
+            by_host = self.model.per_frame is not None or self.model.resizable["embedding"] != "resize"
+            device_choice = device.type != "cpu" and not by_host
         if count == 0:
             empty = torch.zeros(0, dtype=torch.long, device=device)
             logits = torch.zeros(0, self.model.num_classes, device=device, dtype=next(self.model.parameters()).dtype)

@@ -48,12 +48,10 @@ def is_clip(keys) -> bool:
 def timm_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of the vision tower, in timm's layout; text is left out, and the projection becomes the head.
 
-    Raises ValueError for a ModifiedResNet, and for a key that is none of that layout's.
+    Raises ValueError for a key that is none of that layout's.
     """
     start = _start(state)
     tower = {key.removeprefix(start): x for key, x in state.items() if key.startswith(start)}
-    if "attnpool.c_proj.weight" in tower:
-        raise ValueError("this CLIP's vision tower is a ModifiedResNet, which is no Vision Transformer")
     new = {}
     for key, x in tower.items():
         if found := re.match(r"transformer\.resblocks\.(\d+)\.(.+)", key):

@@ -257,9 +257,14 @@ class Resizable:
             )
         if not is_plain(self.patch_embed.proj, "Conv2d"):
             raise ValueError(f"embedding {self.resizable['embedding']!r} needs a patch projection without hooks")
+        rows = {grid: nearest(cells(grid), self.menu) for grid in set(packing.grids)}
+        if len(set(rows.values())) == 1:
+            weight, bias = self._kernel(*set(rows.values()))
+            with without_autocast(weight.device):
+                return ops.patch_embed(images, weight, bias, packing, pos=pos, prefix=prefix, **options)
         groups: dict[int, list[int]] = {}
         for i, grid in enumerate(packing.grids):
-            groups.setdefault(nearest(cells(grid), self.menu), []).append(i)
+            groups.setdefault(rows[grid], []).append(i)
         parts, starts, total = [], [0] * packing.images, 0
         for row, members in groups.items():
             part = Packing.from_grids(
