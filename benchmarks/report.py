@@ -150,7 +150,7 @@ def accuracy_table(results: dict) -> list[str]:
     if not found:
         return []
     lines = [
-        f"#### Accuracy in int8: the shipped model on {found['rows'][0]['images']:,} test images, {found['date']}",
+        f"#### Accuracy in int8: the ReViT shipped on {found['date']}, {found['rows'][0]['images']:,} test images",
         "",
         "| grid | | accuracy, % | points lost against bf16 |",
         "|---|---|---|---|",
