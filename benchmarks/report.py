@@ -42,7 +42,7 @@ BENCHES = {  # what docs/performance.md shows: file::function, and what it is
     "bench_video::bench_video": "TimeSformer-S, 8 clips of 8 frames, grids 14x14, 10x10, 7x7",
     "bench_temporal_attention::bench_temporal_attention": "Temporal attention alone, forward, 8 clips, 6 heads of 64",
     "bench_patch_embed::bench_patch_embed_photographs": "Patch embedding of 32 uint8 photographs, each resized",
-    "bench_training::bench_recipe": "A whole training step of a small ReViT, 64 images at every length",
+    "bench_training::bench_recipe": "A whole training step of a small model, 64 images at every length",
     "bench_training::bench_training": "A training step at every length of the menu, in one packed pass",
     "bench_loading::bench_loading": "Preparing the images of a training step in one process, against the step itself",
 }

@@ -43,8 +43,7 @@ class AdaptiveViT(nn.Module):
     reuse:    let images that stay at the shortest length go on from the tokens of a "tokens" assigner
 
     A fixed, random or assigner policy makes one packed pass, and on a GPU, of a model with one patch kernel, never
-    waits for the device. A cascade is two
-    passes; between them it waits to know who goes on.
+    waits for the device. A cascade is two passes; between them it waits to know who goes on.
     Raises ValueError where policy, model, assigner, outcomes and costs do not belong together. A budget that cannot be
     met gives the nearest that can be, with a warning.
     """

@@ -258,8 +258,8 @@ class Resizable:
         if not is_plain(self.patch_embed.proj, "Conv2d"):
             raise ValueError(f"embedding {self.resizable['embedding']!r} needs a patch projection without hooks")
         rows = {grid: nearest(cells(grid), self.menu) for grid in set(packing.grids)}
-        if len(set(rows.values())) == 1:
-            weight, bias = self._kernel(*set(rows.values()))
+        if len(of_all := set(rows.values())) == 1:
+            weight, bias = self._kernel(of_all.pop())
             with without_autocast(weight.device):
                 return ops.patch_embed(images, weight, bias, packing, pos=pos, prefix=prefix, **options)
         groups: dict[int, list[int]] = {}
