@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What the assigner adds, over several trainings of it: measured speed and test accuracy, with spread.
+"""What the assigner adds, over several trainings of it, or of it and its model: measured speed and test accuracy.
 
     python recipes/assigner_seeds.py runs/fashion_mnist/model.safetensors --labels runs/fashion_mnist/labels.parquet
+    python recipes/assigner_seeds.py runs/seed?/model.safetensors --labels runs/seed?/labels.parquet
 
-A minute a seed on 2 cores of a Zen 4 CPU, and two minutes for the measurement. Prices come from held-out images; the
-test images are touched once, by all seeds together.
+A minute a seed on 2 cores of a Zen 4 CPU, and two minutes for the measurement of a model. Prices come from held-out
+images; the test images are touched once, by all seeds together.
 """
 
 import argparse
@@ -32,12 +33,12 @@ BUDGETS = ("1.5x", "2x", "2.5x")
 ROUNDS, TIMED, BATCH = 3, 1500, 327
 
 
-def measure(model, assigners, test, costs) -> list[dict]:
-    """A row for each length alone, and for each policy, seed and budget."""
+def measure(model, assigners: dict, test, costs) -> list[dict]:
+    """A row for each length alone, and for each policy, seed and budget. assigners: of seeds"""
     engine = model.engine()
     rows = [("fixed", None, "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
     for name in ("cascade", "assigner", "assigner+cascade"):
-        for seed, assigner in enumerate(assigners[:1] if name == "cascade" else assigners):
+        for seed, assigner in list(assigners.items())[: 1 if name == "cascade" else None]:
             for budget in BUDGETS:
                 adaptive = AdaptiveViT(engine, name, assigner=assigner, budget=budget, costs=costs)
                 rows.append((name, seed, budget, adaptive))
@@ -56,6 +57,7 @@ def measure(model, assigners, test, costs) -> list[dict]:
             "seed": seed,
             "budget": budget,
             "accuracy": one.accuracy,
+            "full": static[0].accuracy,
             "speed": one.speed(static[0]),
             "speed_range": one.spread(static[0]),
             "alone": alone(one.speed(static[0])),
@@ -74,17 +76,21 @@ def _spread(values) -> str:
 def table(done: dict) -> str:
     """The Markdown of what was measured: means and standard deviations over the seeds."""
     rows, menu = done["rows"], [f"{h}x{w}" for h, w in done["menu"]]
-    full = next(row["accuracy"] for row in rows if row["policy"] == "fixed")
     lengths = [row for row in rows if row["policy"] == "fixed"]
+    lengths = [lengths[i :: len(menu)] for i in range(len(menu))]
+    what = "assigners of one model" if done["models"] == 1 else "models, each with an assigner of its own"
     lines = [
-        "# The assigner, trained several times",
+        f"# {'The assigner' if done['models'] == 1 else 'Model and assigner'}, trained several times",
         "",
-        f"{done['seeds']} assigners of one model, each with another seed, on {done['count']:,} test images of "
+        f"{done['seeds']} {what}, each with another seed, on {done['count']:,} test images of "
         f"{done['images']}; mean and standard deviation over the seeds. Speeds are measured, and count assigner, "
         f"repacking and launches. {done['about']}.",
         "",
         "Lengths alone: "
-        + ", ".join(f"{g} {100 * row['accuracy']:.2f} % at {row['speed']:.2f}x" for g, row in zip(menu, lengths))
+        + ", ".join(
+            f"{g} {_spread([row['accuracy'] for row in of])} % at {np.mean([row['speed'] for row in of]):.2f}x"
+            for g, of in zip(menu, lengths)
+        )
         + ".",
         "",
         "| policy | budget | accuracy, % | above full length, points | measured speed | above lengths alone there "
@@ -96,7 +102,7 @@ def table(done: dict) -> str:
             of = [row for row in rows if row["policy"] == name and row["budget"] == budget]
             speed = [row["speed"] for row in of]
             cells = [name, budget, _spread([row["accuracy"] for row in of])]
-            cells += [_spread([row["accuracy"] - full for row in of])]
+            cells += [_spread([row["accuracy"] - row["full"] for row in of])]
             cells += [f"{np.mean(speed):.2f}x ({min(speed):.2f} to {max(speed):.2f})"]
             cells += [_spread([row["accuracy"] - row[key] for row in of]) for key in ("alone", "alone_at_budget")]
             lines.append("| " + " | ".join(cells) + " |")
@@ -105,27 +111,32 @@ def table(done: dict) -> str:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("model")
-    arguments.add_argument("--labels", required=True, help="of revit label --held-out --probabilities")
+    arguments.add_argument("models", nargs="+", metavar="MODEL", help="one, or one for each seed")
+    arguments.add_argument("--labels", nargs="+", required=True, help="of each: revit label --held-out --probabilities")
     arguments.add_argument("--data", default="fashion-mnist")
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--seeds", type=int, default=3, help="of the assigners of a single model")
     arguments.add_argument("--trunk", default="scout")
     arguments.add_argument("--output", default="recipes/reports/ablation_assigner_fashion_mnist")
     args = arguments.parse_args()
-    model, outcomes = load_resizable(args.model, None, None), Outcomes.load(args.labels)
-    parameter = next(model.parameters())
-    images, test = (fit_images(open_set(args.data, split), model) for split in ("train", "test"))
-    assigners = []
-    for seed in range(args.seeds):
-        found = train_assigner(model, outcomes, images, args.trunk, AssignerRecipe(seed=seed))
-        assigners.append(found.to(parameter.device, parameter.dtype))
-    costs = assigners[0].costs_for(model)
-    if costs.device == COUNTED:
-        costs = measure_costs(model.engine(), assigners[0], rounds=25, batch=128)
-    rows = measure(model, assigners, test, costs)
+    if len(args.models) != len(args.labels):
+        arguments.error(f"{len(args.models)} models need as many --labels, got {len(args.labels)}")
+    single, rows = len(args.models) == 1, []
+    for i, (file, labels) in enumerate(zip(args.models, args.labels)):
+        model, outcomes = load_resizable(file, None, None), Outcomes.load(labels)
+        parameter = next(model.parameters())
+        images, test = (fit_images(open_set(args.data, split), model) for split in ("train", "test"))
+        assigners = {}
+        for seed in range(args.seeds) if single else (i,):
+            found = train_assigner(model, outcomes, images, args.trunk, AssignerRecipe(seed=seed))
+            assigners[seed] = found.to(parameter.device, parameter.dtype)
+        first = next(iter(assigners.values()))
+        costs = first.costs_for(model)
+        if costs.device == COUNTED:
+            costs = measure_costs(model.engine(), first, rounds=25, batch=128)
+        rows += measure(model, assigners, test, costs)
     about = f"{device_name(parameter.device)}, {torch.get_num_threads()} threads, {date.today().isoformat()}"
-    done = {"rows": rows, "menu": model.menu, "seeds": args.seeds, "count": len(test), "images": test.name}
-    done["about"] = about
+    done = {"rows": rows, "menu": model.menu, "models": len(args.models), "count": len(test), "images": test.name}
+    done |= {"seeds": args.seeds if single else len(args.models), "about": about}
     path = Path(args.output).with_suffix(".json")
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(done, indent=1)))
     path.with_suffix(".md").write_text(table(done))
