@@ -30,6 +30,7 @@ from revit_kernels.training.assigner import AssignerRecipe, train_assigner
 from revit_kernels.training.labels import collect, fit_images
 
 BUDGETS = ("1.5x", "2x", "2.5x")
+POLICIES = ("cascade", "assigner", "assigner+cascade", "scout+cascade")
 ROUNDS, TIMED, BATCH = 3, 1500, 327
 
 
@@ -37,7 +38,7 @@ def measure(model, assigners: dict, test, costs) -> list[dict]:
     """A row for each length alone, and for each policy, seed and budget. assigners: of seeds"""
     engine = model.engine()
     rows = [("fixed", None, "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
-    for name in ("cascade", "assigner", "assigner+cascade"):
+    for name in POLICIES:
         for seed, assigner in list(assigners.items())[: 1 if name == "cascade" else None]:
             for budget in BUDGETS:
                 adaptive = AdaptiveViT(engine, name, assigner=assigner, budget=budget, costs=costs)
@@ -47,9 +48,10 @@ def measure(model, assigners: dict, test, costs) -> list[dict]:
     static = found[: len(model.menu)]
     points = [(1 / one.speed(static[0]), one.accuracy) for one in static]
 
-    def alone(speed: float) -> float:
-        """The accuracy of the lengths alone, or of a mix of two of them, at a speed."""
-        return sum(share * points[i][1] for i, share in at_equal_speed(points, 1 / speed).items())
+    def alone(speed: float) -> float | None:
+        """The accuracy of the lengths alone, or of a mix of two of them, at a speed; None where none is as fast."""
+        mix = at_equal_speed(points, 1 / speed)
+        return None if mix is None else sum(share * points[i][1] for i, share in mix.items())
 
     return [
         {
@@ -97,14 +99,16 @@ def table(done: dict) -> str:
         "| above lengths alone at the budget |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in ("cascade", "assigner", "assigner+cascade"):
+    for name in POLICIES:
         for budget in BUDGETS:
             of = [row for row in rows if row["policy"] == name and row["budget"] == budget]
             speed = [row["speed"] for row in of]
             cells = [name, budget, _spread([row["accuracy"] for row in of])]
             cells += [_spread([row["accuracy"] - row["full"] for row in of])]
             cells += [f"{np.mean(speed):.2f}x ({min(speed):.2f} to {max(speed):.2f})"]
-            cells += [_spread([row["accuracy"] - row[key] for row in of]) for key in ("alone", "alone_at_budget")]
+            for key in ("alone", "alone_at_budget"):
+                some = [row["accuracy"] - row[key] for row in of if row[key] is not None]
+                cells.append(_spread(some) if len(some) == len(of) else "no length is as fast")
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
