@@ -136,7 +136,10 @@ def _check_as_laid_out(args):
 def _check_rows(args):
     for name in ("weight", "bias"):
         if (parameter := getattr(args, name)) is not None and parameter.ndim != 2:
-            raise ValueError(f"{name} must be (lengths, dim), got {tuple(parameter.shape)}")
+            raise ValueError(f"{name} must be (lengths, {parameter.shape[-1]}), got {tuple(parameter.shape)}")
+    for name in ("weight", "bias", "branch", "gamma"):
+        if (tensor := getattr(args, name)) is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
 
 
 def _check_backward(args):
