@@ -14,7 +14,14 @@ from PIL import Image
 from revit_kernels import dispatch
 from revit_kernels.cli import hints
 from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids, refuse_overwriting
+from revit_kernels.cli.arguments import (
+    add_batch_tokens,
+    add_grids,
+    add_policy,
+    add_weights,
+    count,
+    refuse_overwriting,
+)
 from revit_kernels.cli.clips import add_clips, takes_clips
 from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
@@ -69,38 +76,11 @@ def add(commands):
         help="timm's name, a .safetensors file, or the folder of a run (default: the small ReViT that comes with the "
         "package, which tells ten kinds of clothes apart)",
     )
-    model.add_argument("--checkpoint", "--weights", metavar="FILE", help="the weights of --model NAME")
-    model.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
-    model.add_argument("--untrained", action="store_true", help="random weights: for timing only")
-    add_device(model)
-    add_dtype(model)
-    model.add_argument(
-        "--quantize",
-        choices=("int8", "fp8"),
-        help="fewer bits for the blocks' weights and activations: int8 on a CPU, fp8 on a GPU",
-    )
+    add_weights(model, "--model NAME")
     model.add_argument("--backend", help="run every op on this backend, or fail (python -m revit_kernels lists them)")
 
     tokens = infer.add_argument_group("tokens")
-    tokens.add_argument(
-        "--grids",
-        type=grids,
-        default="auto",
-        metavar="auto|HxW,...",
-        help="auto: each image keeps its aspect, small ones get fewer tokens (default); a list: each image gets the "
-        "largest of these grids that does not enlarge it",
-    )
-    tokens.add_argument(
-        "--max-tokens",
-        type=count,
-        metavar="N",
-        help="most tokens of an image with --grids auto (default: the model's)",
-    )
-    tokens.add_argument(
-        "--fit",
-        choices=("crop", "squash"),
-        help="with a list of --grids: cut out the centre (default), or stretch the whole image",
-    )
+    add_grids(tokens)
     tokens.add_argument(
         "--method",
         choices=("resize", "patch"),
@@ -111,19 +91,7 @@ def add(commands):
     add_batch_tokens(tokens, 8192)
     add_clips(infer, several=True)
 
-    adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
-    adaptive.add_argument(
-        "--policy",
-        choices=("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade"),
-        help="who gives each image its length (default: assigner+cascade with an assigner, cascade with --outcomes)",
-    )
-    adaptive.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
-    adaptive.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`, to solve budgets from")
-    adaptive.add_argument(
-        "--budget",
-        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length), or full: the cheapest that "
-        "loses nothing (default)",
-    )
+    add_policy(infer.add_argument_group("lengths chosen by a policy (of a ReViT)"))
 
     output = infer.add_argument_group("output")
     output.add_argument(

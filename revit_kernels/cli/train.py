@@ -324,7 +324,8 @@ def _model(args, classes: tuple[str, ...]):
         check_arguments(class_of(args.model), options)
         model = create_model(args.model, pretrained=args.pretrained, **options)
         if args.checkpoint:
-            model = _from_checkpoint(args, options)
+            # Without a head: that of the new classes takes its place.
+            model = create_model(args.model, checkpoint_path=args.checkpoint, **options | {"num_classes": 0})
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": list(classes), "trained_on": args.data}
@@ -338,11 +339,6 @@ def _model(args, classes: tuple[str, ...]):
         own = ",".join(map(grid_text, model.menu))
         raise ValueError(f"{args.model} has the menu {own} already: leave out --menu")
     return model
-
-
-def _from_checkpoint(args, options):
-    """The name's model with the checkpoint's weights: without a head, which will be the new classes'."""
-    return create_model(args.model, checkpoint_path=args.checkpoint, **options | {"num_classes": 0})
 
 
 def _size(images, side: int | None, model) -> tuple[int, int]:

@@ -64,7 +64,6 @@ class Served:
     crop: bool
     patch_size: tuple[int, int]
     top: int = 5
-    prefix: int = 1
 
 
 class Refused(Exception):
@@ -486,7 +485,6 @@ class Local:
             bool(prepared.rule.grids) and prepared.rule.crop,
             tuple(model.patch_embed.patch_size),
             self.top,
-            model.num_prefix_tokens,
         )
 
 

@@ -158,7 +158,11 @@ def _answered(
             values = model.forward_head(packed, pre_logits=features).float()
         kept = torch.tensor(packed.packing.lengths) - packed.packing.prefix
         return Results(values if features else values.softmax(-1), None, kept)
-    return Results(_answer(model, images, grids, features))
+    with torch.inference_mode():
+        if features:
+            packed = _features(model)(images, grids=grids, channels_last=True)
+            return Results(model.forward_head(packed, pre_logits=True).float())
+        return Results(model(images, grids=grids, channels_last=True).float().softmax(-1))
 
 
 def _features(model) -> Callable:
@@ -172,14 +176,6 @@ def _averaged(found: Results, views: list[int]) -> Results:
         return Results(values)
     row = None if found.row is None else torch.stack([part.min() for part in found.row.split(views)])
     return Results(values, row, torch.stack([part.sum() for part in found.tokens.split(views)]))
-
-
-def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
-    with torch.inference_mode():
-        if features:
-            packed = _features(model)(images, grids=grids, channels_last=True)
-            return model.forward_head(packed, pre_logits=True).float()
-        return model(images, grids=grids, channels_last=True).float().softmax(-1)
 
 
 def infer(

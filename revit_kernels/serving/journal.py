@@ -279,12 +279,7 @@ def open_settings(folder: Path, settings: dict):
     file = open(path)
     try:
         _lock(file, folder)
-        found = read_settings(path)
-        names = sorted(k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k) and k != "finished")
-        if names:
-            raise ValueError(
-                f"{folder} is of a run with other settings ({', '.join(names)}): it can only go on as it was"
-            )
+        _require_equal(folder, read_settings(path), settings)
     except BaseException:
         file.close()
         raise

@@ -33,7 +33,7 @@ class Settings:
     checkpoint, pretrained, untrained: where the weights of a name come from
     grids:      the grids to choose from; None where each image keeps its own aspect, within max_tokens patches
     fit:        "crop" or "squash", with grids
-    policy:     of adaptive.policies; None for the one that the files allow, or none
+    policy:     of adaptive.policies.SERVED; None for the one that the files allow, or none
     assigner, outcomes: files
     budget:     see adaptive.budgets.Budget
     features:   features instead of classes

@@ -15,8 +15,10 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Policy, Random
 
 
-@pytest.mark.parametrize("text", ["0x", "-2x", "nanx", "infx", "0 tokens", "-5%", "full--1"])
-def test_budgets_that_no_policy_can_be_held_to(text):
+@pytest.mark.parametrize(
+    "text", ["", "fast", "2", "x", "full+1", "0x", "-2x", "nanx", "infx", "0 tokens", "-5%", "full--1"]
+)
+def test_texts_that_are_no_budget(text):
     with pytest.raises(ValueError, match="a budget is written"):
         Budget.parse(text)
 
