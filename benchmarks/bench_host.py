@@ -2,7 +2,7 @@
 
     python benchmarks/bench_host.py [--repeats 200]
 
-On a machine shared with others the long rows come out too long (caches gone cold); the short ones are to be trusted.
+On a machine shared with others the long rows come out too long, because caches go cold; the short ones are right.
 
 A kernel makes its empty results and no more (tests/stubbed.py), for us and for timm alike: linear layers, GELU, timm's
 convolution, attention and LayerNorm, our ops behind their dispatch. Tensors lie on the CPU and say that they do not,
