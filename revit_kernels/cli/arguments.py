@@ -21,12 +21,12 @@ def count(text: str) -> int:
 
 
 def refuse_overwriting(option: str, output: str | os.PathLike | None, inputs: Iterable[str | None]) -> None:
-    """Raise ValueError where the file that is to be written, by whatever name, is one of those that are read."""
+    """Raise ValueError if the output is one of the inputs, also by another name of the same file."""
     if output is None or not os.path.exists(output):
         return
     written = os.stat(output)
     for path in inputs:
-        with suppress(OSError, ValueError):  # no file, or no name of one
+        with suppress(OSError, ValueError):  # not a file
             if path is not None and os.path.samestat(os.stat(path), written):
                 break
     else:
@@ -44,7 +44,7 @@ def lengths(text: str):
 
 
 def _numbers(text: str) -> tuple[tuple[int, ...], ...]:
-    """The numbers above 0 in "14x14,10x10"; nothing for another text."""
+    """The numbers in "14x14,10x10"; empty unless all are above 0."""
     try:
         found = tuple(tuple(int(n) for n in grid.lower().split("x")) for grid in text.split(","))
     except ValueError:
@@ -63,7 +63,7 @@ def grids(text: str):
 
 
 def add_images(parser, split: str = "train", help: str = "a known set, a folder of classes, .csv or .parquet") -> None:
-    """Which images: --data, --split and --root, as data.datasets.open_set takes them."""
+    """--data, --split and --root: a set of images, as data.datasets.open_set takes them."""
     parser.add_argument("--data", required=True, metavar="SET", help=help)
     parser.add_argument("--split", default=split, help=f"default: {split}")
     where = "where the known sets' files lie (default: $REVIT_DATA, or data/)"
@@ -71,7 +71,7 @@ def add_images(parser, split: str = "train", help: str = "a known set, a folder 
 
 
 def add_weights(parser, of: str) -> None:
-    """Which weights a model has, where it runs and in what. of: what the user calls the model's name"""
+    """--checkpoint, --pretrained, --untrained, --device, --dtype, --quantize. of: the argument with the model's name"""
     parser.add_argument("--checkpoint", "--weights", metavar="FILE", help=f"the weights of {of}")
     parser.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
     parser.add_argument("--untrained", action="store_true", help="random weights: for timing only")
@@ -89,7 +89,7 @@ def add_quantize(parser) -> None:
 
 
 def add_grids(parser) -> None:
-    """How many tokens an image gets without a policy: --grids, --max-tokens and --fit."""
+    """--grids, --max-tokens and --fit: how many tokens an image gets without a policy."""
     parser.add_argument(
         "--grids",
         type=grids,
@@ -105,7 +105,7 @@ def add_grids(parser) -> None:
 
 
 def add_policy(parser) -> None:
-    """How many tokens an image of a ReViT gets: --policy, --assigner, --outcomes and --budget."""
+    """--policy, --assigner, --outcomes and --budget: how many tokens an image of a ReViT gets."""
     parser.add_argument(
         "--policy",
         choices=SERVED,

@@ -35,7 +35,7 @@ from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, 
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
 from revit_kernels.serving.records import check_output, is_folder
 
-LISTED = 10  # how many broken images are named on standard error; the records name them all
+LISTED = 10  # broken images that standard error lists; the records have them all
 
 EXAMPLES = """\
 examples:
@@ -145,7 +145,7 @@ def add(commands):
 def run(args) -> int:
     """`revit infer`; returns the exit status.
 
-    Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
+    Raises ValueError for wrong arguments, RuntimeError for a run that failed.
     """
     check_output(args.output)
     check_gallery(args.gallery)
@@ -172,7 +172,7 @@ def run(args) -> int:
     if args.ray is not None:
         return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
-        # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
+        # Decompression bombs become error records; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
@@ -273,9 +273,9 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 def _written(output: str | None, option: str = "--output"):
     try:
         yield
-    except BrokenPipeError:  # no failure: the reader has what it wanted
+    except BrokenPipeError:  # not a failure: the reader has what it wanted
         raise
-    except OSError as error:  # of an image it would be a record
+    except OSError as error:  # of the output: an image's error becomes a record
         name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
 
@@ -291,15 +291,15 @@ def _each(functions: list):
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # whoever read it has gone; the records are what counts
+    with suppress(OSError):  # standard error is closed; the records matter more
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def _takes_clips(args) -> bool:
-    """Whether the model is one of clips. Raises ValueError for options that such a model does not go with."""
+    """Whether the model takes clips. Raises ValueError for options that such a model does not support."""
     try:
         clips = args.model is not None and takes_clips(args.model)
-    except ValueError:  # what is wrong with the model is said where it is loaded
+    except ValueError:  # reported where the model is loaded
         return False
     if clips and (args.compare or args.ray is not None):
         raise ValueError(f"{'--compare' if args.compare else '--ray'} is for models of images, and {args.model} is not")

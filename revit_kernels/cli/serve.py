@@ -24,8 +24,8 @@ examples:
   from openai import OpenAI
   OpenAI(base_url="http://localhost:8000/v1", api_key="-").embeddings.create(model="revit", input=["data:image/..."])
 
-The page at / shows what the model makes of an image at each length. It serves until it is interrupted; requests that
-have come are answered first.
+The page at / shows the model's answer for an image at each length. The service runs until it is interrupted, and then
+finishes open requests.
 """
 
 
@@ -103,14 +103,14 @@ def run(args) -> int:
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
-    parts(arguments)  # what is wrong is said here, not in a worker
+    parts(arguments)  # report wrong arguments here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
     Batcher(prepare(Settings(**of_the_model))).close()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ended, ready = threading.Event(), False
 
     def end(number, frame):
-        """The first signal ends the start, or the service; another does not disturb what is then put in order."""
+        """The first signal ends the start or the service; later ones do not disturb the shutdown."""
         if not ended.is_set() and not ready:
             ended.set()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -129,11 +129,11 @@ def run(args) -> int:
                 with listening(arguments, args.host, args.port, log if args.log_requests else None):
                     ready, where = True, f"http://{args.host}:{args.port}"
                     print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
-                    while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                    while not ended.wait(1):  # a signal delivered to another thread does not wake this one
                         pass
             finally:
                 ray.shutdown()
-                keep(handlers)  # as Ray leaves them, a signal would end the process where it is
+                keep(handlers)  # with the handlers that Ray leaves, a signal would end the process at once
     finally:
         keep(before)
     print("revit: served", file=sys.stderr)
