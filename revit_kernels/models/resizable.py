@@ -83,6 +83,12 @@ def fill_lengths(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: st
             state[f"{prefix}{key}"] = base.clone()
 
 
+def start_lengths(model, state, prefix, *_) -> None:
+    """Before a plain checkpoint is loaded into a ReViT: the parameters of its other lengths start from the plain ones."""
+    if model.menu is not None:
+        model.fill_lengths(state, prefix)
+
+
 class Resizable:
     """The methods of VarLenViT that know a menu of lengths."""
 
