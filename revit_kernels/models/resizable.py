@@ -84,7 +84,7 @@ def fill_lengths(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: st
 
 
 def start_lengths(model, state, prefix, *_) -> None:
-    """A hook before a checkpoint is loaded into a ReViT: lengths that it lacks start from the parameters that it has."""
+    """Before a checkpoint is loaded into a ReViT: lengths that it lacks start from the parameters that it has."""
     if model.menu is not None:
         model.fill_lengths(state, prefix)
 
