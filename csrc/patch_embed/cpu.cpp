@@ -56,14 +56,15 @@ Tensor patchify_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Ten
   each_of(work.size(), [&](int64_t task) {
     static thread_local Arena of_pixels;
     const auto [i, row] = work[task];
-    patches.cut(i, row, std::min(kRows, patches.height(i) - row), out + entries[i].first * row_bytes,
+    patches.cut(i, row, std::min(kRows, patches.height(i) - row), out + entries[i].first * row_bytes, patches.width,
                 bf16 ? Number::kBfloat16 : Number::kFloat, of_pixels);
   });
   return y;
 }
 
 // All in one sweep: a few patches at a time are cut, multiplied with the weight, added to their positions and placed.
-// packed: the weight and its bias, by pack_cpu; pos: (cells, dim), prefix: (prefix_tokens, dim)
+// packed: the weight, zeros after each patch to a multiple of 4 numbers, and its bias, by pack_cpu
+// pos: (cells, dim), prefix: (prefix_tokens, dim)
 // Returns (capacity, dim).
 Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const Tensor& packed,
                        const Tensor& cu_seqlens, const Tensor& placement, std::optional<Tensor> pos,
@@ -75,7 +76,8 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
   const int64_t kind = bf16 ? 1 : 0, dim = weight.size(0), row_bytes = dim * (bf16 ? 2 : 4);
   const auto& entries = patches.entries;
   check_tables(entries, pos, prefix, prefix_tokens, weight, dim);
-  const Linear product = revit::packed_weight(packed, kind, patches.width, dim);
+  const int64_t stride = (patches.width + 3) / 4 * 4;  // the product multiplies 4 numbers at a time
+  const Linear product = revit::packed_weight(packed, kind, stride, dim);
   const int64_t unit = revit::layout(kind).unit;
   const Number number = !bf16 ? Number::kFloat : unit == 2 ? Number::kBfloat16 : Number::kRounded;
   Tensor y = torch::stable::new_empty(weight, {capacity, dim});
@@ -102,11 +104,13 @@ Tensor patch_embed_cpu(std::vector<Tensor> tensors, const Tensor& weight, const 
     const auto& [i, rows] = parts[task];
     const Entry& entry = entries[i];
     const int64_t count = rows.size() * entry.columns, skipped = rows.begin * entry.columns;
-    char* cut = of_patches.only<char>(count * patches.width * unit);
+    char* cut = of_patches.only<char>(count * stride * unit);
     // Where patch 0 of the image would lie.
-    char* cells = cut - skipped * patches.width * unit;
+    char* cells = cut - skipped * stride * unit;
     for (int64_t row = rows.begin * patches.ph; row < rows.end * patches.ph; row += kRows)
-      patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, number, of_pixels);
+      patches.cut(i, row, std::min(kRows, rows.end * patches.ph - row), cells, stride, number, of_pixels);
+    for (int64_t p = 0; p < count && stride > patches.width; ++p)
+      std::memset(cut + (p * stride + patches.width) * unit, 0, (stride - patches.width) * unit);
     const char* added = pos ? static_cast<const char*>(pos->data_ptr()) + (entry.cell + skipped) * row_bytes : nullptr;
     revit::multiply(product, kind, bf16, cut, count, {0, dim}, added, out + (entry.first + skipped) * row_bytes);
     if (rows.begin == 0 && prefix_tokens) {

@@ -40,8 +40,8 @@ struct Cut {
   ScalarType type;            // of the pixels
   const Taps *down, *across;  // null: the image fits as it is
   int64_t row, rows;
-  int64_t patches, ph, pw, width;  // patches side by side; numbers of a patch: width = channels * ph * pw
-  const float *scale, *shift;      // of each channel
+  int64_t patches, ph, pw, stride;  // patches side by side; numbers from one patch of y to the next
+  const float *scale, *shift;       // of each channel
   Number number;
   char* y;                          // where the patch of pixel (0, 0) lies
   float *source, *middle, *result;  // working memory

@@ -49,12 +49,12 @@ class Patches {
   }
 
   // `rows` pixel rows of one resized image, kRows at most, from `row` on, into y: where the patch of pixel (0, 0) lies.
-  // Every patch has `width` numbers.
-  void cut(size_t i, int64_t row, int64_t rows, char* y, Number number, Arena& arena) const {
+  // Patches lie `stride` numbers apart, `width` of which are written.
+  void cut(size_t i, int64_t row, int64_t rows, char* y, int64_t stride, Number number, Arena& arena) const {
     const Taps* down = fits(i) ? nullptr : &taps_[axes_.at(axis(i, 0))];
     const Taps* across = fits(i) ? nullptr : &taps_[axes_.at(axis(i, 1))];
-    Cut cut{images_[i], type_, down,  across,        row,           rows,   entries[i].columns,
-            ph,         pw,    width, scale_.data(), shift_.data(), number, y};
+    Cut cut{images_[i], type_, down,   across,        row,           rows,   entries[i].columns,
+            ph,         pw,    stride, scale_.data(), shift_.data(), number, y};
     const int64_t source = cut.source_rows() * cut.length(), middle = down ? cut.length() * kRows : 0;
     const int64_t result = cut.line() * kRows;
     arena.reserve(Arena::bytes<float>(source) + Arena::bytes<float>(middle) + Arena::bytes<float>(result));

@@ -120,9 +120,9 @@ inline void cut_rows(const Cut& cut) {
   const Image& image = cut.image;
   const int64_t pitch = image.pitch, columns = cut.patches * cut.pw;
   const auto put = [&](const float* pixels, int64_t row, int64_t channel) {
-    const int64_t at = row / cut.ph * cut.patches * cut.width + (channel * cut.ph + row % cut.ph) * cut.pw;
+    const int64_t at = row / cut.ph * cut.patches * cut.stride + (channel * cut.ph + row % cut.ph) * cut.pw;
     cut_row(cut.number, cut.y + at * (cut.number == Number::kBfloat16 ? 2 : 4), pixels, cut.scale[channel],
-            cut.shift[channel], cut.patches, cut.pw, cut.width);
+            cut.shift[channel], cut.patches, cut.pw, cut.stride);
   };
   for (int64_t plane = 0; plane < image.planes; ++plane) {
     if (!cut.down) {

@@ -1,6 +1,7 @@
 """The op on a CPU: in one sweep at inference; for a backward, patches, the vendor's product, and positions apart."""
 
 import torch
+import torch.nn.functional as F
 
 from revit_kernels import native
 from revit_kernels.ops.linear import linear
@@ -27,14 +28,10 @@ def _refusal(tensor):
     return None
 
 
-def _fits(weight):
-    """Whether the product takes the weight packed."""
-    return weight.shape[1:].numel() % 4 == 0
-
-
 def pack(weight, bias):
-    """The weight and its bias as the one sweep reads them; None where it cannot: for patches of odd sizes."""
-    return pack_weight(weight.flatten(1), bias, None, weight.dtype) if _fits(weight) else None
+    """The weight and its bias as the one sweep reads them: zeros after each patch, to a multiple of 4 numbers."""
+    weight = weight.flatten(1)
+    return pack_weight(F.pad(weight, (0, -weight.shape[1] % 4)), bias, None, weight.dtype)
 
 
 def forward_packed(
@@ -76,10 +73,9 @@ def forward(
     prefix_tokens,
     keep,
 ):
-    packed = None if keep else pack(weight, bias)
-    if packed is not None:
+    if not keep:
         places, how = (cu_seqlens, placement, image), (interpolation, channels_last, prefix_tokens)
-        y = forward_packed(images, weight, packed, *places, pos, prefix, mean, std, *how)
+        y = forward_packed(images, weight, pack(weight, bias), *places, pos, prefix, mean, std, *how)
         return y, weight.new_empty(0, weight[0].numel())
     pos, prefix = (x if x is None else x.contiguous() for x in (pos, prefix))
     scale_and_shift = affine(images, weight.shape[1], mean, std)
@@ -87,7 +83,7 @@ def forward(
     patches = _patchify(images, weight, cu_seqlens, placement, *scale_and_shift, *how)
     y = linear(patches, weight.flatten(1), bias)
     _place(y, cu_seqlens, placement, pos, prefix, prefix_tokens)
-    return y, patches if keep else patches.new_empty(0, patches.shape[1])
+    return y, patches
 
 
 def backward(grad, patches, cu_seqlens, placement, image, prefix_tokens, cells):
