@@ -160,6 +160,6 @@ def summary(outcomes) -> list[str]:
         lines.append(f"revit: of {len(outcomes):,} held-out images, {len(learnt):,} others are labelled too:")
     for row, grid in enumerate(outcomes.menu):
         share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
-        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%}, and the label of {labels:.2%}")
+        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%} of them, and is the label of {labels:.2%}")
     dropped = int((outcomes.label < 0).sum())
     return lines + ([f"revit: {dropped:,} images that no length gets right have no label"] if dropped else [])

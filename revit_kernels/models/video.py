@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from revit_kernels import ops
 from revit_kernels.clips import ClipGrid, ClipPacking, check_clip_grid
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.grids import native_grid
 from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths, start_lengths
 from revit_kernels.models.run_length import differences
@@ -221,7 +222,7 @@ class ClipModel(nn.Module):
         weight = conv.weight if conv.weight.ndim == 4 else conv.weight.flatten(1, 2)
         if self.per_frame:
             options["prefix"] = prefix
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             x = ops.patch_embed(frames, weight, conv.bias, packing.by_frame, **options)
         if not self.per_frame and not (packing.full and prefix is None):
             y = x.new_zeros(packing.capacity, x.shape[1]).index_copy(0, packing.patch_rows, x)

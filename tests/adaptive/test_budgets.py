@@ -27,10 +27,13 @@ from revit_kernels.adaptive.policies import (
 
 
 @pytest.mark.parametrize(
-    "text", ["", "fast", "2", "x", "full+1", "0x", "-2x", "nanx", "infx", "0 tokens", "-5%", "full--1"]
+    "text, match",
+    [(text, "must be finite and above 0") for text in ("0x", "-2x", "nanx", "infx", "0 tokens", "-5%")]
+    + [("101%", "accuracy is at most 100 %, got 101 %"), ("full-101", "loss is at most 100 points, got full-101")]
+    + [(text, "a budget is written") for text in ("", "2", "full+1", "full--1", "fast", "x", "95", "1 e5 x tokens", "fullx")],
 )
-def test_texts_that_are_no_budget(text):
-    with pytest.raises(ValueError, match="a budget is written"):
+def test_budgets_that_no_policy_can_be_held_to(text, match):
+    with pytest.raises(ValueError, match=match):
         Budget.parse(text)
 
 
