@@ -200,7 +200,7 @@ def patch_embed(
     """Embed images of any size as packed tokens, each on the grid that the packing gives it.
 
     images:  (images, channels, height, width), or a list of (channels, height, width), each of its own size; uint8 (in
-             units of 1/255), fp32 or the weight's dtype, all alike
+             units of 1/255), fp32 or the weight's dtype, the same for all
     weight:  (dim, channels, patch_h, patch_w)
     bias:    (dim,) or None
     packing: one entry per image
