@@ -16,7 +16,7 @@ from revit_kernels import ops
 from revit_kernels.clips import ClipGrid, ClipPacking, check_clip_grid
 from revit_kernels.dispatch import without_autocast
 from revit_kernels.grids import native_grid
-from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths
+from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths, start_lengths
 from revit_kernels.models.run_length import differences
 from revit_kernels.models.surgery import _is_affine
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
@@ -76,7 +76,7 @@ class ClipModel(nn.Module):
         self.pretrained_cfg = self.default_cfg = {"mean": HALF[: self.in_chans], "std": HALF[: self.in_chans]}
         self.pos_interpolation = "bicubic"  # or "nearest"
         self.pos_antialias = True
-        self.register_load_state_dict_pre_hook(_start_lengths)
+        self.register_load_state_dict_pre_hook(start_lengths)
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module. An engine of the model is stale after training mode."""
@@ -485,9 +485,3 @@ class ClipModel(nn.Module):
         for name in ("pos_embed", "cls_token"):
             if getattr(self, name, None) is not None:
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
-
-
-def _start_lengths(model, state, prefix, *_) -> None:
-    """A plain checkpoint into a ReViT: what it knows nothing of starts from what it knows."""
-    if model.menu is not None:
-        model.fill_lengths(state, prefix)
