@@ -72,7 +72,7 @@ class Rows:
             return f"{fit(file, self.file, end=True)}  no answer: {answer.error}"
         share = answer.tokens / self.full if answer.cost is None else answer.cost
         grid = answer.grid if answer.frames is None else (answer.frames, *answer.grid)
-        ends = grid_text(grid), f"{100 * share:.0f} %"
+        ends = "assigner" if 0 in grid else grid_text(grid), f"{100 * share:.0f} %"
         if answer.features is not None:
             return self._line(file, " ".join(f"{value:+.3f}" for value in answer.features[:4]), "", *ends)
         (best,) = self.columns.best(answer)[:1]

@@ -100,7 +100,8 @@ class Gallery:
         return answer.tokens + self.prefix * (1 if answer.frames is None else answer.frames // answer.tubelet)
 
     def _card(self, answer: Answer, pixels: np.ndarray, paid: int) -> str:
-        rows, columns = answer.grid
+        alone = 0 in answer.grid  # the assigner's own answer: the model did not read the image
+        rows, columns = (1, 1) if alone else answer.grid
         passes = 1 if paid <= self._once(answer) else 2
         if answer.features is not None or not self.columns.top:
             said = f"{self.columns.features:,} features"
@@ -109,7 +110,8 @@ class Gallery:
             name = best.get("label", f"class {best['class']}")
             said = f"{name}, {100 * best['probability']:.0f} %"
         cost = f"{grid_text(_length(answer))}, {paid} tokens, {passes} pass{'es' if passes > 1 else ''}"
-        height, width = rows * self.patch[0], columns * self.patch[1]
+        cost = "by the assigner, no pass" if alone else cost
+        height, width = pixels.shape[:2] if alone else (rows * self.patch[0], columns * self.patch[1])
         scale = BOX / max(height, width)
         gap = "1.5px" if max(rows, columns) <= 10 else "0.8px"
         size = f"--gap:{gap};width:{max(2, width * scale):.0f}px;height:{max(2, height * scale):.0f}px"
@@ -139,7 +141,7 @@ class Gallery:
         images = sum(n for n, _ in self.lengths.values())
         ordered = sorted(self.lengths.items(), key=lambda item: -cells(item[0]))
         shown, rest = ordered[:12], ordered[12:]
-        rows = [(grid_text(length), n, paid) for length, (n, paid) in shown]
+        rows = [("the assigner" if 0 in length else grid_text(length), n, paid) for length, (n, paid) in shown]
         if rest:
             rows.append((f"{len(rest)} other grids", *map(sum, zip(*(found for _, found in rest)))))
         lines = []
