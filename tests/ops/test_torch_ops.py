@@ -107,3 +107,21 @@ def test_a_prefix_longer_than_any_image_in_triton(kind):
     told = (kind, 2**63 - 1, False, "triton")
     assert not torch.ops.revit_kernels.pool_forward(x, ends, *told).any()
     assert not torch.ops.revit_kernels.pool_backward(x[:2], x, ends, 8, *told).any()
+
+
+def test_more_rows_than_there_are_in_triton():
+    """max_seqlen is at least the longest image's: however much more, no more programs run."""
+    pytest.importorskip("triton", reason="this torch brings no Triton")
+    args = [*CASES["attention_forward"][:-1], "triton"]
+    wanted = torch.ops.revit_kernels.attention_forward(*args)[0]
+    args[4] = args[6] = 2**31 - 1
+    assert torch.equal(torch.ops.revit_kernels.attention_forward(*args)[0], wanted)
+
+
+def test_a_bias_that_is_one_number_in_triton():
+    pytest.importorskip("triton", reason="this torch brings no Triton")
+    args = [*CASES["patch_embed_forward"][:-1], "triton"]
+    args[2] = args[2][:1].expand(len(args[2]))
+    found = torch.ops.revit_kernels.patch_embed_forward(*args)[0]
+    args[2] = args[2].contiguous()
+    assert torch.equal(found, torch.ops.revit_kernels.patch_embed_forward(*args)[0])
