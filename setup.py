@@ -24,6 +24,7 @@ FLAGS = ["-O3", "-std=c++17", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-Ics
 CPU_FLAGS = [*FLAGS, "-fPIC", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
 if sanitizers := os.environ.get("REVIT_SANITIZE"):
     CPU_FLAGS += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g1", "-O1"]
+    CPU_FLAGS += ["-include", "tests/thread_sanitizer.h"] if "thread" in sanitizers else []
 ARCHS = [arch for arch in os.environ.get("REVIT_CUDA_ARCHS", "80;90a").split(";") if arch]
 CUDA_FLAGS = [*FLAGS, "-DUSE_CUDA", "-Xcompiler=-fPIC", "--threads=0"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_host.py [--repeats 200]
 
-On a machine shared with others the long rows come out too long (caches gone cold); the short ones are to be trusted.
+On a machine shared with others the long rows come out too long, because caches go cold; the short ones are right.
 
-A kernel makes its empty results and no more (tests/stubbed.py), for us and for timm alike: linear layers, GELU, timm's
+A kernel makes its empty results and no more (tests/stubbed.py), for us and for timm: linear layers, GELU, timm's
 convolution, attention and LayerNorm, our ops behind their dispatch. Tensors lie on the CPU and say that they do not,
 for `meta` takes 30 to 600 us an op. What is not in it: a launch itself (2 to 5 us each), the copies to a GPU, a Triton
 launcher (fc1 goes to the vendor's product here), and the C++ ahead of a launch. The calls are those of ViT-S/16 in

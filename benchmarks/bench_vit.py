@@ -178,10 +178,7 @@ def bench_vit(duel, name, images, dtype, rival):
     theirs = rival(case)
     ours = case.ours_graphed() if rival in gpu_vit_rivals.GRAPHED else case.ours
     a, b = ours().float(), theirs().float()
-    if rival not in (
-        naflex_fastest,
-        *gpu_vit_rivals.INEXACT,
-    ):  # its grid_sample is another interpolation of the positions
+    if rival not in (naflex_fastest, *gpu_vit_rivals.INEXACT):  # grid_sample interpolates the positions differently
         assert (a - b).abs().max() <= 2 * torch.finfo(dtype).eps ** 0.5 * a.abs().max(), "it computes something else"
     duel(ours, theirs, rounds=ROUNDS, flops=case.flops, rival=rival.__name__)
 

@@ -172,7 +172,7 @@ def peak_memory(call) -> int:
 
 @pytest.fixture
 def duel(benchmark, request):
-    """Times `ours` in turn with `theirs`, so that drift of clocks or load hits both alike.
+    """Times `ours` in turn with `theirs`, so that drift of clocks or load affects both equally.
 
     duel(ours, theirs, rounds=30, warmup=None, bytes=None, flops=None, rival=None, dtype=None, latency=False,
          series=False, per=1)

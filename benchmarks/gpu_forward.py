@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from revit_kernels import Packing
 
 CUDA = torch.cuda.is_available()
+ROUNDS = 1 if bench_vit.TINY else 20
 CASES = [(images, name) for images in (32, 256) for name in bench_vit.MODELS]
 
 
@@ -27,10 +28,10 @@ def wait():
         torch.cuda.synchronize()
 
 
-def milliseconds(call, rounds=1 if bench_vit.TINY else 20) -> tuple[float, float]:
+def milliseconds(call) -> tuple[float, float]:
     """Of the host alone, until the call returns, and until the device is done too; the least of several rounds."""
     host, whole = [], []
-    for _ in range(rounds + 1):
+    for _ in range(ROUNDS + 1):
         wait()
         start = time.perf_counter()
         call()
@@ -40,8 +41,8 @@ def milliseconds(call, rounds=1 if bench_vit.TINY else 20) -> tuple[float, float
     return min(host[1:]) * 1e3, min(whole[1:]) * 1e3
 
 
-def kernels(call, most=12) -> list[dict]:
-    """Those that took longest, with microseconds and launches in one call; the last row is of all."""
+def kernels(call) -> list[dict]:
+    """The 12 that took longest, with microseconds and launches in one call; the last row is of all."""
     with profile(activities=[ProfilerActivity.CUDA if CUDA else ProfilerActivity.CPU]) as seen:
         call()
         wait()
@@ -49,7 +50,7 @@ def kernels(call, most=12) -> list[dict]:
     rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, key))
     rows = [{"kernel": row.key[:90], "us": getattr(row, key), "launches": row.count} for row in rows]
     total = {"kernel": "all", "us": sum(row["us"] for row in rows), "launches": sum(row["launches"] for row in rows)}
-    return [*rows[:most], total]
+    return [*rows[:12], total]
 
 
 @torch.inference_mode()

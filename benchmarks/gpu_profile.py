@@ -27,7 +27,8 @@ def attention_call(lengths):
     return call
 
 
-def layer_norm_call(dim=HEADS * HEAD_DIM):
+def layer_norm_call():
+    dim = HEADS * HEAD_DIM
     packing = Packing.from_grids([MENU[i % len(MENU)] for i in range(IMAGES)], 1, device="cuda")
     x, branch = torch.randn(2, packing.capacity, dim, device="cuda", dtype=torch.bfloat16).unbind(0)
     x.requires_grad_()

@@ -24,7 +24,7 @@ from pathlib import Path
 
 PYTHON = "3.12"
 GLIBC = (39, 35, 34, 31, 28, 27, 24, 17)  # pip matches manylinux tags exactly
-# As large as the largest file, so that the many variants of one kernel are seen as alike; takes 4.5 GB to pack.
+# As large as the largest file, so that xz finds the similarity of the many variants of a kernel; takes 4.5 GB to pack.
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 384 << 20}]
 
 

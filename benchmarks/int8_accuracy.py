@@ -27,7 +27,7 @@ CALIBRATION = 300  # training images at each length: NNCF's default
 
 
 def read(split: str, limit: int | None, root):
-    """(images, height, width, 3) uint8 and (images,) targets; of every class alike where there is a limit."""
+    """(images, height, width, 3) uint8 and (images,) targets; equally many of every class if there is a limit."""
     images = open_set("fashion-mnist", split, root=root)
     if limit and limit < len(images):
         images = images.split(limit, 0)[1]

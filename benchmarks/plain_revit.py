@@ -33,8 +33,16 @@ class LengthEmbed(nn.Module):
         for own, weight, bias in zip(self.convolutions, weights, [embed.proj.bias, *embed.shorter_bias]):
             own.load_state_dict({"weight": weight, "bias": bias})
 
+    @property
+    def proj(self) -> nn.Conv2d:
+        return self.convolutions[self.row]
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.proj.kernel_size
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.convolutions[self.row](x).permute(0, 2, 3, 1)
+        return self.proj(x).permute(0, 2, 3, 1)
 
 
 class PlainReViT(nn.Module):

@@ -1,4 +1,4 @@
-"""Features of every image in an archive, in batches of so many tokens, and which images are alike.
+"""Features of every image in an archive, in batches of so many tokens, and which images are similar.
 
 python examples/embed_archive.py photos.tar --model vit_small_patch14_dinov2 --pretrained
 """

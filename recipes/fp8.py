@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default=str(SHIPPED), metavar="FILE")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--root")
-    parser.add_argument("--limit", type=int, help="only so many images, of every class alike")
+    parser.add_argument("--limit", type=int, help="only so many images, equally many of every class")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output", default=str(Path(__file__).with_name("reports")))
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # TimeSformer-B, begun from image weights and made resizable on Kinetics-400, on one machine of 8 GPUs. NOT RUN: no such
-# machine was at hand, and nothing here was measured. The frames are its authors': 8 at a stride of 32.
+# machine was available, and nothing here was measured. The frames are its authors': 8 at a stride of 32.
 #   recipes/kinetics_timesformer.sh K400_FOLDER IMAGE_WEIGHTS.safetensors
 # K400_FOLDER holds train.csv and val.csv as Kinetics gives them (label, youtube_id, time_start, time_end, split), and
 # the videos in train/ and val/. IMAGE_WEIGHTS is a ViT-B/16 with timm's keys.

@@ -175,6 +175,29 @@ def without_autocast(device: torch.device):
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
+def contiguous(**tensors) -> None:
+    """Raise ValueError unless all tensors (None is passed over) are contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def contiguous_rows(**tensors) -> None:
+    """Raise ValueError unless the last axis of all tensors (None is passed over) is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
+
+
+def same_form(wanted: torch.Tensor, **tensors) -> None:
+    """Raise ValueError unless all tensors have the shape and the dtype of `wanted`."""
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
+            raise ValueError(
+                f"{name} must be {tuple(wanted.shape)} of {wanted.dtype}, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
 def one_device(**tensors) -> None:
     """Raise ValueError unless all tensors (None is passed over) are on one device."""
     first = None

@@ -147,7 +147,8 @@ void zero_tail(const Call& call, Tensor& y) {
 // pack_cpu of the dtype of x
 // frames, time: none; or how many frames each clip has, (clips,) int32, and of each block 4 tensors, as problem_of_time
 // takes them: blocks of divided attention, of clips in place of images, whose frames each begin with a copy of the
-// class Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
+// class
+// Returns (tokens, dim); or with a head, (images, classes): of each image's first token.
 Tensor blocks_cpu(const Tensor& x, const Tensor& cu_seqlens, const std::optional<Tensor>& row,
                   std::vector<Tensor> weights, std::vector<int64_t> fields, std::vector<double> eps, bool rms,
                   int64_t heads, int64_t width, int64_t hidden, double scale, int64_t activation, int64_t kind,

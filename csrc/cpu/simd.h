@@ -220,9 +220,8 @@ INLINE void copy(To* y, const From* x, int64_t n) {
 }
 
 // 2^x for x up to 127, zero below the smallest normal number; on AVX512, x must be finite. Minimax polynomials of 2^f
-// on
-// [-1/2, 1/2], exact at 0: the longer one is within 2e-9, the shorter (for results that will be rounded to bf16) within
-// 3e-6.
+// on [-1/2, 1/2], exact at 0: the longer one is within 2e-9, the shorter (for results that will be rounded to bf16)
+// within 3e-6.
 template <bool kShort>
 INLINE Floats exp2(Floats x) {
 #if LANES == 16

@@ -174,7 +174,7 @@ Arguments arguments(const std::optional<Tensor>& x, const Tensor& like, const st
   a.images = cu_seqlens.size(0) - 1;
   a.tokens = tokens;
   a.stride = stride;
-  a.prefix = include_prefix ? 0 : prefix;
+  a.prefix = include_prefix ? 0 : std::min(prefix, tokens);  // a larger one would overflow beside a row
   a.dim = static_cast<int>(dim);
   a.first_only = kind == "token";
   a.average = kind != "max";  // the mean of one token is that token

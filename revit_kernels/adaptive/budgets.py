@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from dataclasses import dataclass, replace
 
@@ -56,6 +57,8 @@ class Budget:
         ((name, value),) = given.items()
         if not np.isfinite(value) or (value < 0 if name == "loss" else value <= 0):
             raise ValueError(f"a budget's {name} must be finite and above 0 (a loss may be 0), got {value}")
+        if name in ("accuracy", "loss") and value > 1:
+            raise ValueError(f"a budget's {name} is at most 100 {'%' if name == 'accuracy' else 'points'}, got {self}")
 
     @classmethod
     def parse(cls, budget) -> Budget:
@@ -63,18 +66,15 @@ class Budget:
         if isinstance(budget, Budget):
             return budget
         text = str(budget).strip().lower().replace(" ", "")
+        found = re.fullmatch(r"full(?:-([^-].*))?|(.+?)(x|tokens|%)", text)
         try:
-            if text == "full" or text.startswith("full-"):
-                return cls(loss=float(text.removeprefix("full").removeprefix("-") or 0) / 100)
-            if text.endswith("x"):
-                return cls(speed=float(text[:-1]))
-            if text.endswith("tokens"):
-                return cls(tokens=float(text.removesuffix("tokens")))
-            if text.endswith("%"):
-                return cls(accuracy=float(text[:-1]) / 100)
-        except ValueError:
-            pass
-        raise ValueError(f"a budget is written 2x, 80tokens, 95%, full or full-0.3 (points), got {budget!r}")
+            number = float(found[1] or found[2] or 0)
+        except (TypeError, ValueError):  # no match; no number
+            raise ValueError(
+                f"a budget is written 2x, 80tokens, 95%, full or full-0.3 (points), got {budget!r}"
+            ) from None
+        name = {"x": "speed", "tokens": "tokens", "%": "accuracy", None: "loss"}[found[3]]
+        return cls(**{name: number / 100 if name in ("accuracy", "loss") else number})
 
     def __str__(self) -> str:
         if self.speed is not None:

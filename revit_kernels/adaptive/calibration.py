@@ -5,21 +5,34 @@ from __future__ import annotations
 import numpy as np
 
 
-def calibration_error(probability: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """The expected calibration error (Guo et al., arXiv:1706.04599): mean |probability - accuracy| over equal bins.
+def reliability(probability: np.ndarray, correct: np.ndarray, bins: int = 10) -> list[tuple[int, float, float]]:
+    """For each of equally wide bins: images, mean probability and share that is right (NaN where there is no image).
 
     probability: (images,) in 0 to 1
     correct:     (images,) bool
-    bins:        how many equally wide bins; each counts by its images
+    """
+    place = np.clip((np.asarray(probability, np.float64) * bins).astype(int), 0, bins - 1)
+    found = []
+    for number in range(bins):
+        there = place == number
+        means = (probability[there].mean(), correct[there].mean()) if there.any() else (np.nan, np.nan)
+        found.append((int(there.sum()), float(means[0]), float(means[1])))
+    return found
+
+
+def calibration_error(probability: np.ndarray, correct: np.ndarray) -> float:
+    """The expected calibration error (Guo et al., arXiv:1706.04599): mean |probability - accuracy| over 15 equal bins,
+    each weighted by its images.
+
+    probability: (images,) in 0 to 1
+    correct:     (images,) bool
 
     Raises ValueError where there is no image.
     """
     if len(probability) == 0:
         raise ValueError("a calibration error needs at least one image")
-    probability = np.asarray(probability, np.float64)
-    place = np.clip((probability * bins).astype(int), 0, bins - 1)
-    gaps = np.bincount(place, probability - np.asarray(correct, np.float64), minlength=bins)
-    return float(np.abs(gaps).sum() / len(probability))
+    found = reliability(np.asarray(probability, np.float64), np.asarray(correct, bool), 15)
+    return sum(n * abs(p - right) for n, p, right in found if n) / len(probability)
 
 
 def auc(score: np.ndarray, correct: np.ndarray) -> float:

@@ -175,7 +175,6 @@ def measure_costs(
     batch: int = 64,
     rounds: int = 5,
     warmup: int = 1,
-    channels_last: bool = True,
 ) -> Costs:
     """Time the model at each length of its menu, and its assigner, on the device where they are.
 
@@ -198,9 +197,9 @@ def measure_costs(
     packings = [model.packing([grid] * number) for grid in model.menu]
 
     def at(packing):
-        return lambda: model(images, packing=packing, channels_last=channels_last)
+        return lambda: model(images, packing=packing, channels_last=True)
 
-    logits = model(images, packing=packings[-1], channels_last=channels_last)
+    logits = model(images, packing=packings[-1], channels_last=True)
     columns = evidence.summary(logits)
     half = columns[:, 0].median()
 
@@ -211,13 +210,13 @@ def measure_costs(
 
     works = {"repack": repack} | {row: at(packing) for row, packing in enumerate(packings)}
     one = model.packing([model.menu[-1]])
-    works["alone"] = lambda: model(images[:1], packing=one, channels_last=channels_last)
+    works["alone"] = lambda: model(images[:1], packing=one, channels_last=True)
     if assigner is not None:
-        works["assigner"] = lambda: assigner(images, model=model, channels_last=channels_last)
+        works["assigner"] = lambda: assigner(images, model=model, channels_last=True)
         if assigner.trunk == "tokens":
 
             def reused():
-                _, tokens, packing = assigner.with_tokens(images, model, channels_last=channels_last)
+                _, tokens, packing = assigner.with_tokens(images, model, channels_last=True)
                 model.finish(model.run_blocks([tokens, None, None], packing, assigner.depth), packing)
 
             works["reused"] = reused

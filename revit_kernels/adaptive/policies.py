@@ -22,7 +22,8 @@ from revit_kernels.device_cache import constant
 from revit_kernels.files import parse_json
 from revit_kernels.grids import grid_text
 
-POLICIES = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade", "oracle")
+SERVED = ("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade")
+POLICIES = (*SERVED, "oracle")  # which asks for true labels
 ASSIGNED = ("assigner", "assigner+cascade", "scout+cascade")  # those that need an assigner
 ALONE = -1  # in place of a menu row: the assigner has answered, and the model not seen the image
 

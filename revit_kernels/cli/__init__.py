@@ -1,6 +1,6 @@
 """The `revit` command: a module per subcommand, each with `add` (its arguments) and `run` (which imports the work).
 
-A module may say in INTERRUPTED how its command goes on.
+INTERRUPTED, where a module has it, is what an interrupted command prints: how to resume it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """One sentence for what is wrong, with the nearest name; the usage is a --help away."""
+    """Reports an error as one sentence, with the nearest known name, instead of the usage."""
 
     def parse_known_args(self, args=None, namespace=None):
         found, unknown = super().parse_known_args(args, namespace)
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         module = sys.modules.get(getattr(getattr(args, "run", None), "__module__", ""))
         _say(f"revit: {getattr(module, 'INTERRUPTED', 'interrupted')}")
         return 130
-    except BrokenPipeError:  # the reader of a pipe has gone: what it wanted it has
+    except BrokenPipeError:  # the reader of the pipe has what it wanted
         _forget_output()
         return 141
     except (ValueError, NotImplementedError, ImportError) as error:
@@ -105,9 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open_streams() -> None:
-    """Let a standard stream that was closed be /dev/null: a file that is opened must not take its place.
+    """Open /dev/null for each closed standard stream, so that no other file gets its descriptor.
 
-    sys.stdout stays None: who writes records there says so.
+    sys.stdout stays None: the writers of records report it.
     """
     for number in range(3):
         try:
@@ -119,7 +119,7 @@ def _open_streams() -> None:
 
 
 def _catch() -> dict:
-    """Let what ends the process leave as an exception; returns the handlers of before."""
+    """Turn signals that end the process into exceptions; returns the previous handlers."""
     previous = {}
     for name in ("SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -132,7 +132,7 @@ def _catch() -> dict:
 
 
 def _clean(message) -> str:
-    """The message in one line, without what a terminal would take for a command."""
+    """The message in one line, without control characters."""
     text = " ".join(str(message).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 

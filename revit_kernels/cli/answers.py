@@ -1,4 +1,4 @@
-"""Where the answers of `revit infer` go: an aligned table on a terminal, JSON lines to pipes and files, a gallery."""
+"""The outputs of `revit infer`: an aligned table on a terminal, JSON lines to pipes and files, a gallery."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def cells(text: str) -> int:
 
 
 def fit(text: str, width: int, end: bool = False) -> str:
-    """The text in exactly so many columns: padded, or cut, at its front where its end tells more."""
+    """The text padded or cut to `width` columns. end: keep its end and cut its front"""
     if cells(text) > width:
         while text and cells(text) > width - 1:
             text = text[1:] if end else text[:-1]
@@ -30,16 +30,16 @@ def fit(text: str, width: int, end: bool = False) -> str:
 
 
 def common_folder(paths: list[str]) -> str:
-    """The folder, with its slash, that all of the paths begin with; "" for none."""
+    """The folder that all paths begin with, with its slash; "" if there is none."""
     first, last = min(paths, default=""), max(paths, default="")
     same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), 0)
     return first[: first.rfind("/", 0, same) + 1]
 
 
 class Rows:
-    """A line for each image on standard output: file, class, probability, grid, share of a full pass.
+    """Writes a line for each image to standard output: file, class, probability, grid, share of a full pass.
 
-    paths: of all images, for the width of the first column
+    paths: all images, for the width of the first column
     full:  patches of a full-length pass
     """
 
@@ -72,7 +72,7 @@ class Rows:
             return f"{fit(file, self.file, end=True)}  no answer: {answer.error}"
         share = answer.tokens / self.full if answer.cost is None else answer.cost
         grid = answer.grid if answer.frames is None else (answer.frames, *answer.grid)
-        ends = grid_text(grid), f"{100 * share:.0f} %"
+        ends = "assigner" if 0 in grid else grid_text(grid), f"{100 * share:.0f} %"
         if answer.features is not None:
             return self._line(file, " ".join(f"{value:+.3f}" for value in answer.features[:4]), "", *ends)
         (best,) = self.columns.best(answer)[:1]
@@ -86,10 +86,11 @@ class Rows:
 
 
 class Answers:
-    """What the answers are written to: a table on a terminal, else `records`; and the gallery, if there is one.
+    """Writes answers as a table on a terminal, else to `records`, and to the gallery if there is one.
 
     records: a writer of serving.records or a run of serving.journal
-    paths:   of all images; full: patches of a full-length pass
+    paths:   all images
+    full:    patches of a full-length pass
     """
 
     def __init__(self, records, output, columns, paths, full: int, progress: Progress, as_json: bool, gallery=None):
@@ -103,10 +104,10 @@ class Answers:
 
 
 def on_terminal(output: str | None, as_json: bool) -> bool:
-    """Whether the answers are for a person to look at."""
+    """Whether a person reads the answers."""
     return output is None and not as_json and sys.stdout is not None and sys.stdout.isatty()
 
 
 def through_a_pipe(output: str | None) -> bool:
-    """Whether the records leave by a pipe, whose reader may write to the same terminal."""
+    """Whether the records go to a pipe, whose reader may write to the same terminal."""
     return output is None and sys.stdout is not None and not sys.stdout.isatty()

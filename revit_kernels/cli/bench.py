@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from revit_kernels.adaptive.costs import device_name
-from revit_kernels.cli.arguments import add_device, add_dtype, count, grids
+from revit_kernels.cli.arguments import add_device, add_dtype, add_quantize, count, grids
 from revit_kernels.cli.progress import Progress
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.evaluation.speed import WARMUP, duels, mixed_images, rivals
@@ -24,7 +24,8 @@ def add(commands):
         "bench",
         help="time a model of yours on mixed lengths against timm, on this machine",
         description="Times a batch of images of mixed lengths, packed, in turn with timm's model on one dense batch "
-        "per length, padded to the longest, and one image at a time. Weights do not matter to speed: a name will do.",
+        "per length, padded to the longest, and one image at a time. Weights do not matter to speed: a name will do. "
+        "With --quantize, timm's model is not quantized.",
     )
     bench.add_argument(
         "model", nargs="?", metavar="NAME_OR_FILE", help="default: the ReViT that comes with the package"
@@ -32,7 +33,7 @@ def add(commands):
     bench.add_argument("--grids", type=grids, metavar="HxW,...", help="default: the model's menu, or four lengths")
     bench.add_argument("--images", type=count, default=32, metavar="N", help="of a batch (default: 32)")
     bench.add_argument("--rounds", type=count, default=11, metavar="N", help="of each duel (default: 11)")
-    bench.add_argument("--quantize", choices=("int8", "fp8"), help="as of `revit infer`; timm's model is not quantized")
+    add_quantize(bench)
     bench.add_argument("--chart", metavar="FILE", help="write an .svg chart")
     bench.add_argument("--theme", choices=tuple(THEMES), default="light", help="of the chart (default: light)")
     add_device(bench)

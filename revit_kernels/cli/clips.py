@@ -1,4 +1,4 @@
-"""What the commands know of models of clips: their arguments, and the sets of videos that they take."""
+"""Arguments of commands for models of clips, and the sets of videos that they open."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from revit_kernels.serving.clips import UNIFORM, sampling
 
 
 def stride(text: str) -> str:
-    """A number of frames, or "uniform"; as text, which a model's file keeps."""
+    """A number of frames, or "uniform", as text: a model's file keeps it."""
     try:
         if text == UNIFORM or float(text) > 0:
             return text
@@ -38,7 +38,7 @@ def views(text: str) -> tuple[int, int]:
 
 
 def add_clips(parser, several: bool = False) -> None:
-    """Which frames of a video: --frames, --stride and, with `several`, --clips and --run-length."""
+    """--frames, --stride and, with `several`, --clips and --run-length: which frames of a video the model sees."""
     group = parser.add_argument_group("videos (of a model of clips)")
     group.add_argument("--frames", type=count, metavar="N", help="frames of a clip (default: the model's)")
     group.add_argument(
@@ -66,7 +66,7 @@ def add_clips(parser, several: bool = False) -> None:
 
 
 def described(name: str) -> dict:
-    """Of a model by name or file: {"name", "kwargs", ...} as its file says. Raises ValueError where there is none."""
+    """{"name", "kwargs", ...} of a model by name or file. Raises ValueError if the file does not exist."""
     file = model_file(name)
     if Path(file).suffix != ".safetensors":
         return {"name": name, "kwargs": {}}
@@ -80,7 +80,7 @@ def takes_clips(name: str) -> bool:
 
 
 def _sampling(args, name: str, menu) -> Sampling:
-    """The frames of a video that a model of clips, by name or file, is trained on or asked about."""
+    """The frames of a video that a model of clips, by name or file, sees."""
     found = described(name)
     menu = menu or found.get("resizable", {}).get("menu")
     defaults = {key: one.default for key, one in signature(class_of(found["name"])).parameters.items()}

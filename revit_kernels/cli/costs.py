@@ -5,8 +5,9 @@ import sys
 
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.costs import measure_costs
-from revit_kernels.cli.arguments import add_device, add_dtype, count
+from revit_kernels.cli.arguments import add_device, add_dtype, add_quantize, count
 from revit_kernels.models.registry import SHIPPED, SHIPPED_ASSIGNER, load_resizable
+from revit_kernels.serving.prepare import make_engine
 
 
 def add(commands):
@@ -20,7 +21,7 @@ def add(commands):
     costs.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner` (default: the shipped model's)")
     costs.add_argument("--batch", type=count, default=64, metavar="N", help="images of a batch (default: 64)")
     costs.add_argument("--rounds", type=count, default=21, metavar="N", help="the median counts (default: 21)")
-    costs.add_argument("--quantize", choices=("int8", "fp8"), help="as of `revit infer`")
+    add_quantize(costs)
     costs.add_argument("--dry-run", action="store_true", help="measure, but keep nothing")
     add_device(costs)
     add_dtype(costs)
@@ -30,10 +31,7 @@ def add(commands):
 def run(args) -> int:
     model = load_resizable(args.model or str(SHIPPED), args.device, args.dtype)
     file = args.assigner or (None if args.model else str(SHIPPED_ASSIGNER))
-    try:
-        engine = model.engine(quantize=args.quantize)
-    except NotImplementedError as why:
-        raise ValueError(f"--quantize {args.quantize}: {why}") from None
+    engine = make_engine(model, args.quantize)
     assigner, served, parameter = None, None, next(model.parameters())
     if file is not None:
         assigner = TokenLengthAssigner.load(file).require(model)

@@ -7,7 +7,7 @@ from functools import partial
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.adaptive.policies import RunLength
+from revit_kernels.adaptive.policies import POLICIES, RunLength
 from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, count
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
@@ -44,7 +44,7 @@ def add(commands):
         "--policies",
         type=_words,
         metavar="NAME,...",
-        help="of random, assigner, cascade, assigner+cascade, oracle (default: all these that apply) and scout+cascade",
+        help=f"of {', '.join(POLICIES)} (default: all that apply, but scout+cascade)",
     )
     evaluate.add_argument(
         "--budgets",

@@ -1,4 +1,4 @@
-"""`revit infer --gallery`: one HTML page with each image drawn at the patches at which it was read."""
+"""`revit infer --gallery`: one HTML page that draws each image at the resolution that the model read."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Gallery:
     full:   tokens of a full-length pass, prefix tokens counted
     patch:  (height, width) of a patch in pixels
 
-    `keep` is given each decoded image before its answer comes to `write`. The first MOST images are shown.
+    Call `keep` with each decoded image, then `write` with its answer. The first MOST images are shown.
     """
 
     def __init__(self, path: str, columns: Columns, prefix: int, full: int, patch: tuple[int, int]):
@@ -80,7 +80,7 @@ class Gallery:
             self.waiting.setdefault(show(loaded.path), deque()).append(pixels)
 
     def write(self, answer: Answer) -> None:
-        """Add an answer, and the image that `keep` was given for it."""
+        """Add an answer, with the image that `keep` holds for it."""
         waiting = self.waiting.get(answer.path)
         pixels = waiting.popleft() if waiting else None
         if waiting is not None and not waiting:
@@ -96,11 +96,12 @@ class Gallery:
             self.cards.append((paid, self._card(answer, pixels, paid)))
 
     def _once(self, answer: Answer) -> int:
-        """The tokens of one pass, prefix tokens counted: of a clip, those of each frame."""
+        """The tokens of one pass, prefix tokens included (of a clip, those of each frame)."""
         return answer.tokens + self.prefix * (1 if answer.frames is None else answer.frames // answer.tubelet)
 
     def _card(self, answer: Answer, pixels: np.ndarray, paid: int) -> str:
-        rows, columns = answer.grid
+        alone = 0 in answer.grid  # the assigner's own answer: the model did not read the image
+        rows, columns = (1, 1) if alone else answer.grid
         passes = 1 if paid <= self._once(answer) else 2
         if answer.features is not None or not self.columns.top:
             said = f"{self.columns.features:,} features"
@@ -109,7 +110,8 @@ class Gallery:
             name = best.get("label", f"class {best['class']}")
             said = f"{name}, {100 * best['probability']:.0f} %"
         cost = f"{grid_text(_length(answer))}, {paid} tokens, {passes} pass{'es' if passes > 1 else ''}"
-        height, width = rows * self.patch[0], columns * self.patch[1]
+        cost = "by the assigner, no pass" if alone else cost
+        height, width = pixels.shape[:2] if alone else (rows * self.patch[0], columns * self.patch[1])
         scale = BOX / max(height, width)
         gap = "1.5px" if max(rows, columns) <= 10 else "0.8px"
         size = f"--gap:{gap};width:{max(2, width * scale):.0f}px;height:{max(2, height * scale):.0f}px"
@@ -122,7 +124,7 @@ class Gallery:
 
     @staticmethod
     def _picture(pixels: np.ndarray, height: int, width: int) -> str:
-        """The image with as many pixels as the model read, or SIDE a side if those were more, as a data URL."""
+        """The image at the model's resolution, at most SIDE pixels a side, as a data URL."""
         scale = min(1.0, SIDE / max(height, width))
         size = max(1, round(width * scale)), max(1, round(height * scale))
         small = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
@@ -135,11 +137,11 @@ class Gallery:
         return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def _lengths(self) -> str:
-        """A row for each grid, longest first: images, and the tokens that they paid."""
+        """An HTML table with a row for each grid, longest first: its images and their tokens."""
         images = sum(n for n, _ in self.lengths.values())
         ordered = sorted(self.lengths.items(), key=lambda item: -cells(item[0]))
         shown, rest = ordered[:12], ordered[12:]
-        rows = [(grid_text(length), n, paid) for length, (n, paid) in shown]
+        rows = [("the assigner" if 0 in length else grid_text(length), n, paid) for length, (n, paid) in shown]
         if rest:
             rows.append((f"{len(rest)} other grids", *map(sum, zip(*(found for _, found in rest)))))
         lines = []
@@ -150,7 +152,7 @@ class Gallery:
         return f"<table>{head}{''.join(lines)}</table>" if images else ""
 
     def page(self, totals: Totals, model: str) -> str:
-        """The whole page."""
+        """The page as HTML."""
         paid, images = (sum(found[i] for found in self.lengths.values()) for i in (1, 0))
         cards = [card for _, card in sorted(self.cards, key=lambda card: -card[0])]
         full = images * self.full
@@ -170,7 +172,7 @@ class Gallery:
         return f'<!doctype html><html lang="en">{meta}{title}<style>{STYLE}</style>{body}</html>\n'
 
     def save(self, totals: Totals, model: str) -> None:
-        """Write the page. Raises OSError where it cannot be written."""
+        """Write the page. Raises RuntimeError if it cannot be written."""
         text = self.page(totals, model)
         write_whole(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -185,7 +187,7 @@ def gallery_of(path: str | None, prepared: Prepared) -> Gallery | None:
 
 
 def check_gallery(path: str | None) -> None:
-    """Raise ValueError where the page could not be written, before any work is done for it."""
+    """Raise ValueError if the page cannot be written; called before any work is done."""
     if path is None:
         return
     if Path(path).suffix.lower() not in (".html", ".htm"):

@@ -1,4 +1,4 @@
-"""What `revit infer` says of arguments that are allowed but seldom meant."""
+"""Warnings of `revit infer` about arguments that are allowed but rarely intended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def _text(grids) -> str:
 
 
 def hints(args, prepared: Prepared) -> list[str]:
-    """A sentence for each. args: of `revit infer`"""
+    """The warnings, a sentence each. args: those of `revit infer`"""
     menu = getattr(prepared.model, "menu", None)
     frames = getattr(prepared.model, "per_frame", None) is not None
     of_frames = tuple(dict.fromkeys(grid[-2:] for grid in menu)) if menu else None
@@ -30,7 +30,7 @@ def hints(args, prepared: Prepared) -> list[str]:
 def lengths(
     grids: tuple[Grid, ...] | None, max_tokens: int | None, menu: tuple[Grid, ...] | None, full: int
 ) -> list[str]:
-    """Where images get lengths that the model was not trained at. full: the patches that it was made for"""
+    """Warnings about lengths that the model was not trained at. full: patches of its own grid"""
     known = _text(menu) if menu else f"{full} patches"
     if menu and grids and (others := [grid for grid in grids if grid not in menu]):
         return [f"the model was not trained at {_text(others)}, but at {known}: expect worse answers there"]
@@ -41,10 +41,10 @@ def lengths(
 
 
 def no_policy(known: bool, otherwise: list[str]) -> list[str]:
-    """Why a ReViT answers without a policy, and what would give it one.
+    """Warnings that a ReViT answers without a policy.
 
     known:     whether an assigner or outcomes are given
-    otherwise: the options that leave no room for a policy
+    otherwise: the options given that exclude a policy
     """
     if known and otherwise:
         return [f"with {' and '.join(otherwise)} no policy is used: each image's size decides its length"]

@@ -14,7 +14,14 @@ from PIL import Image
 from revit_kernels import dispatch
 from revit_kernels.cli import hints
 from revit_kernels.cli.answers import Answers, on_terminal, through_a_pipe
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids, refuse_overwriting
+from revit_kernels.cli.arguments import (
+    add_batch_tokens,
+    add_grids,
+    add_policy,
+    add_weights,
+    count,
+    refuse_overwriting,
+)
 from revit_kernels.cli.clips import add_clips, takes_clips
 from revit_kernels.cli.gallery import check_gallery, gallery_of
 from revit_kernels.cli.progress import Progress
@@ -28,7 +35,7 @@ from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, 
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
 from revit_kernels.serving.records import check_output, is_folder
 
-LISTED = 10  # how many broken images are named on standard error; the records name them all
+LISTED = 10  # broken images that standard error lists; the records have them all
 
 EXAMPLES = """\
 examples:
@@ -69,38 +76,11 @@ def add(commands):
         help="timm's name, a .safetensors file, or the folder of a run (default: the small ReViT that comes with the "
         "package, which tells ten kinds of clothes apart)",
     )
-    model.add_argument("--checkpoint", "--weights", metavar="FILE", help="the weights of --model NAME")
-    model.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
-    model.add_argument("--untrained", action="store_true", help="random weights: for timing only")
-    add_device(model)
-    add_dtype(model)
-    model.add_argument(
-        "--quantize",
-        choices=("int8", "fp8"),
-        help="fewer bits for the blocks' weights and activations: int8 on a CPU, fp8 on a GPU",
-    )
+    add_weights(model, "--model NAME")
     model.add_argument("--backend", help="run every op on this backend, or fail (python -m revit_kernels lists them)")
 
     tokens = infer.add_argument_group("tokens")
-    tokens.add_argument(
-        "--grids",
-        type=grids,
-        default="auto",
-        metavar="auto|HxW,...",
-        help="auto: each image keeps its aspect, small ones get fewer tokens (default); a list: each image gets the "
-        "largest of these grids that does not enlarge it",
-    )
-    tokens.add_argument(
-        "--max-tokens",
-        type=count,
-        metavar="N",
-        help="most tokens of an image with --grids auto (default: the model's)",
-    )
-    tokens.add_argument(
-        "--fit",
-        choices=("crop", "squash"),
-        help="with a list of --grids: cut out the centre (default), or stretch the whole image",
-    )
+    add_grids(tokens)
     tokens.add_argument(
         "--method",
         choices=("resize", "patch"),
@@ -111,19 +91,7 @@ def add(commands):
     add_batch_tokens(tokens, 8192)
     add_clips(infer, several=True)
 
-    adaptive = infer.add_argument_group("lengths chosen by a policy (of a ReViT)")
-    adaptive.add_argument(
-        "--policy",
-        choices=("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade"),
-        help="who gives each image its length (default: assigner+cascade with an assigner, cascade with --outcomes)",
-    )
-    adaptive.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
-    adaptive.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`, to solve budgets from")
-    adaptive.add_argument(
-        "--budget",
-        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length), or full: the cheapest that "
-        "loses nothing (default)",
-    )
+    add_policy(infer.add_argument_group("lengths chosen by a policy (of a ReViT)"))
 
     output = infer.add_argument_group("output")
     output.add_argument(
@@ -177,7 +145,7 @@ def add(commands):
 def run(args) -> int:
     """`revit infer`; returns the exit status.
 
-    Raises ValueError for what the user got wrong, RuntimeError for a run that failed.
+    Raises ValueError for wrong arguments, RuntimeError for a run that failed.
     """
     check_output(args.output)
     check_gallery(args.gallery)
@@ -204,7 +172,7 @@ def run(args) -> int:
     if args.ray is not None:
         return _on_cluster(args, settings, paths, problems, left_out)
     with dispatch.use_backend(args.backend), warnings.catch_warnings():
-        # Our own check makes an error record of an image bomb; Pillow's other warnings would break the progress bar.
+        # Decompression bombs become error records; Pillow's other warnings would break the progress bar.
         warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", module="PIL")
         device = choose_device(args.device)
@@ -305,9 +273,9 @@ def _out_of_memory(device: torch.device, batch_tokens: int):
 def _written(output: str | None, option: str = "--output"):
     try:
         yield
-    except BrokenPipeError:  # no failure: the reader has what it wanted
+    except BrokenPipeError:  # not a failure: the reader has what it wanted
         raise
-    except OSError as error:  # of an image it would be a record
+    except OSError as error:  # of the output: an image's error becomes a record
         name = f"{option} {output}" if output else "standard output"
         raise RuntimeError(f"{name} could not be written: {error.strerror or error}") from error
 
@@ -323,15 +291,15 @@ def _each(functions: list):
 
 
 def _say(text: str) -> None:
-    with suppress(OSError):  # whoever read it has gone; the records are what counts
+    with suppress(OSError):  # standard error is closed; the records matter more
         print(printable(text), file=sys.stderr, flush=True)
 
 
 def _takes_clips(args) -> bool:
-    """Whether the model is one of clips. Raises ValueError for options that such a model does not go with."""
+    """Whether the model takes clips. Raises ValueError for options that such a model does not support."""
     try:
         clips = args.model is not None and takes_clips(args.model)
-    except ValueError:  # what is wrong with the model is said where it is loaded
+    except ValueError:  # reported where the model is loaded
         return False
     if clips and (args.compare or args.ray is not None):
         raise ValueError(f"{'--compare' if args.compare else '--ray'} is for models of images, and {args.model} is not")

@@ -34,7 +34,7 @@ def run(args) -> int:
     if Path(name).suffix == ".safetensors":
         model = create_model(name)
         parameters, blocks = sum(p.numel() for p in model.parameters()), len(model.blocks)
-    else:  # one block tells what all are, and takes no gigabytes
+    else:  # one block stands for all of them, and needs no gigabytes
         entry = registry()["models"][resolve(name)[0]]
         parameters, blocks = entry["parameters"], entry["kwargs"].get("depth", 12)
         model = create_model(name, depth=1, weight_init="skip")
@@ -45,7 +45,7 @@ def run(args) -> int:
 
 
 def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, str]]:
-    """(title, text) of what the model is. blocks: how many the whole model has"""
+    """(title, text) lines that describe the model. blocks: how many the whole model has"""
     (rows, columns), (height, width) = model.patch_embed.grid_size, model.patch_embed.patch_size
     clips = model.per_frame is not None
     own = (model.num_frames, rows, columns) if clips else (rows, columns)
@@ -85,7 +85,7 @@ def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, 
 
 
 def fused(model, device, dtype) -> list[tuple[str, str]]:
-    """(title, text) of what runs it here."""
+    """(title, text) lines on the kernels that run the model here."""
     lines = [("here", f"{device}, {str(dtype).removeprefix('torch.')}")]
     why = block_refusal(model) if model.per_frame is None else "it is a model of clips"
     lines.append(("  blocks", "all in one call of an engine" if why is None else f"op by op: {why}"))

@@ -129,13 +129,13 @@ def run(args) -> int:
 
 
 def learnt(args) -> str | None:
-    """Why the labels may be of images that the model has learnt from, as the folder of its run tells; None if not."""
+    """A warning that the model was trained on these images, as its run's folder shows; None if it was not."""
     path = Path(model_file(args.model)).parent / SETTINGS
     try:
         run = parse_json(path.read_text())
         same = run["split"] == args.split and _place(run["data"]) == _place(args.data)
         held, fold, seed = float(run["held_out"] or 0), run["fold"], run["seed"]
-    except (OSError, ValueError, KeyError, TypeError):  # no folder of a run
+    except (OSError, ValueError, KeyError, TypeError):  # not the folder of a run
         return None
     if not same or (fold and args.fold_models):
         return None
@@ -154,12 +154,12 @@ def _place(data: str) -> str:
 
 
 def summary(outcomes) -> list[str]:
-    """A line per length: how many held-out images it recognises, and how many have it as their label."""
+    """A line for each length: the share of held-out images that it gets right, and whose label it is."""
     (learnt, outcomes), lines = outcomes.apart(), []
     if learnt is not None:
         lines.append(f"revit: of {len(outcomes):,} held-out images, {len(learnt):,} others are labelled too:")
     for row, grid in enumerate(outcomes.menu):
         share, labels = outcomes.correct[:, row].mean(), (outcomes.label == row).mean()
-        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%}, and the label of {labels:.2%}")
+        lines.append(f"revit: {grid_text(grid)} is right on {share:.2%} of them, and is the label of {labels:.2%}")
     dropped = int((outcomes.label < 0).sum())
     return lines + ([f"revit: {dropped:,} images that no length gets right have no label"] if dropped else [])

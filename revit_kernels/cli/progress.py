@@ -1,4 +1,4 @@
-"""How far a command is: a bar with rate and time left on a terminal, elsewhere a line now and then."""
+"""Progress of a command: a bar with rate and time left on a terminal, elsewhere an occasional line."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ FIRST, EVERY = 10.0, 30.0  # seconds to the first line, and between lines
 
 
 class _Bar(tqdm):
-    monitor_interval = 0  # no thread draws it: it is known when there is one to clear
+    monitor_interval = 0  # without tqdm's thread, `update` knows when the bar is drawn
 
 
 class Progress:
     """Progress on standard error; nothing if `quiet`.
 
-    total: what there is to do, None if that is not known yet
-    unit:  of what is counted, a plural
+    total: how many steps there are; None while unknown
+    unit:  plural noun for a step
     desc:  what is being done
-    done:  what was done before
-    lines: write whole lines on a terminal too: something else writes to it that knows nothing of a bar
+    done:  steps that an earlier run has done
+    lines: write lines on a terminal too, because another process writes to it
 
-    `say` and `clear` keep other text off the bar.
+    Use `say`, or `clear` before other output, so that text does not run into the bar.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Progress:
         self.began = self.reported = time.monotonic()
         self.wait, self.note, self._bar, self._drawn = FIRST, "", None, False
         if not quiet and not lines and sys.stderr.isatty():
-            # A bar that is drawn at once would flash on a run that takes no time.
+            # The delay keeps the bar from flashing in a short run.
             how = {"initial": done, "file": sys.stderr, "dynamic_ncols": True, "leave": False, "delay": 0.5}
             self._bar = _Bar(total=total, desc=desc or None, unit=f" {self.unit}", **how)
 
@@ -53,7 +53,7 @@ class Progress:
         self.close()
 
     def go_on_from(self, done: int) -> None:
-        """So much was done before."""
+        """Set how many steps an earlier run has done."""
         self.n = self.done = done
         if self._bar is not None:
             self._bar.n = self._bar.initial = done
@@ -69,7 +69,7 @@ class Progress:
             self.say(self.line())
 
     def line(self) -> str:
-        """How far it is, in one line."""
+        """The progress in one line."""
         rate = (self.n - self.done) / max(time.monotonic() - self.began, 1e-9)
         known = self.total is not None and self.total >= self.n
         parts = [f"{self.n:,} of {self.total:,} {self.unit}" if known else f"{self.n:,} {self.unit}"]
@@ -81,13 +81,13 @@ class Progress:
         )
 
     def say(self, text: str) -> None:
-        """A line of text on standard error, above the bar."""
+        """Print a line on standard error, above the bar."""
         self.clear()
-        with suppress(OSError):  # whoever read it has gone
+        with suppress(OSError):  # standard error is closed
             print(text, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Take the bar off the terminal, before something else is written there; the next update may draw it again."""
+        """Remove the bar before other output; the next update may draw it again."""
         if self._drawn:
             self._bar.clear()
             self._drawn = False

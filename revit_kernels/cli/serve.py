@@ -11,7 +11,7 @@ import sys
 import threading
 from contextlib import redirect_stdout
 
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, count, grids
+from revit_kernels.cli.arguments import add_batch_tokens, add_grids, add_policy, add_weights, count
 
 EXAMPLES = """\
 examples:
@@ -24,8 +24,8 @@ examples:
   from openai import OpenAI
   OpenAI(base_url="http://localhost:8000/v1", api_key="-").embeddings.create(model="revit", input=["data:image/..."])
 
-The page at / shows what the model makes of an image at each length. It serves until it is interrupted; requests that
-have come are answered first.
+The page at / shows the model's answer for an image at each length. The service runs until it is interrupted, and then
+finishes open requests.
 """
 
 
@@ -41,28 +41,16 @@ def add(commands):
     serve.add_argument(
         "model", nargs="?", metavar="NAME_OR_FILE", help="as `revit infer --model` (default: the ReViT of the package)"
     )
-    serve.add_argument("--checkpoint", metavar="FILE", help="the weights of NAME")
-    serve.add_argument("--pretrained", action="store_true", help="timm's own weights, downloaded (needs timm)")
-    serve.add_argument("--untrained", action="store_true", help="random weights: for timing only")
+    add_weights(serve, "NAME")
     serve.add_argument("--name", help="of the model in answers (default: revit, or NAME_OR_FILE)")
-    add_device(serve)
-    add_dtype(serve)
-    serve.add_argument("--quantize", choices=("int8", "fp8"), help="as in `revit infer`")
     serve.add_argument("--features", action="store_true", help="embeddings only: for a model without classes")
     serve.add_argument("--labels", metavar="FILE", help="class names")
     serve.add_argument("--top", type=count, metavar="K", default=5, help="classes of an answer (default: 5)")
 
     tokens = serve.add_argument_group("tokens")
-    tokens.add_argument("--grids", type=grids, default="auto", metavar="auto|HxW,...", help="as in `revit infer`")
-    tokens.add_argument("--max-tokens", type=count, metavar="N", help="most tokens of an image with --grids auto")
-    tokens.add_argument("--fit", choices=("crop", "squash"), help="with a list of --grids")
-    tokens.add_argument(
-        "--policy", choices=("fixed", "random", "assigner", "cascade", "assigner+cascade", "scout+cascade")
-    )
-    tokens.add_argument("--assigner", metavar="FILE", help="of `revit train-assigner`")
-    tokens.add_argument("--outcomes", metavar="FILE", help="held-out labels of `revit label`")
-    tokens.add_argument("--budget", help="as in `revit infer`")
+    add_grids(tokens)
     add_batch_tokens(tokens, 8192)
+    add_policy(serve.add_argument_group("lengths chosen by a policy (of a ReViT)"))
 
     service = serve.add_argument_group("service")
     service.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
@@ -115,14 +103,14 @@ def run(args) -> int:
     except ImportError as error:
         raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
     arguments = application(args)
-    parts(arguments)  # what is wrong is said here, not in a worker
+    parts(arguments)  # report wrong arguments here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}
     Batcher(prepare(Settings(**of_the_model))).close()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     ended, ready = threading.Event(), False
 
     def end(number, frame):
-        """The first signal ends the start, or the service; another does not disturb what is then put in order."""
+        """The first signal ends the start or the service; later ones do not disturb the shutdown."""
         if not ended.is_set() and not ready:
             ended.set()
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -141,11 +129,11 @@ def run(args) -> int:
                 with listening(arguments, args.host, args.port, log if args.log_requests else None):
                     ready, where = True, f"http://{args.host}:{args.port}"
                     print(f"revit: serving at {where}, until interrupted", file=sys.stderr, flush=True)
-                    while not ended.wait(1):  # a signal that another thread gets wakes nobody here
+                    while not ended.wait(1):  # a signal delivered to another thread does not wake this one
                         pass
             finally:
                 ray.shutdown()
-                keep(handlers)  # as Ray leaves them, a signal would end the process where it is
+                keep(handlers)  # with the handlers that Ray leaves, a signal would end the process at once
     finally:
         keep(before)
     print("revit: served", file=sys.stderr)

@@ -186,7 +186,7 @@ def add(commands):
 
 
 def run(args) -> int:
-    """`revit train`; returns the exit status. Raises ValueError for what the user got wrong."""
+    """`revit train`; returns the exit status. Raises ValueError for wrong arguments."""
     device = _distributed() or choose_device(args.device)
     rank = dist.get_rank() if dist.is_initialized() else 0
     images = open_data(args, args.model, args.menu)
@@ -211,12 +211,12 @@ def run(args) -> int:
         autocast=args.bf16,
         objective=Objective(args.distillation, args.temperature, args.smoothing),
     )
-    Order(len(images), recipe.batch, recipe.seed, 0, rank, world)  # what cannot be trained leaves no folder behind
+    Order(len(images), recipe.batch, recipe.seed, 0, rank, world)  # raises before a folder is made
     settings = {k: v for k, v in vars(args).items() if k not in UNSETTLED}
     settings |= {"images": images.fingerprint(), "world": world}
     if args.fsdp:
         settings |= {"batch": args.batch * world, "world": "any"}
-    if rank:  # one process makes the folder, the others find it
+    if rank:  # rank 0 makes the folder
         dist.barrier()
     folder = RunFolder(args.output, settings, args.resume or bool(rank))
     if dist.is_initialized() and not rank:
@@ -263,7 +263,7 @@ def _progress(bar: Progress, menu):
 
 
 def epoch_text(row: dict, epochs: float) -> str:
-    """A row of the log in one line: each length's mean loss, and its accuracy on the images held out, if there are."""
+    """A row of the log in one line: each length's mean loss, and its accuracy on held-out images, if there are any."""
     lengths = [name.removeprefix("loss_") for name in row if name.startswith("loss_")]
     parts = []
     for length in lengths:
@@ -274,10 +274,10 @@ def epoch_text(row: dict, epochs: float) -> str:
 
 
 def _share(args, world: int) -> int:
-    """The images of a step in each process; a run that goes on shares out those that a step took when it began."""
+    """The images of a step in each process. A resumed run keeps the images of its steps over all processes."""
     try:
         found = parse_json((Path(args.output) / SETTINGS).read_text()) if args.resume else None
-    except (OSError, ValueError):  # no run yet, or RunFolder says what is wrong with it
+    except (OSError, ValueError):  # no run yet, or RunFolder reports what is wrong
         found = None
     step = found.get("batch") if isinstance(found, dict) else None
     if type(step) is not int:
@@ -324,7 +324,8 @@ def _model(args, classes: tuple[str, ...]):
         check_arguments(class_of(args.model), options)
         model = create_model(args.model, pretrained=args.pretrained, **options)
         if args.checkpoint:
-            model = _from_checkpoint(args, options)
+            # Without a head: that of the new classes takes its place.
+            model = create_model(args.model, checkpoint_path=args.checkpoint, **options | {"num_classes": 0})
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": list(classes), "trained_on": args.data}
@@ -340,14 +341,9 @@ def _model(args, classes: tuple[str, ...]):
     return model
 
 
-def _from_checkpoint(args, options):
-    """The name's model with the checkpoint's weights: without a head, which will be the new classes'."""
-    return create_model(args.model, checkpoint_path=args.checkpoint, **options | {"num_classes": 0})
-
-
 def _size(images, side: int | None, model) -> tuple[int, int]:
-    """(height, width) of the images in training. Raises ValueError where the longest length has more patches than
-    the images have pixels for."""
+    """(height, width) of the images in training. Raises ValueError if the longest length has more patches than the
+    images have pixels."""
     first = np.asarray(images.pixels(0)).shape[-3:-1]
     last = np.asarray(images.pixels(len(images) - 1)).shape[-3:-1]
     longest = model.menu[0][-2:]

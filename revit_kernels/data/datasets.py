@@ -21,6 +21,7 @@ from revit_kernels.data.tables import csv_set, options_of, parquet_set
 __all__ = ["ArraySet", "EncodedSet", "ImageSet", "open_set", "read_batches"]
 
 SPLIT_FOLDERS = ("train", "test", "val")  # by their plain names
+AHEAD = 2  # batches that are decoded before they are asked for
 
 
 def open_set(source: str, split: str = "train", *, root=None) -> ImageSet:
@@ -109,12 +110,12 @@ def folder_set(path: Path, split: str, suffixes=SUFFIXES, what: str = "images") 
 
 
 def read_batches(
-    images: ImageSet, indices: Sequence[int] | None = None, batch: int = 64, *, workers: int = 2, ahead: int = 2
+    images: ImageSet, indices: Sequence[int] | None = None, batch: int = 64, *, workers: int = 2
 ) -> Iterator[tuple[list[int], torch.Tensor | list[torch.Tensor]]]:
     """(indices, pixels) in order: one tensor (images, height, width, 3) where all have one size, else a list of them.
 
     indices: which images; all if not given
-    workers: threads that decode; `ahead` batches wait at most
+    workers: threads that decode; AHEAD batches wait at most
     """
     indices = list(range(len(images)) if indices is None else map(int, indices))
     groups = [indices[i : i + batch] for i in range(0, len(indices), batch)]
@@ -125,13 +126,13 @@ def read_batches(
     waiting: deque[tuple[list[int], list[Future]]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
-        for group in groups + [None] * ahead:
+        for group in groups + [None] * AHEAD:
             if group is not None:
                 if (whole := images.gather(group)) is not None:
                     yield group, torch.from_numpy(whole)
                     continue
                 waiting.append((group, [pool.submit(read, index) for index in group]))
-            if waiting and (group is None or len(waiting) > ahead):
+            if waiting and (group is None or len(waiting) > AHEAD):
                 members, futures = waiting.popleft()
                 pixels = [future.result() for future in futures]
                 same = all(p.shape == pixels[0].shape for p in pixels)

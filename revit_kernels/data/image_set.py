@@ -126,12 +126,11 @@ class EncodedSet(ImageSet):
     """Encoded images, decoded when they are asked for.
 
     sources: for each image a path, or the bytes of the file, or a Pillow image
-    target:  as of data.images.decode: lets a large JPEG be decoded smaller
     """
 
-    def __init__(self, name, classes, targets, keys, sources: Sequence, target: Target | None = None):
+    def __init__(self, name, classes, targets, keys, sources: Sequence):
         super().__init__(name, classes, targets, keys)
-        self.sources, self.target = sources, target
+        self.sources, self.target = sources, None
 
     def pixels(self, index: int) -> np.ndarray:
         try:

@@ -132,8 +132,8 @@ def gather_weights(folder: Path) -> Path:
     return path
 
 
-def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
-    """The first `each` test images of every class of Fashion-MNIST as PNG files, in a folder per class.
+def gather_fashion(folder: Path) -> list[Path]:
+    """The first 20 test images of every class of Fashion-MNIST as PNG files, in a folder per class.
 
     The set is read where `revit data` put it, else downloaded for this call. Raises ValueError where it cannot be.
     """
@@ -149,7 +149,7 @@ def gather_fashion(folder: Path, each: int = 20) -> list[Path]:
     for label, name in enumerate(images.classes):
         inside = folder / class_folder(name)
         inside.mkdir(parents=True, exist_ok=True)
-        for i in np.flatnonzero(images.targets == label)[:each]:
+        for i in np.flatnonzero(images.targets == label)[:20]:
             data = io.BytesIO()
             Image.fromarray(images.array[i]).save(data, "PNG")
             written.append(inside / f"{i:05d}.png")

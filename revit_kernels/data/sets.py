@@ -196,7 +196,7 @@ def _cifar10(split: str, root: Path) -> ImageSet:
     found = _cached_cifar10(cache, parts)
     if found is None:
         whole = _decode_cifar10(path)
-        files.keep(cache, lambda temporary: _save(temporary, whole))
+        files.keep(cache, lambda temporary: save_arrays(temporary, whole))
         found = [whole[f"{part}_{what}"] for part in parts for what in ("images", "targets")]
     keys = [f"cifar10/{part}/{i:05d}" for part in parts for i in range(PAGE_IMAGES * len(PAGES[part]))]
     return ArraySet(f"cifar10/{split}", CIFAR10, _joined(found[1::2]), _joined(found[::2]), keys)
@@ -218,8 +218,9 @@ def _cached_cifar10(cache: Path, parts) -> list[np.ndarray] | None:
     return found
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # by name, numpy would add a suffix
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a .npz file under any name: np.savez would add the suffix to a name without it."""
+    with open(path, "wb") as file:
         np.savez(file, **arrays)
 
 

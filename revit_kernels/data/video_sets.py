@@ -30,8 +30,8 @@ class ClipSet(EncodedSet):
     sources: for each video a path
     """
 
-    def __init__(self, name, classes, targets, keys, sources: Sequence, sampling: Sampling, target=None):
-        super().__init__(name, classes, targets, keys, sources, target)
+    def __init__(self, name, classes, targets, keys, sources: Sequence, sampling: Sampling):
+        super().__init__(name, classes, targets, keys, sources)
         if sampling.views != 1:
             raise ValueError(f"a set has one clip of each video, got {sampling.views} views")
         self.sampling = sampling

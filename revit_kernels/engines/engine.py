@@ -42,10 +42,11 @@ class Engine:
     model:    a VarLenViT
     quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
               "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
-    stale:    what to do in a call where the model went through `train()`, or the versions, memory or identities of
-              its parameters, numbers and texts among its modules' attributes, or hooks on these, show a change: "raise"
-              StaleEngine, or "refresh". A write through `.data`, a NumPy view or, without `train()`, a fused optimizer
-              raises no version and goes unnoticed: call `refresh()` after one
+    stale:    what to do in a call where the model went through `train()`, or the versions, memory, identities or
+              requires_grad of its parameters, numbers and texts among its modules' attributes, or hooks on these, show
+              a change: "raise" StaleEngine, or "refresh". A write through `.data` (PEFT merges so: of a model that was
+              not frozen before, requires_grad tells), a NumPy view or, without `train()`, a fused optimizer raises no
+              version and goes unnoticed: call `refresh()` after one
 
     Many threads may call one engine. Raises ValueError for another `quantize` or `stale`, NotImplementedError where the
     model cannot be quantized here.
@@ -204,14 +205,15 @@ def watched_of(model: nn.Module) -> tuple[list, ...]:
 
 
 def state_of(watched: tuple[list, ...], model: nn.Module, written: bool = True) -> tuple:
-    """What shows a change: which modules and parameters there are, where these lie, and how often they were written to;
-    of what classes the modules are, their attributes' number and plain values, and whether any is hooked.
+    """What shows a change: which modules and parameters there are, where these lie, how often they were written to, and
+    whether they are frozen (as PEFT leaves the weights that it merged into); of what classes the modules are, their
+    attributes' number and plain values, and whether any is hooked.
 
     written: False leaves out writes in place
     """
     modules, parameters = (chain.from_iterable(map(dict.values, dicts)) for dicts in watched[:2])
     parameters = [p for p in parameters if p is not None]
-    versions = [0 if p.is_inference() else p._version for p in parameters] if written else []
+    versions = [(p.requires_grad, 0 if p.is_inference() else p._version) for p in parameters] if written else []
     identities = [*map(id, modules)], [*map(id, parameters)]
     touched = [*map(type, watched[2])], [*map(len, watched[3])], any(watched[4]), [get(own) for get, own in watched[5]]
     return model.times_trained, touched, identities, versions, [*map(Tensor.data_ptr, parameters)]

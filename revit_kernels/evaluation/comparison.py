@@ -115,30 +115,27 @@ def recommended(e: Evaluation, allowed: float = ALLOWED) -> Measured:
     return max([*within, *alone], key=lambda one: one.speed(e.full))
 
 
-def verdict(e: Evaluation, allowed: float = ALLOWED) -> list[str]:
-    """What to do, and what the numbers come to, in sentences, whichever way they fall.
-
-    allowed: the loss of accuracy against full length up to which the fastest is the best, as a share
-    """
-    alone = [one for one in e.policies if one.alone and one.lost(e.full)[0] <= allowed]
+def verdict(e: Evaluation) -> list[str]:
+    """What to do and what the numbers show, in sentences: the best is the fastest that loses at most ALLOWED."""
+    alone = [one for one in e.policies if one.alone and one.lost(e.full)[0] <= ALLOWED]
     if not alone:
-        return _of_the_model(e, allowed)
+        return _of_the_model(e)
     best = max(alone, key=lambda one: one.speed(e.full))
     said = f"Where the assigner may answer by itself ({100 * best.alone:.0f} % of the images): {_named(e, best)}, "
-    return [*_of_the_model(e, allowed), f"{said}{_speed(e, best)}."]
+    return [*_of_the_model(e), f"{said}{_speed(e, best)}."]
 
 
-def _of_the_model(e: Evaluation, allowed: float) -> list[str]:
+def _of_the_model(e: Evaluation) -> list[str]:
     """The verdict on policies whose answers are all the model's."""
-    ones, limit = candidates(e), f"{100 * allowed:g} points"
-    best = recommended(e, allowed)
+    ones, limit = candidates(e), f"{100 * ALLOWED:g} points"
+    best = recommended(e)
     if best.name == "fixed":
         lines = [f"Use {_named(e, best)}: **{_speed(e, best)}**."] if best is not e.full else []
         if not ones:
             alike = "Every policy came out as one length for all images, at every budget."
             return lines + [alike if e.fixed else "Only the lengths alone were measured, no policy."]
         lines = lines or [f"Use full length, {_named(e, best)}: no shorter length loses at most {limit}."]
-        other = min(ones, key=lambda one: max(one.lost(e.full)[0], allowed) - one.speed(e.full) / 1e6)
+        other = min(ones, key=lambda one: max(one.lost(e.full)[0], ALLOWED) - one.speed(e.full) / 1e6)
         lines[0] += (
             f" Adaptivity does not pay here, by {limit} lost at most: the best of {len(ones)} policies is "
             f"{_named(e, other)}, {_speed(e, other)}."

@@ -12,6 +12,7 @@ from revit_kernels.grids import grid_text
 from revit_kernels.models.video import sampled
 
 SIDE, GAP, LINE, ACROSS = 128, 36, 16, 6  # pixels, and images in a row
+EACH = 12  # easy images, and hard ones
 RIGHT, WRONG = "#0072B2", "#B34700"  # told apart by the colour-blind too; what is wrong is also marked
 
 
@@ -66,16 +67,16 @@ def _fit(text: str, font, width: int) -> str:
     return f"{text}..."
 
 
-def draw(e: Evaluation, images, path: Path, count: int = 12) -> None:
+def draw(e: Evaluation, images, path: Path) -> None:
     """Write the picture: the easiest and the hardest images; of clips, some for each length that they needed.
 
-    images: the ImageSet that was evaluated; count: of easy ones, and of hard ones
+    images: the ImageSet that was evaluated
     """
     o, grids = e.outcomes, list(map(grid_text, e.menu))
     plain, head = _font(12), _font(15)
     groups = [
-        (f"Easiest: right at the shortest length, {grids[-1]}, and surest there", easiest(e, count)),
-        (f"Hardest: right at the longest length only, {grids[0]}, or never", hardest(e, count)),
+        (f"Easiest: right at the shortest length, {grids[-1]}, and surest there", easiest(e, EACH)),
+        (f"Hardest: right at the longest length only, {grids[0]}, or never", hardest(e, EACH)),
     ]
     if len(e.menu[0]) == 3:
         groups = needed(e, ACROSS)

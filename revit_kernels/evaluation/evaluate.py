@@ -70,17 +70,6 @@ class Evaluation:
         return found
 
 
-def reliability(probability: np.ndarray, right: np.ndarray, bins: int = 10) -> list[tuple[int, float, float]]:
-    """For each of equally wide bins: images, mean probability and share that is right (NaN where there is no image)."""
-    place = np.clip((np.asarray(probability, np.float64) * bins).astype(int), 0, bins - 1)
-    found = []
-    for number in range(bins):
-        there = place == number
-        means = (probability[there].mean(), right[there].mean()) if there.any() else (np.nan, np.nan)
-        found.append((int(there.sum()), float(means[0]), float(means[1])))
-    return found
-
-
 def check_apart(outcomes: Outcomes | None, images: ImageSet, use: str) -> None:
     """Raise ValueError where some of the images are among those of the outcomes. use: what these are for"""
     both = set(outcomes.keys) & set(images.keys) if outcomes is not None else ()

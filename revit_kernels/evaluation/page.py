@@ -16,7 +16,8 @@ font:15px/1.5 system-ui,sans-serif}
 .do{margin:0 0 20px;padding:16px 20px;background:var(--do);border-radius:8px;font-size:18px}
 h1{font-size:22px;margin:26px 0 6px}h2{font-size:19px;margin:34px 0 8px;border-bottom:1px solid var(--line)}
 p,li{max-width:100ch}.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:13.5px;white-space:nowrap}
-td,th{padding:4px 10px;border-bottom:1px solid var(--line)}th{background:var(--head);font-weight:600;text-align:left}
+td,th{padding:4px 8px;border-bottom:1px solid var(--line)}th{background:var(--head);font-weight:600;text-align:left;
+white-space:normal;vertical-align:bottom}
 .number{text-align:right;font-variant-numeric:tabular-nums}code{font-size:13px}
 figure{margin:18px 0}figure img{max-width:100%;background:#fff;border-radius:6px}figcaption{color:var(--dim)}
 """

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from revit_kernels.adaptive.calibration import reliability
 from revit_kernels.evaluation import contact_sheet
 from revit_kernels.evaluation.comparison import at_equal_speed
-from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.evaluation.evaluate import Evaluation, Measured
 from revit_kernels.grids import grid_text
 
 COLOURS = {  # of Okabe and Ito: told apart by the colour-blind too

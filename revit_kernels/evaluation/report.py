@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from revit_kernels.adaptive.calibration import calibration_error
+from revit_kernels.adaptive.calibration import calibration_error, reliability
 from revit_kernels.adaptive.policies import Own
 from revit_kernels.evaluation import plots
 from revit_kernels.evaluation.comparison import ALLOWED, Gap, against_random, against_static, verdict
-from revit_kernels.evaluation.evaluate import Evaluation, Measured, reliability
+from revit_kernels.evaluation.evaluate import Evaluation, Measured
 from revit_kernels.evaluation.page import page
 from revit_kernels.files import put, workshop
 from revit_kernels.grids import grid_text

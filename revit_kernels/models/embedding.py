@@ -96,10 +96,11 @@ class Embedding:
             x = _only_dense(x, grids, packing, max_tokens, channels_last)
             grids = packing = max_tokens = None
         dense = grids is None and packing is None and max_tokens is None
-        if traced(x) and not torch.compiler.is_compiling() and (isinstance(x, list | tuple) or not dense):
+        compiled = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
+        if traced(x) and not compiled and (isinstance(x, list | tuple) or not dense):
             raise NotImplementedError(
-                "torch.func's transforms, torch.fx and TorchScript's tracing take a dense batch: a tensor of images of "
-                "one size, without grids"
+                "torch.export, torch.fx, torch.func's transforms and TorchScript's tracing take a dense batch: a "
+                "tensor of images of one size, without grids"
             )
         if traced(x) and dense and not isinstance(x, list | tuple):
             return x, self._traced_packing(x, channels_last), True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from revit_kernels.grids import Grid
 from revit_kernels.models.embedding import Images
-from revit_kernels.modules.attention import Maps, mask_of
+from revit_kernels.modules.attention import Maps, mask_of, recording
 from revit_kernels.modules.layer_norm import normalise
 from revit_kernels.modules.linear import takes_packing
 from revit_kernels.packing import PackedTokens, Packing
@@ -154,24 +154,13 @@ class Intermediates:
 
         Arguments as of `forward`. These are what the blocks' `attn.attn_drop` sees where `attn.fused_attn` is False,
         as with timm; a hook on it sees (images, heads, length, length) of a dense batch, and each image of a mixed one.
-        Not while another thread calls the model. Raises ValueError for a model whose blocks have no attention of ours.
+        Other threads may call the model. Raises ValueError where a block has no attention of ours, or is compiled.
         """
         attentions = [m for m in self.blocks.modules() if isinstance(m, Maps)]
         if not attentions or not all(takes_packing(m) for m in attentions):
             raise ValueError("the model's blocks have no attention that can give its maps")
-        maps = {m: [] for m in attentions}
-        handles, before = [], {m: m.__dict__.get("fused_attn") for m in attentions}
-        try:
-            for module, seen in maps.items():
-                module.fused_attn = False
-                handles.append(module.attn_drop.register_forward_hook(lambda m, args, out, seen=seen: seen.extend(out)))
+        with recording(attentions) as maps:
             self(x, grids=grids, packing=packing, max_tokens=max_tokens, channels_last=channels_last)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, fused in before.items():
-                if fused is None:
-                    del module.fused_attn
-                else:
-                    module.fused_attn = fused
+        if len(x) and not all(maps.values()):
+            raise ValueError("a block that is compiled, or another module in its place, gives no attention maps")
         return [tuple(seen) for seen in maps.values()]

@@ -16,10 +16,6 @@ def _blocks(model: nn.Module):
     return [(f"blocks.{name}", module) for name, module in model.blocks.named_modules() if name]
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
 def fp8(model: nn.Module) -> nn.Module:
     """Quantize the model in place, for inference: weights of the blocks in e4m3 with a scale for each output,
     activations with one for each token, found as they come.
@@ -37,7 +33,7 @@ def fp8(model: nn.Module) -> nn.Module:
     if any(is_plain(module, "Fp8Linear") for _, module in _blocks(model)):
         raise ValueError("the model is in fp8 already")
     model.eval().requires_grad_(False)
-    device = _device(model)
+    device = next(model.parameters()).device
     if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < E4M3_SINCE:
         raise NotImplementedError(
             "fp8 needs a GPU of compute capability {}.{} (Ada, Hopper or newer), {} has {}.{}".format(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -71,10 +72,11 @@ def _refuse(name: str):
     """Raise what is wrong with a name that is none of ours."""
     homes = {other: module for module, names in registry()["others"].items() for other in names.split()}
     known = registry()["models"]
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # False for a name that no folder can have, where pathlib raises
         raise ValueError(f"there is no model named {name!r}, and the folder of that name has no {MODEL_FILE}")
     if name in homes:
         raise ValueError(f"{name!r} is of timm's {homes[name]}.py, not a Vision Transformer of timm's {MODULES}")
+    name = name[:100]  # it may come from a file
     raise ValueError(f"there is no model named {name!r}{_nearest(name, known)}")
 
 
@@ -117,7 +119,7 @@ def constructor_kwargs(name: str) -> dict:
 def model_file(name) -> str:
     """The file that is meant by a name: of the folder of a run, its model.safetensors; else the name as it is."""
     inside = Path(name) / MODEL_FILE
-    return str(inside) if str(name) not in registry()["models"] and inside.is_file() else str(name)
+    return str(inside) if str(name) not in registry()["models"] and os.path.isfile(inside) else str(name)
 
 
 def class_of(name: str) -> type[VarLenViT] | type[ClipModel]:

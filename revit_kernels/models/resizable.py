@@ -83,6 +83,12 @@ def fill_lengths(state: dict[str, Tensor], wanted: dict[str, Tensor], prefix: st
             state[f"{prefix}{key}"] = base.clone()
 
 
+def start_lengths(model, state, prefix, *_) -> None:
+    """Before a checkpoint is loaded into a ReViT: lengths that it lacks start from the parameters that it has."""
+    if model.menu is not None:
+        model.fill_lengths(state, prefix)
+
+
 class Resizable:
     """The methods of VarLenViT that know a menu of lengths."""
 

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from revit_kernels import ops
 from revit_kernels.clips import ClipGrid, ClipPacking, check_clip_grid
+from revit_kernels.dispatch import without_autocast
 from revit_kernels.grids import native_grid
-from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths
+from revit_kernels.models.resizable import NORMS, Resizable, fill_lengths, start_lengths
 from revit_kernels.models.run_length import differences
 from revit_kernels.models.surgery import _is_affine
 from revit_kernels.modules.layer_norm import add, apply_norm, normalise
@@ -75,7 +76,7 @@ class ClipModel(nn.Module):
         self.pretrained_cfg = self.default_cfg = {"mean": HALF[: self.in_chans], "std": HALF[: self.in_chans]}
         self.pos_interpolation = "bicubic"  # or "nearest"
         self.pos_antialias = True
-        self.register_load_state_dict_pre_hook(_start_lengths)
+        self.register_load_state_dict_pre_hook(start_lengths)
 
     def train(self, mode: bool = True) -> Self:
         """As of nn.Module. An engine of the model is stale after training mode."""
@@ -221,7 +222,7 @@ class ClipModel(nn.Module):
         weight = conv.weight if conv.weight.ndim == 4 else conv.weight.flatten(1, 2)
         if self.per_frame:
             options["prefix"] = prefix
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight.device):
             x = ops.patch_embed(frames, weight, conv.bias, packing.by_frame, **options)
         if not self.per_frame and not (packing.full and prefix is None):
             y = x.new_zeros(packing.capacity, x.shape[1]).index_copy(0, packing.patch_rows, x)
@@ -484,9 +485,3 @@ class ClipModel(nn.Module):
         for name in ("pos_embed", "cls_token"):
             if getattr(self, name, None) is not None:
                 nn.init.trunc_normal_(getattr(self, name), std=0.02)
-
-
-def _start_lengths(model, state, prefix, *_) -> None:
-    """A plain checkpoint into a ReViT: what it knows nothing of starts from what it knows."""
-    if model.menu is not None:
-        model.fill_lengths(state, prefix)

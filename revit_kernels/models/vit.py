@@ -17,7 +17,7 @@ from revit_kernels.models.axis_positions import AxisPositions
 from revit_kernels.models.embedding import Embedding, Images
 from revit_kernels.models.intermediates import Intermediates
 from revit_kernels.models.layers import ACTIVATIONS, BLOCKS, EMBEDS, MLPS, NORMS, STREAMING, Layer, layer
-from revit_kernels.models.resizable import Resizable
+from revit_kernels.models.resizable import Resizable, start_lengths
 from revit_kernels.models.surgery import Surgery
 from revit_kernels.modules.attention import by_length, dense_packing, fitting, mask_of, per_length
 from revit_kernels.modules.layer_norm import PLAIN as PLAIN_NORMS
@@ -226,7 +226,7 @@ class VarLenViT(Embedding, Intermediates, Resizable, Surgery, nn.Module):
         if "pos_axes" not in self._modules:
             self.pos_axes = None  # or AxisPositions, instead of a table
         self.menu = self.resizable = None  # of make_resizable
-        self.register_load_state_dict_pre_hook(_start_lengths)
+        self.register_load_state_dict_pre_hook(start_lengths)
 
     def train(self, mode: bool = True) -> "Self":
         """As of nn.Module. An engine of the model is stale after training mode."""
@@ -505,9 +505,3 @@ def _pool_by_torch(x: Tensor, pool_type: str, skip: int) -> Tensor:
     if pool_type == "avgmax":
         return 0.5 * (x.amax(1) + x.mean(1))
     return x.mean(1) if pool_type == "avg" else x.amax(1)
-
-
-def _start_lengths(model, state, prefix, *_) -> None:
-    """A plain checkpoint into a ReViT: what it knows nothing of starts from what it knows."""
-    if model.menu is not None:
-        model.fill_lengths(state, prefix)

@@ -1,6 +1,9 @@
 """Self-attention inside each image of a packing."""
 
 import math
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -83,11 +86,11 @@ def mask_of(attn_mask: Tensor | None, is_causal: bool) -> dict:
 
 
 def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
-    """timm's attention, by torch's ops: through `module.attn_drop` where `module.fused_attn` is False.
+    """timm's attention, by torch's ops: through `module.attn_drop` where its maps are wanted.
 
     q, k, v: (images, heads, length, head_dim). Returns (images, heads, length, head_dim).
     """
-    if module.fused_attn:
+    if module.fuses():
         dropout = module.attn_drop.p if module.training else 0.0
         options = {"attn_mask": attn_mask, "dropout_p": dropout, "is_causal": is_causal}
         return F.scaled_dot_product_attention(q, k, v, **options, scale=module.kernel_scale())
@@ -97,7 +100,10 @@ def weigh(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is
 def attention_map(module: nn.Module, q: Tensor, k: Tensor, attn_mask=None, is_causal: bool = False) -> Tensor:
     """(images, heads, length, length): what `module.attn_drop` makes of the softmax. q, k: as in `weigh`"""
     scores = _masked((q * module.scale) @ k.transpose(-2, -1), attn_mask, is_causal)
-    return module.attn_drop(scores.softmax(dim=-1))
+    maps = module.attn_drop(scores.softmax(dim=-1))
+    if module.is_recorded():
+        _recording.maps[module].extend(maps)
+    return maps
 
 
 @torch.fx.wrap
@@ -126,6 +132,25 @@ def turned(q: Tensor, k: Tensor, rope: Rotary | None) -> tuple[Tensor, Tensor]:
     return (q, k) if rope is None else tuple(rotate(t, *rope).to(t.dtype) for t in (q, k))
 
 
+class _Recording(threading.local):
+    """The maps of each attention, while `recording` keeps those that this thread computes."""
+
+    maps: dict[nn.Module, list[Tensor]] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recording(attentions: Iterable["Maps"]) -> Iterator[dict["Maps", list[Tensor]]]:
+    """For each attention a list, to which this thread adds a map (heads, length, length) for each image."""
+    before, _recording.maps = _recording.maps, {attention: [] for attention in attentions}
+    try:
+        yield _recording.maps
+    finally:
+        _recording.maps = before
+
+
 class Maps(nn.Module):
     """What computes attention, in one kernel; or as timm's `fused_attn = False`, with maps that `attn_drop` sees."""
 
@@ -136,8 +161,18 @@ class Maps(nn.Module):
         """What the scores are multiplied with in one kernel: as in timm, `scale` counts where `fused_attn` is False."""
         return self.head_dim**-0.5 if self.fused_attn else self.scale
 
+    def is_recorded(self) -> bool:
+        """Whether `recording` keeps the maps that this thread computes; never those of a compiled module."""
+        return not torch.compiler.is_compiling() and _recording.maps is not None and self in _recording.maps
+
+    def fuses(self) -> bool:
+        """Whether no maps are wanted: neither timm's `fused_attn = False` nor `recording` asks for them."""
+        return self.fused_attn and not self.is_recorded()
+
     def _gives_maps(self) -> bool:
         """Whether somebody wants to see the maps, or drops some of them."""
+        if self.is_recorded():
+            return True
         if self.fused_attn:
             return False
         return self.training or not is_plain(self.attn_drop, "Dropout", "Identity")
@@ -336,7 +371,7 @@ class _Lambda(Maps):
         v = v.reshape(images, length, self.num_heads, 2 * self.head_dim).transpose(1, 2)
         q, k = self.q_norm(q), self.k_norm(k)
         weight = self._compute_lambda().type_as(q)
-        if self.fused_attn:
+        if self.fuses():
             first_q, second_q = q.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)
             first_k, second_k = k.reshape(images, self.num_heads, 2, length, self.head_dim).unbind(2)
             first = weigh(self, first_q, first_k, v, attn_mask, is_causal)

@@ -31,6 +31,7 @@ def is_plain_itself(module: nn.Module, *names: str) -> bool:
         and not own["_backward_hooks"]
         and not own["_backward_pre_hooks"]
         and "forward" not in own
+        and "_compiled_call_impl" not in own  # of `module.compile()`
         and "parametrizations" not in own["_modules"]
     )
 

@@ -52,6 +52,8 @@ def structure(module: nn.Module) -> str | None:
     for part, names in ((attn, ATTENTIONS), (mlp, MLPS)):
         if not is_plain(part, *names) or not type(part).__module__.startswith("revit_kernels."):
             return f"{type(part).__name__} is no plain {names[0]} of ours"
+    if attn.is_recorded():
+        return "its attention maps are asked for"
     if attn._modules.get("gate") is not None:
         return "its attention has a gate"
     for within, table in zip(_submodules(module), (PARTS, ATTENTION, MLP)):

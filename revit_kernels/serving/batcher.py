@@ -24,17 +24,19 @@ KINDS = ("classes", "features", "lengths")
 
 
 class Busy(RuntimeError):
-    """As much waits as may wait."""
+    """The queue is full."""
 
 
 @dataclass
 class Reply:
-    """What came of one image.
+    """The answer for one image, or the reason why there is none.
 
     values: (classes,) probabilities or (features,), float32; None where there is an error
-    grid:   that answered; tokens: of all passes, prefix tokens counted
+    size:   (height, width) of the image, in pixels
+    grid:   (rows, columns) of the pass that answered
+    tokens: of all passes, prefix tokens included
     error:  why there is no answer
-    others: of the kind "lengths": a Reply at each length, longest first
+    others: for the kind "lengths", a Reply at each length, longest first
     """
 
     values: np.ndarray | None = None
@@ -47,9 +49,14 @@ class Reply:
 
 @dataclass
 class Stats:
-    """Totals since the beginning. full: tokens, had every image been given the full length; busy: seconds that the
-    model computed; capacity: tokens that the batches had room for; waited: seconds of each image before its batch;
-    waiting, waiting_tokens: now"""
+    """Totals since the start.
+
+    full:     tokens that the images would have had at full length
+    capacity: tokens that the batches had room for
+    busy:     seconds in which the model computed
+    waited:   seconds that images waited for their batches, summed
+    waiting, waiting_tokens: in the queue now
+    """
 
     images: int = 0
     errors: int = 0
@@ -75,16 +82,17 @@ class _Entry:
 
 
 class Batcher:
-    """Answers images that many threads submit, in packed batches, by one thread of its own.
+    """Answers images from many threads in packed batches, on one thread of its own.
 
-    prepared:       of serving.prepare
-    batch_tokens:   of one batch, prefix tokens counted; an image above it is a batch of its own
+    prepared:       a serving.prepare.Prepared
+    batch_tokens:   most tokens of a batch, prefix tokens included; an image with more is a batch of its own
     workers:        threads that decode
-    waiting_tokens: that may wait; `submit` raises Busy for more
-    waiting_bytes:  of encoded images that may wait
+    waiting_tokens: most tokens in the queue; `submit` raises Busy beyond it
+    waiting_bytes:  most bytes of encoded images in the queue; `submit` raises Busy beyond it
 
-    A batch takes images in the order in which they came, and ends before the first that does not fit or is not decoded
-    yet: an image waits for those before it and for nothing else. The model never waits for a batch to fill.
+    A batch takes images in the order in which they arrived, and ends before the first one that does not fit or is not
+    decoded yet: an image waits only for those before it. The model never waits for a batch to fill.
+    Raises ValueError for batch_tokens below 1, NotImplementedError for a model of clips.
     """
 
     def __init__(
@@ -130,9 +138,11 @@ class Batcher:
         return list(dict.fromkeys([longest, *parts]))
 
     def submit(self, data: bytes, kind: str = "classes") -> Future:
-        """A Future of the image's Reply. data: encoded. Cancelled before its turn, the image is not answered.
+        """A Future of the image's Reply. An image whose Future is cancelled before its turn is not computed.
 
-        Raises ImageError where the header cannot be read, Busy, or RuntimeError once it is closed.
+        data: the encoded image; kind: one of KINDS
+
+        Raises ImageError if the header cannot be read, Busy if the queue is full, RuntimeError after `close`.
         """
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -159,8 +169,8 @@ class Batcher:
         return entry.reply
 
     def warm_up(self) -> None:
-        """Answer an image of each kind that there is, at full length, and count from nothing: what compiles or is
-        captured at a first batch keeps nobody waiting."""
+        """Answer an image of each kind at full length, so that no request waits for compilation or graph capture; the
+        statistics then start from zero."""
         file, (h, w) = io.BytesIO(), self.prepared.model.patch_embed.img_size
         Image.new("RGB", (w, h), "gray").save(file, "PNG")
         kinds = KINDS if self.prepared.columns.classes else ("features",)
@@ -183,7 +193,7 @@ class Batcher:
             self.limit.settle(number, size)
 
     def close(self, drain: float = 30.0) -> None:
-        """Take no more; answer what waits, for at most so many seconds. What is left then gets RuntimeError."""
+        """Accept no more images and answer the queue for at most `drain` seconds; what is left gets a RuntimeError."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
@@ -205,7 +215,7 @@ class Batcher:
             begun = time.perf_counter()
             try:
                 replies = self._replies(batch)
-            except Exception as error:  # of one batch: the others are unharmed
+            except Exception as error:  # only this batch fails
                 for entry, _ in batch:
                     entry.reply.set_exception(RuntimeError(f"the model failed: {error}"))
                 continue
@@ -217,11 +227,11 @@ class Batcher:
                 entry.reply.set_result(reply)
 
     def full_with(self, images: int, tokens: int, more: int) -> bool:
-        """Whether a batch of so many images and tokens ends before one of `more` tokens."""
+        """Whether a batch of this many images and tokens has no room for an image of `more` tokens."""
         return tokens + more > self.batch_tokens
 
     def take(self) -> list[tuple[_Entry, Loaded]] | None:
-        """The next batch; None at the end."""
+        """The next batch; None after `close`, once the queue is empty."""
         batch: list[tuple[_Entry, Loaded]] = []
         tokens = 0
         with self.changed:

@@ -16,10 +16,9 @@ def token_batches(
 ) -> Iterator[list[Item]]:
     """The items in batches of at most `budget` tokens, first in, first out.
 
-    budget:    a batch is closed before the item that would take it past this many tokens; an item that is larger
-               alone is a batch of its own
+    budget:    most tokens of a batch; a larger item is a batch of its own
     tokens_of: the tokens of an item
-    max_bytes: a second limit, on the sum of `bytes_of`, kept in the same way: what the batch may hold in memory
+    max_bytes: a second limit of the same kind, on the sum of `bytes_of`
 
     Lazy: an item is taken only when it is needed. Raises ValueError for a budget below 1.
     """

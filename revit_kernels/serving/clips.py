@@ -1,4 +1,4 @@
-"""Videos, and images as clips in which nothing moves, made ready for a model of clips."""
+"""Preparation of videos, and of images as still clips, for a model of clips."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ CROPS = (1, 3)  # parts of a frame along its longer side
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Which frames of a video are seen, and how many patches each of them gets.
+    """Which frames of a video the model sees, and how many patches each frame gets.
 
     sampling: frames of a clip, and clips of a video
     frame:    the rule of every frame
     crops:    parts of every frame, along its longer side: 1, the whole or its centre as `frame` says, or 3
     tubelet:  frames that one token sees
-    run_length: which tokens are left out, as ClipModel takes it; None: none
+    run_length: threshold below which repeated tokens are left out, as ClipModel takes it; None keeps all
 
     Raises ValueError where the frames are no whole number of tubelets, and for other crops.
     """
@@ -61,8 +61,8 @@ class ClipRule:
         return (self.sampling.frames // self.tubelet, *self.frame.least)
 
     def take(self, path: str, hold=None) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int, int]]:
-        """(pixels, (height, width) of the picture, grid) of a file; the pixels are (frames, height, width, 3), or with
-        several views (views, frames, height, width, 3). Raises ImageError for whatever is wrong with the file."""
+        """(pixels, (height, width) of the file's frames, grid). The pixels are (frames, height, width, 3), or with
+        several views (views, frames, height, width, 3). Raises ImageError for a file that cannot be used."""
         target = self.frame.pixels if self.frame.resize else None
         clip = _decode(path, self.sampling, target, hold)
         pixels, grid = clip.pixels, self.frame.grid(clip.size)
@@ -74,12 +74,12 @@ class ClipRule:
 
 
 def sampling(frames: int, stride: str | None, views: int = 1) -> Sampling:
-    """The Sampling of a stride in text: a number of frames, or UNIFORM, which is also None."""
+    """The Sampling for a stride in text: a number of frames, or UNIFORM (also None)."""
     return Sampling(frames, None if stride in (None, UNIFORM) else float(stride), views)
 
 
 def _decode(path: str, sampling: Sampling, target, hold):
-    """The clip of a video, or of an image; a file whose name says neither is tried as both."""
+    """The clip of a video or an image. A file with another suffix is tried as a video, then as an image."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in VIDEOS:
         return decode_clip(path, sampling, target, hold)

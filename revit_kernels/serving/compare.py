@@ -35,8 +35,11 @@ class Sample:
 
 @dataclass
 class Way:
-    """One way to run the images. tokens: what it computes, padding and prefix tokens counted. resize: the seconds of
-    `seconds` that resizing and normalising took, None where it is part of the model."""
+    """One way to run the images.
+
+    tokens: how many it computes, padding and prefix tokens included
+    resize: the part of `seconds` spent on resizing and normalizing; None where the model does it
+    """
 
     name: str
     tokens: int
@@ -46,8 +49,10 @@ class Way:
 
 
 def timm_model(model):
-    """timm's model of the same name and size, with weights of its own, and what it is called. Raises where there is no
-    timm, or it does not know the name."""
+    """(timm's model of the same name and size with its own weights, the label of the comparison).
+
+    Raises ImportError without timm, and whatever timm raises for a name that it does not know.
+    """
     import timm
 
     created = getattr(model, "created_from", {"name": None, "kwargs": {}})
@@ -58,22 +63,24 @@ def timm_model(model):
 
 
 def rival(model):
-    """The model for the dense batches and what it is called: timm's own where timm is installed and knows the name."""
+    """(the model for the dense batches, its label): timm's model if timm is installed and has one, else ours."""
     try:
         dense, name = timm_model(model)
         dense.load_state_dict(model.state_dict())
         return dense, name
-    except Exception:  # no timm, no name, or a model that was changed: our own modules are the same mathematics
+    except Exception:  # no timm, no such name, or a changed model: our own modules compute the same
         return model, "this model's own modules, not timm's"
 
 
 def compare(model, sample: Sample, batch_tokens: int, rounds: int = 3) -> tuple[list[Way], str]:
-    """Time the sample three ways, in turn; medians of `rounds` rounds after one that warms up.
+    """Time the sample three ways in turn: medians over `rounds` rounds, after one warm-up round.
 
-    Each starts at decoded images and ends at logits. Padded and dense batches hold images resized (antialiased, by the
-    model's interpolation) and normalised one by one, then batched up to the same number of tokens, in the order given.
-    Padding goes up to the longest image of a batch and is masked out (its positions are no image's own, but cost the
-    same).
+    Each way starts from decoded images and ends with logits. For padded and dense batches, images are resized
+    (antialiased, with the model's interpolation) and normalized one by one, then batched in order up to the same number
+    of tokens. Batches are padded to their longest image, and padding is masked. A padded image gets the positions of
+    another grid, which costs the same.
+
+    Returns (the ways, the label of the dense model).
     """
     dense, name = rival(model)
     indices = range(len(sample.pixels))
@@ -116,7 +123,7 @@ def compare(model, sample: Sample, batch_tokens: int, rounds: int = 3) -> tuple[
                 patches = resize(sample.pixels[i], (h * p[0], w * p[1])).unflatten(1, (h, p[0])).unflatten(3, (w, p[1]))
                 x[row, :, :, : h * w * p[1]] = patches.permute(0, 2, 1, 3, 4).flatten(2)
             spent += _now(device) - start
-            uneven = any(lengths[i] != longest + prefix for i in batch)  # a mask takes a slower way through attention
+            uneven = any(lengths[i] != longest + prefix for i in batch)  # with a mask, attention is slower
             dense(x, attn_mask=mask[:, None, None, :]) if uneven else dense(x)
         return spent
 

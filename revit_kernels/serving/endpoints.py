@@ -1,4 +1,4 @@
-"""HTTP of `revit serve`: OpenAI's embeddings, classes, and a page; what is wrong is told in one sentence, as 4xx."""
+"""The HTTP interface of `revit serve`: OpenAI's embeddings, classes, and a page. Errors are one sentence each."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0) 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may be.
+    """Limits of a request.
 
-    body:    bytes of a request
-    pixels:  of an image
-    images:  of a request
-    reading: seconds for a request to arrive
+    body:      bytes
+    pixels:    of each image
+    images:    how many
+    reading:   seconds for it to arrive
     answering: seconds for its answer
-    fetch:   hosts that images may be fetched from; none: no URL is fetched
+    fetch:     hosts that images may be fetched from; if empty, URLs are refused
     """
 
     body: int = 32 << 20
@@ -54,7 +54,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Served:
-    """What the model is, as the endpoints say it. top: classes of an answer; crop: whether the centre is cut out"""
+    """The model as the endpoints describe it.
+
+    full: tokens of an image at full length
+    crop: whether an image is cropped to its centre
+    top:  classes of an answer
+    """
 
     name: str
     features: int
@@ -64,11 +69,10 @@ class Served:
     crop: bool
     patch_size: tuple[int, int]
     top: int = 5
-    prefix: int = 1
 
 
 class Refused(Exception):
-    """A request that is not answered: an HTTP status, and one sentence."""
+    """A request that is refused, with an HTTP status and one sentence."""
 
     def __init__(self, status: int, message: str, param: str | None = None, retry: bool = False):
         super().__init__(message)
@@ -80,14 +84,14 @@ class Unavailable(RuntimeError):
 
 
 class Endpoints:
-    """Answers requests with a backend.
+    """An ASGI application that answers requests with a backend.
 
     backend: `await backend.answer([bytes, ...], kind)` gives a list of batcher.Reply, `await backend.stats()` a
-             batcher.Stats, `await backend.served()` a Served; they raise Unavailable
-    key:     the bearer token that /v1 asks for, or None
-    log:     called with a dictionary of each request that was answered
-
-    A backend of None is one that is still being made ready: there is 503 until it is set.
+             batcher.Stats, `await backend.served()` a Served; they raise Unavailable. While it is None, requests get
+             status 503
+    limits:  of each request
+    key:     the bearer token that /v1 requires, or None
+    log:     called with a dictionary for each request that was answered
     """
 
     def __init__(
@@ -390,7 +394,7 @@ def _classes(i: int, reply: Reply, served: Served) -> dict:
 
 
 async def _throw_away(stream, size: int) -> None:
-    """Read what still comes, for a while: closed under a client that sends, a connection loses the answer."""
+    """Read up to `size` bytes more: if the connection is closed while the client sends, it never reads the answer."""
 
     async def read() -> None:
         seen = 0
@@ -409,7 +413,7 @@ def _model(served: Served) -> dict:
 
 
 def _of_messages(messages) -> list[str]:
-    """The one image of a conversation in OpenAI's shape, as vLLM's embeddings take it."""
+    """The one image of a conversation in OpenAI's format, as vLLM's embeddings endpoint takes it."""
     refused = Refused(
         400, "messages must hold one image, as a part of the type image_url, and nothing else", "messages"
     )
@@ -486,7 +490,6 @@ class Local:
             bool(prepared.rule.grids) and prepared.rule.crop,
             tuple(model.patch_embed.patch_size),
             self.top,
-            model.num_prefix_tokens,
         )
 
 
@@ -511,6 +514,6 @@ class Listener:
         self.thread.start()
 
     def close(self) -> None:
-        """Take no more connections; answer what has come, for at most 30 seconds."""
+        """Accept no more connections, and finish open requests within 30 seconds."""
         self.server.should_exit = True
         self.thread.join()

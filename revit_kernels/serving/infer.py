@@ -1,4 +1,4 @@
-"""`revit infer`: image files in, one record each out, packed by a budget of tokens."""
+"""`revit infer`: image files in, one record each out, in batches by a budget of tokens."""
 
 from __future__ import annotations
 
@@ -57,13 +57,14 @@ class GridRule:
         return max(target[0], round(size[0] * scale)), max(target[1], round(size[1] * scale))
 
     def cut(self, decoded: Decoded) -> np.ndarray:
-        """The part of the image that is used: a view (height, width, 3)."""
+        """The part of the image that the model sees: a view (height, width, 3)."""
         return self.part(decoded.pixels, decoded.size)
 
     def part(self, pixels: np.ndarray, size: tuple[int, int], place: float = 0.5) -> np.ndarray:
-        """The part that is used of an image (..., height, width, 3) that was of this size: a view.
+        """The part of an image (..., height, width, 3) that the model sees: a view.
 
-        place: where it is along the longer side: 0 at its beginning, 1 at its end
+        size:  (height, width) of the image before it was resized
+        place: position along the longer side, from 0 (its beginning) to 1 (its end)
         """
         if not self.grids or not self.crop:
             return pixels
@@ -75,16 +76,16 @@ class GridRule:
         top, left = int((height - h) * place), int((width - w) * place)
         return pixels[..., top : top + h, left : left + w, :]
 
-    views, run_length = 1, None  # of an image
+    views, run_length = 1, None  # as of ClipRule
 
     @property
     def least(self) -> Grid:
-        """A grid of the fewest patches that an image can have, as far as is known."""
+        """A grid of the fewest patches that an image can have, a guess without `grids`."""
         return min(self.grids, key=cells) if self.grids else (1, self.max_tokens)
 
     def check(self, size: tuple[int, int], grid: Grid) -> None:
-        """Raise ImageError where the image may not be resized, and a patch would not be a whole number of pixels, or
-        larger than a kernel can be resized to."""
+        """Raise ImageError if the image must keep its size, and its patches would not be whole numbers of pixels, or
+        would be larger than a kernel can be resized to."""
         if not self.resize and max(size[0] / grid[0], size[1] / grid[1]) > LARGEST_PATCH:
             raise ImageError(
                 f"its patches would have a side of more than {LARGEST_PATCH} pixels, as --method patch cuts"
@@ -98,28 +99,31 @@ class GridRule:
 
 @dataclass
 class Totals:
-    """What a run came to. Seconds count from the first image asked for to the last record written.
+    """Totals of a run.
 
-    decoded:  images a second that the threads decoded while nothing was answered
-    answered: images a second from decoded image to record while nothing was decoded, measured in a few batches
-    Both are None where there was no such time.
+    errors:   (path, reason) of each image without an answer
+    full:     tokens that the images would have had at full length
+    seconds:  from the request for the first image to the last record written
+    decoded:  images per second of decoding while the model was idle; None if it was never idle
+    answered: images per second from decoded image to record while decoding was paused, measured in a few batches; None
+              if there was no such batch
     """
 
     images: int = 0
     errors: list[tuple[str, str]] = field(default_factory=list)
     tokens: int = 0
-    full: int = 0  # tokens, had every image been given the model's full length
+    full: int = 0
     seconds: float = 0.0
     decoded: float | None = None
     answered: float | None = None
 
 
 class Results(NamedTuple):
-    """Of a batch, on the device.
+    """Results of a batch, on the device.
 
     values: (images, classes) probabilities or (images, features), float32
-    row:    (images,) menu row of the length that answered, where a policy chose it
-    tokens: (images,) of all passes, where a policy chose the length; patches that were kept, of run-length tokens
+    row:    (images,) menu row of the length that answered, if a policy chose it
+    tokens: (images,) of all passes, if a policy chose the length; the patches kept, for run-length tokens
     """
 
     values: torch.Tensor
@@ -130,9 +134,12 @@ class Results(NamedTuple):
 def answer(
     model, batch: list[Loaded], device: torch.device, features: bool, run_length: float | None = None
 ) -> Results:
-    """What the model, a VarLenViT, an engine of one, or an AdaptiveViT, says of images without errors.
+    """The model's results for decoded images.
 
-    run_length: of a ClipRule
+    model:      a VarLenViT, its engine, or an AdaptiveViT
+    batch:      images without errors
+    features:   features instead of the probabilities of classes
+    run_length: as of ClipRule
     """
     images = [loaded.pixels.to(device, non_blocking=True) for loaded in batch]
     views = [len(pixels) if pixels.ndim == 5 else 1 for pixels in images]
@@ -158,7 +165,11 @@ def _answered(
             values = model.forward_head(packed, pre_logits=features).float()
         kept = torch.tensor(packed.packing.lengths) - packed.packing.prefix
         return Results(values if features else values.softmax(-1), None, kept)
-    return Results(_answer(model, images, grids, features))
+    with torch.inference_mode():
+        if features:
+            packed = _features(model)(images, grids=grids, channels_last=True)
+            return Results(model.forward_head(packed, pre_logits=True).float())
+        return Results(model(images, grids=grids, channels_last=True).float().softmax(-1))
 
 
 def _features(model) -> Callable:
@@ -166,20 +177,12 @@ def _features(model) -> Callable:
 
 
 def _averaged(found: Results, views: list[int]) -> Results:
-    """The mean answer of each clip's views, the longest of their lengths, and the tokens of all."""
+    """The mean of each clip's views, the longest of their lengths, and the sum of their tokens."""
     values = torch.stack([part.mean(0) for part in found.values.split(views)])
     if found.tokens is None:
         return Results(values)
     row = None if found.row is None else torch.stack([part.min() for part in found.row.split(views)])
     return Results(values, row, torch.stack([part.sum() for part in found.tokens.split(views)]))
-
-
-def _answer(model, images: list[torch.Tensor], grids: list[Grid], features: bool) -> torch.Tensor:
-    with torch.inference_mode():
-        if features:
-            packed = _features(model)(images, grids=grids, channels_last=True)
-            return model.forward_head(packed, pre_logits=True).float()
-        return model(images, grids=grids, channels_last=True).float().softmax(-1)
 
 
 def infer(
@@ -197,20 +200,20 @@ def infer(
 ) -> Totals:
     """Run the model over image files and write one record for each, in the order given.
 
-    model:        a VarLenViT in eval mode, an engine of one, or an AdaptiveViT, which gives each image a length by its
-                  policy: `rule` is then to give the longest
+    model:        a VarLenViT in eval mode, its engine, or an AdaptiveViT, whose policy gives each image its length:
+                  `rule` must then give the longest
     paths:        image files; one that is missing or broken becomes a record with its error
     rule:         which grid each image gets
-    writer:       of serving.records
+    writer:       a writer of serving.records
     features:     write features instead of the probabilities of classes
-    batch_tokens: tokens of one packed batch, prefix tokens counted; a larger image runs alone
+    batch_tokens: most tokens of a batch, prefix tokens included; a larger image runs alone
     workers:      threads that decode
     progress:     called with the number of images whose records were just written
-    keep:         called with each image, decoded
-    measure:      let the decoders stand still for a few batches, to know the rates of Totals
+    keep:         called with each decoded image
+    measure:      pause decoding for a few batches, to measure the rates of Totals
 
-    Returns the totals. Decoded images in memory: loading.AHEAD_BYTES that wait and BATCH_BYTES in a batch, or one that
-    is larger.
+    Returns the totals. Decoded images take at most loading.AHEAD_BYTES in the queue and BATCH_BYTES in a batch, or one
+    image that is larger.
     """
     device = next(model.parameters()).device
     plain = model.model if isinstance(model, AdaptiveViT) else model
@@ -267,7 +270,7 @@ def infer(
     alone: list[tuple[int, float]] = []  # images and seconds of batches that ran while no image was decoded
     images = load_all(paths, rule, workers, ahead, pace)
     try:
-        before = None  # a GPU works on one batch while the records of the one before are written
+        before = None  # the batch whose records are written while a GPU computes the next one
         batches = token_batches(
             images,
             batch_tokens,
@@ -300,15 +303,15 @@ def infer(
 
 
 def measured(number: int) -> bool:
-    """Whether the decoders stand still for this batch, which shows what the model can do by itself.
+    """Whether decoding is paused for this batch, to measure the model's own rate.
 
-    They do for 1, 4, 16, 64 ...: few enough to cost next to nothing.
+    It is for batches 1, 4, 16, 64, ...: so few that the cost is negligible.
     """
     return number.bit_count() == 1 and number.bit_length() % 2 == 1
 
 
 def _choices(model: AdaptiveViT, results: Results) -> list[tuple[Grid, int]]:
-    """The grid that answered, all 0 where the assigner did, and the tokens of all passes, of each image."""
+    """For each image the grid that answered (zeros for the assigner itself) and the tokens of all passes."""
     menu = (*model.menu, (0,) * len(model.menu[0]))  # row -1 is the assigner's
     return [(menu[row], tokens) for row, tokens in zip(results.row.tolist(), results.tokens.tolist())]
 
@@ -327,7 +330,7 @@ def images_text(count: int) -> str:
 
 
 def closing_line(totals: Totals, others: str | None = None) -> str:
-    """What the run came to, in one line, and its bottleneck in another. others: a clause on files not taken"""
+    """The run's totals in one line, and its bottleneck in another. others: a clause on files left out"""
     seconds = max(totals.seconds, 1e-9)
     rate = totals.images / seconds
     line = f"{images_text(totals.images)} in {clock(totals.seconds)}: {rate:,.{0 if rate >= 100 else 1}f} images/s"
@@ -346,8 +349,8 @@ def clock(seconds: float) -> str:
 
 
 def bottleneck(totals: Totals) -> str | None:
-    """Whether decoding or the model was the slower, each measured while the other stood still; None where either was
-    not measured."""
+    """Whether decoding or the model was slower, each measured while the other was paused; None if either was not
+    measured."""
     if totals.decoded is None or totals.answered is None:
         return None
     decoded, answered = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in (totals.decoded, totals.answered))

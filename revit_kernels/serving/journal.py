@@ -1,4 +1,4 @@
-"""Records on disk as they come: a run that ends early, however it ends, goes on from them, whatever its format."""
+"""Records kept on disk as they come, so that a run that was interrupted or killed can resume, in every format."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SETTINGS = "_revit.json"  # readers of parquet folders leave out names that begi
 
 
 class Journal:
-    """Answers that are appended to a file; one that was not written whole is, by its checksum, not there.
+    """An append-only file of answers; a checksum tells one that was not written completely.
 
-    path:  made if it is not there
-    begin: JSON that the file begins with: the run that its records are of
-    keep:  the number of the best classes that are kept of an answer; 0 for all of them
+    path:  created if it does not exist
+    begin: JSON at the start of the file that identifies its run
+    keep:  how many of the best classes of an answer are kept; 0 for all
 
-    Raises ValueError where the file is of another run, or another process writes to it.
+    Raises ValueError if the file belongs to another run, or another process writes to it.
     """
 
     def __init__(self, path: Path, begin: dict, keep: int = 0):
@@ -61,7 +61,7 @@ class Journal:
             _require_equal(self.path, json.loads(found[1]), begin)
 
     def answers(self) -> Iterator[Answer]:
-        """Those of the file, in order; what is behind the last whole one is cut off at the end."""
+        """The answers in the file, in order. After the last, an incomplete one is cut off."""
         self.file.seek(len(MAGIC))
         frames = _frames(self.file)
         end, _ = next(frames)
@@ -108,7 +108,7 @@ def _frame(body: bytes) -> bytes:
 
 
 def _frames(file) -> Iterator[tuple[int, bytes]]:
-    """(where it ends, body) of each frame from the file's position on, up to the first that is not whole."""
+    """(end, body) of each frame from the file's position on, up to the first incomplete one."""
     at, whole = file.tell(), os.fstat(file.fileno()).st_size
     reader = open(os.dup(file.fileno()), "rb", buffering=1 << 20)
     with reader:
@@ -131,7 +131,7 @@ def _write_all(file, data: bytes) -> None:
 
 
 def _body_of(answer: Answer, keep: int) -> bytes:
-    """JSON of the plain fields and what the arrays are, its length before it; then the arrays, one behind the other."""
+    """The length of a JSON text, the text (plain fields, and what the arrays are), then the bytes of each array."""
     plain, arrays = {}, []
     for field in fields(answer):
         value = getattr(answer, field.name)
@@ -156,7 +156,7 @@ def _answer_of(body: bytes) -> Answer:
     for name, kind, count in plain.pop("arrays"):
         found[name] = np.frombuffer(body, kind, count, at)
         at += found[name].nbytes
-    if "best" in found:  # the others' are less than any probability, so that the same are the best
+    if "best" in found:  # the other classes get -1, so that the best stay the best
         whole = np.full(plain.pop("classes"), -1, np.float32)
         whole[found.pop("best")] = found["probabilities"]
         found["probabilities"] = whole
@@ -167,7 +167,7 @@ def _answer_of(body: bytes) -> Answer:
 
 
 class Stream:
-    """Records that go to standard output as they come: nothing of them is kept to go on from."""
+    """Records that go to standard output; they are not kept, so such a run cannot resume."""
 
     def __init__(self, columns: Columns):
         self.writer = JsonLines(None, columns)
@@ -175,11 +175,11 @@ class Stream:
 
 
 class Run:
-    """The records of one run, kept as they come, then written as a file, or as parquet shards in a folder.
+    """The records of one run: kept in a journal, then written as one file, or as parquet shards in a folder.
 
-    done:   records that there were at the beginning
-    kept:   records that are on the disk
-    errors: (path, error) of those of `done` that are errors
+    done:   records that the interrupted run had written
+    kept:   records on disk
+    errors: (path, error) of the errors among the first `done` records
     """
 
     def __init__(self, output: str, columns: Columns, begin: dict, paths: Sequence[str], shard_rows: int):
@@ -249,9 +249,9 @@ class Run:
             self.lock.close()
 
     def leave(self) -> None:
-        """Keep what there is."""
+        """Close without finishing, and keep the records for a later run."""
         if not self.journal.file.closed:
-            with suppress(OSError):  # the disk itself may be gone: what went wrong first is what is told
+            with suppress(OSError):  # report the first error, even if the disk is gone
                 if self.journal.count:
                     self.journal.sync()
             self.journal.close(remove=not self.journal.count)
@@ -264,14 +264,14 @@ class Run:
 
 
 def partial_of(output: Path) -> Path:
-    """Where the records of an unfinished run are kept."""
+    """The file that keeps the records of an unfinished run."""
     return output.with_name(output.name + PARTIAL)
 
 
 def open_settings(folder: Path, settings: dict):
-    """The settings file of a folder of shards, locked; written where there is none.
+    """The settings file of a folder of shards, opened and locked; created if it does not exist.
 
-    Raises ValueError where it is of a run with other settings, or another process writes to the folder.
+    Raises ValueError if it belongs to a run with other settings, or another process writes to the folder.
     """
     path, settings = folder / SETTINGS, json.loads(json.dumps(settings))
     if not path.exists():
@@ -279,12 +279,7 @@ def open_settings(folder: Path, settings: dict):
     file = open(path)
     try:
         _lock(file, folder)
-        found = read_settings(path)
-        names = sorted(k for k in found.keys() | settings.keys() if found.get(k) != settings.get(k) and k != "finished")
-        if names:
-            raise ValueError(
-                f"{folder} is of a run with other settings ({', '.join(names)}): it can only go on as it was"
-            )
+        _require_equal(folder, read_settings(path), settings)
     except BaseException:
         file.close()
         raise
@@ -292,7 +287,7 @@ def open_settings(folder: Path, settings: dict):
 
 
 def read_settings(path: Path) -> dict:
-    """The settings of a run. Raises ValueError where the file holds none."""
+    """The settings of a run. Raises ValueError if the file has none."""
     try:
         found = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
@@ -303,14 +298,14 @@ def read_settings(path: Path) -> dict:
 
 
 def finish_settings(folder: Path) -> None:
-    """Say in the folder that its run is finished."""
+    """Mark the run of a folder as finished."""
     path = folder / SETTINGS
     settings = read_settings(path) | {"finished": True}
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(settings, indent=1)))
 
 
 def is_finished(output: str) -> bool:
-    """Whether the output is there and whole. Raises ValueError for a folder that holds something else."""
+    """Whether the output exists and is complete. Raises ValueError for a folder with other contents."""
     path = Path(os.path.realpath(output))
     if not is_folder(output):
         return path.exists() and not partial_of(path).exists()
@@ -323,7 +318,7 @@ def is_finished(output: str) -> bool:
 
 
 def check_begin(output: str, resume: bool) -> None:
-    """Raise ValueError where a run may not begin: there is an unfinished one, or a folder of shards, of before."""
+    """Raise ValueError if a new run would overwrite an unfinished one, or a folder of shards."""
     path = Path(os.path.realpath(output))
     if resume:
         return
@@ -346,16 +341,18 @@ def open_run(
     shard_rows: int = SHARD_ROWS,
     tell: Callable[[int], None] | None = None,
 ):
-    """A Run, or a Stream for None. On leaving it without an exception the output is there, whole; else its records are
-    kept to go on from, in OUTPUT.partial or in the folder, and there is no trace of a run without records.
+    """A context manager that gives a Run, or a Stream if `output` is None.
 
-    output:     of a format in records.WRITERS, or a folder for parquet shards
-    settings:   JSON: what decides the records of a run
-    paths:      of all images; `infer` is then to be given those from `done` on
+    After the block the output is complete. If the block raises, its records are kept in OUTPUT.partial or in the folder
+    for a later run; a run without records leaves nothing.
+
+    output:     a file of a format in records.WRITERS, or a folder for parquet shards
+    settings:   what decides the records of a run, as JSON
+    paths:      all images; pass `infer` those from `done` on
     shard_rows: records of a shard
-    tell:       called with the number of records that are kept, where the run ends early
+    tell:       called with the number of records kept, if the run ends early
 
-    Raises ValueError where records of before are of other settings or other images.
+    Raises ValueError if the records kept are of other settings or other images.
     """
     if output is None:
         yield Stream(columns)

@@ -1,4 +1,4 @@
-"""Images decoded ahead of the model by threads, in order, within a limit on the bytes that wait."""
+"""Decoding by threads ahead of the model, in order, with a limit on the bytes that wait."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Loaded:
 
 
 class ByteLimit:
-    """Keeps the decoded images that wait, by their index, within `limit` bytes; the one that is awaited always fits."""
+    """Keeps waiting decoded images within `limit` bytes; the image that the consumer waits for always fits."""
 
     def __init__(self, limit: int):
         self.limit = limit
@@ -56,7 +56,7 @@ class ByteLimit:
             self.held[index] = size
 
     def settle(self, index: int, size: int) -> None:
-        """What the image takes after all; 0 once it no longer waits."""
+        """Set the bytes that the image really takes; 0 once it no longer waits."""
         with self.changed:
             self.held[index] = size
             if not size:
@@ -75,10 +75,10 @@ class ByteLimit:
 
 
 class Pace:
-    """How fast images are decoded while their consumer does nothing, and a way to have the decoders do nothing.
+    """Measures the rate of decoding while the consumer is idle, and can pause decoding.
 
-    Decoders and consumer may share cores, so neither's time says what it could do alone. The consumer does nothing
-    while it waits for an image; an image that is decoded partly in such times counts by that part of its time.
+    Decoders and consumer may share cores, so the time of one says nothing about its rate alone. The consumer is idle
+    while it waits for an image. An image that is decoded partly in that time counts by that part.
     """
 
     def __init__(self):
@@ -89,11 +89,11 @@ class Pace:
 
     @property
     def images_per_second(self) -> float | None:
-        """Decoded while the consumer waited; None where it never did."""
+        """The rate of decoding while the consumer waited; None if it never did."""
         return self.images / self.waited if self.images and self.waited else None
 
     def _now(self) -> tuple[float, float]:
-        """The time, and the seconds that the consumer has waited by now."""
+        """(the time, the seconds that the consumer has waited so far)."""
         now = time.perf_counter()
         return now, self.waited + (now - self.since if self.since is not None else 0.0)
 
@@ -110,7 +110,7 @@ class Pace:
 
     @contextmanager
     def pause(self):
-        """No image is being decoded inside; those begun are finished first."""
+        """A context without decoding; images that are being decoded are finished first."""
         try:
             with self.changed:
                 self.paused = True
@@ -122,28 +122,28 @@ class Pace:
                 self.changed.notify_all()
 
     def begin(self) -> tuple[float, float]:
-        """A decoder begins or goes on, once there is no pause."""
+        """Start or resume decoding an image, after a pause if there is one."""
         with self.changed:
             self.changed.wait_for(lambda: not self.paused)
             self.decoding += 1
             return self._now()
 
     def stop(self, begun: tuple[float, float]) -> tuple[float, float]:
-        """A decoder is done, or stands still: the seconds since `begun`, and those of them that the consumer waited."""
+        """Stop decoding an image: (the seconds since `begun`, how many of them the consumer waited)."""
         with self.changed:
             self.decoding -= 1
             self.changed.notify_all()
             return tuple(now - then for now, then in zip(self._now(), begun))
 
     def add(self, parts: list[tuple[float, float]]) -> None:
-        """An image was decoded, in the seconds of these `stop`s."""
+        """Count an image that was decoded in these parts, each from `stop`."""
         seconds, alone = map(sum, zip(*parts))
         with self.changed:
             self.images += alone / max(seconds, 1e-9)
 
 
 def load(path: str, rule, hold=None) -> Loaded:
-    """Decode one image, or clip; whatever is wrong with it becomes its error. hold: see `decode`."""
+    """Decode one image or clip; an ImageError becomes its `error`. hold: as of `decode`"""
     try:
         if isinstance(rule, ClipRule):
             return Loaded(path, *rule.take(path, hold))
@@ -153,15 +153,15 @@ def load(path: str, rule, hold=None) -> Loaded:
     except ImageError as error:
         return Loaded(path, error=str(error))
     if pixels is not decoded.pixels:
-        pixels = pixels.copy()  # a view would keep the whole image in memory
+        pixels = pixels.copy()  # a view keeps the whole image in memory
     return Loaded(path, torch.from_numpy(pixels), decoded.size, grid)
 
 
 def load_all(paths: Iterable[str], rule, workers: int, ahead: int, pace: Pace | None = None) -> Iterator[Loaded]:
-    """Images in the order of `paths`, decoded by `workers` threads, at most `ahead` of them before they are asked for.
+    """Images in the order of `paths`, decoded by `workers` threads, at most `ahead` of them in advance.
 
-    Images that are being decoded or wait take AHEAD_BYTES at most, and the one that is asked for if it is larger.
-    pace: told what is decoded and waited for, and can pause the threads
+    Images that wait or are being decoded take AHEAD_BYTES at most, or one image that is larger.
+    pace: measures the threads, and can pause them
     """
     limit, pace = ByteLimit(AHEAD_BYTES), pace or Pace()
     numbered = enumerate(paths)
@@ -171,7 +171,7 @@ def load_all(paths: Iterable[str], rule, workers: int, ahead: int, pace: Pace | 
     def work(index: int, path: str) -> Loaded:
         size, begun, parts = 0, pace.begin(), []
 
-        def hold(size: int) -> None:  # to wait for room is not to decode
+        def hold(size: int) -> None:  # waiting for room does not count as decoding
             nonlocal begun
             parts.append(pace.stop(begun))
             try:
@@ -198,7 +198,7 @@ def load_all(paths: Iterable[str], rule, workers: int, ahead: int, pace: Pace | 
             limit.wait_for(index)  # the pool begins images in order: this one is done, or a thread has it
             with pace.waiting():
                 loaded = future.result()
-            del future  # it would keep the image
+            del future  # it keeps the image
             limit.settle(index, 0)
             yield loaded
             del loaded

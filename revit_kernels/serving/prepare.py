@@ -1,4 +1,4 @@
-"""What inference needs before the first image: the model with weights, its policy, its grids and its class names."""
+"""Preparation of inference: the model with weights, its policy, its grids and its class names."""
 
 from __future__ import annotations
 
@@ -21,27 +21,30 @@ from revit_kernels.serving.clips import ClipRule, sampling
 from revit_kernels.serving.infer import GridRule
 from revit_kernels.serving.records import Columns
 
-MOST_TOKENS = 16  # times the model's own: attention grows with the square
+MOST_TOKENS = 16  # times the model's own; attention costs the square of it
 WEIGHTS = (".pth", ".pt", ".bin", ".npz")  # files of weights that do not say what model they are for
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides an image's record; the options of `revit infer` have the same names.
+    """The settings that decide an image's record, named like the options of `revit infer`.
 
     model:      timm's name, a .safetensors file, or the folder of a run; None for the ReViT that comes with the package
     checkpoint, pretrained, untrained: where the weights of a name come from
     grids:      the grids to choose from; None where each image keeps its own aspect, within max_tokens patches
     fit:        "crop" or "squash", with grids
-    policy:     of adaptive.policies; None for the one that the files allow, or none
+    policy:     of adaptive.policies.SERVED; None for the one that the files allow, or none
     assigner, outcomes: files
     budget:     see adaptive.budgets.Budget
     features:   features instead of classes
     top:        classes of a record
     labels:     a file of class names
-    frames, stride, clips: of videos: frames of a clip, frames of the video from one to the next ("uniform": spread over
-                all of it), and "VIEWS" or "VIEWSxCROPS", clips of a video whose answers are averaged
-    run_length: leave out tokens of clips that repeat the ones before them, as ClipModel does
+    frames:     of a clip, for videos
+    stride:     frames of the video from one frame of the clip to the next; "uniform" spreads them over the video
+    clips:      (views, crops): clips of a video whose answers are averaged
+    run_length: leave out repeated tokens of clips, as ClipModel does
+
+    Raises ValueError for settings that exclude each other.
     """
 
     model: str | None = None
@@ -96,11 +99,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to answer images.
+    """A model that is ready for inference.
 
-    answerer: an engine, or an AdaptiveViT around one
+    answerer: the engine, or an AdaptiveViT around it
     model:    the engine
-    rule:     the grid of each image
+    rule:     which grid each image gets
     columns:  what a record holds
     features: features instead of classes
     """
@@ -127,9 +130,9 @@ class Prepared:
 
 
 def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
-    """Load what the settings name. always_plain: no policy unless the settings name one
+    """Load what the settings name. always_plain: use no policy unless the settings name one
 
-    Raises ValueError for what is not available, and warns where a budget cannot be met.
+    Raises ValueError for files, devices and policies that are not available; warns if a budget cannot be met.
     """
     name, device = settings.model or str(SHIPPED), choose_device(settings.device)
     model = load_model(
@@ -156,7 +159,7 @@ def prepare(settings: Settings, always_plain: bool = False) -> Prepared:
 
 
 def _of_clips(settings: Settings, name: str, model, rule: GridRule) -> GridRule | ClipRule:
-    """The rule of a model of clips, or the same of one of images. Raises ValueError for options that are for clips."""
+    """A ClipRule for a model of clips, else `rule`. Raises ValueError for options that the model does not take."""
     options = {"--frames": settings.frames, "--stride": settings.stride, "--clips": settings.clips}
     options |= {"--run-length": settings.run_length}
     if model.per_frame is None:
@@ -199,11 +202,10 @@ def _columns(settings: Settings, model, adaptive: bool) -> Columns:
 
 
 def _adaptive(settings: Settings, model, always_plain: bool) -> AdaptiveViT | None:
-    """The model with the policy that the settings ask for; None where each image's size decides its length.
+    """The model with the policy of the settings; None if each image's size decides its length.
 
-    Without a policy: a cascade, where the model is a ReViT and held-out answers of it are known, unless grids,
-    max_tokens or method say otherwise.
-    Raises ValueError for a policy that is not possible with them.
+    The default is a cascade if the model is a ReViT with held-out outcomes, unless grids, max_tokens or method exclude
+    it. Raises ValueError for a policy that these settings do not allow.
     """
     otherwise = settings.grids or settings.max_tokens or settings.method == "patch"
     otherwise = otherwise or always_plain
@@ -241,7 +243,7 @@ def load_model(
     name:       of timm, or a .safetensors file that says what model it is for, or the folder of a run
     checkpoint: weights for that name, or `pretrained`: timm's own, or `untrained`: random ones
 
-    Raises ValueError where there are no weights, or they do not fit, and for a model of other images than RGB.
+    Raises ValueError for missing or unfitting weights, and for a model whose images are not RGB.
     """
     name = model_file(name)
     is_file = Path(name).suffix == ".safetensors"
@@ -251,7 +253,7 @@ def load_model(
     if Path(name).suffix.lower() in WEIGHTS or (is_file and description(name) is None):
         raise ValueError(f"{name} does not say what model it is for: use --model NAME --checkpoint {name}")
     if not sources:
-        resolve(name)  # a name that is wrong is the first thing to say
+        resolve(name)  # report a wrong name before missing weights
         raise ValueError(
             f"--model {name} needs weights: --checkpoint FILE, --pretrained (timm's, downloaded), or --untrained "
             "(random, for timing only)"
@@ -264,7 +266,7 @@ def load_model(
 
 
 def make_engine(model, quantize: str | None):
-    """The model's engine. Raises ValueError where it cannot be quantized so."""
+    """The model's engine. Raises ValueError if it cannot be quantized this way."""
     try:
         return model.engine(quantize=quantize)
     except NotImplementedError as why:
@@ -274,7 +276,7 @@ def make_engine(model, quantize: str | None):
 def read_labels(path: str | None, model) -> list[str] | None:
     """The names of the model's classes: from a file, see `read_class_names`, or the model's own.
 
-    Raises ValueError for a file that cannot be read or has another number of names than there are classes.
+    Raises ValueError for a file that cannot be read, or whose number of names is not the number of classes.
     """
     if path is None:
         names = model.pretrained_cfg.get("label_names")

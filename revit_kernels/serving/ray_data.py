@@ -38,16 +38,16 @@ class Predictor:
                   of uint8; by default the first of COLUMNS that a batch has
     batch_tokens: tokens of one packed batch, prefix tokens counted
     workers:      threads that decode; by default one per core that the actor has
-    prefix:       of the names of the columns that come
-    settings:     of serving.prepare.Settings; without a model, the ReViT that comes with the package
+    prefix:       put before the names of the answer's columns
+    settings:     those of serving.prepare.Settings; without a model, the ReViT that comes with the package
 
     A batch is a dictionary of arrays, a column each. All columns but the encoded images pass through; paths do too.
-    There come, of each row: height, width, rows, columns (the grid), tokens, cost (where a policy chose the length),
+    The answer has for each row: height, width, rows, columns (the grid), tokens, cost (if a policy chose the length),
     error (None for none), and features (rows, features), or classes, probabilities and labels (rows, top), best first.
     A row with an error has zeros, -1, "" and NaN there.
 
-    An actor with a GPU computes on it. `batch_size` is how many rows are looked ahead at: give some hundreds.
-    Raises ValueError for a column that there is not, or whose name would be taken.
+    An actor with a GPU computes on it. Give `map_batches` a `batch_size` of some hundreds: rows are packed within it.
+    Raises ValueError for a column that does not exist, or an answer whose name is taken already.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ def _run(prepared, images: Sequence[str], writer, batch_tokens: int, workers: in
 
 
 def _image(value, row: int) -> str:
-    """A value of a column, as `decode` takes it; what is wrong with it is said when it is read."""
+    """A value of a column, as `decode` takes it; a fault in it is reported when it is read."""
 
     def read() -> bytes:
         if isinstance(value, np.ndarray):
@@ -130,7 +130,7 @@ def _uncompressed(pixels: np.ndarray) -> bytes:
 
 
 def arrays(answers: Sequence[Answer], columns: Columns) -> dict[str, np.ndarray]:
-    """The columns that come, of answers in the order of the rows; see Predictor."""
+    """The answers as columns, in the order of the rows; see Predictor."""
     sizes = [answer.size or (0, 0) for answer in answers]
     grids = [answer.grid or (0, 0) for answer in answers]
     found = {
@@ -177,14 +177,14 @@ def units(paths: Sequence[str], size: int = UNIT) -> list[list[str]]:
 
 
 class Worker:
-    """An actor of `revit infer --ray`: writes the shard of a piece of work, whole, under a name of its own.
+    """An actor of `revit infer --ray`, which writes one complete shard for each piece of work.
 
-    Whatever is done twice, because an actor died or a run goes on, writes the same shard again: no row is lost or
-    there twice.
+    Work that is repeated, because an actor died or a run resumes, writes the same shard again: no row is lost or
+    duplicated.
     """
 
     def __init__(self, folder: str, output: str, settings: Settings, backend, batch_tokens: int, workers: int | None):
-        if os.path.isdir(folder):  # names are meant from where the command was given
+        if os.path.isdir(folder):  # relative names start from where the command was given
             os.chdir(folder)
         self.output, self.backend, self.batch_tokens = Path(output), backend, batch_tokens
         self.prepared, self.workers = prepare(settings), workers or _cores()
@@ -211,8 +211,8 @@ class Worker:
             }
 
     def _begun(self, number: int, name: str) -> Path:
-        """A file with a byte for each time that the piece of work was begun. Raises RuntimeError after RETRIES: Ray
-        would begin it for ever."""
+        """A file with a byte for each start of the piece of work. Raises RuntimeError after RETRIES: Ray would start it
+        for ever."""
         tries = self.output / f"_part-{number:06d}.tries"
         with open(tries, "ab") as file:
             file.write(b".")
@@ -227,7 +227,7 @@ def shard(output: Path, number: int) -> Path:
 
 
 class Cluster:
-    """A run over Ray: `run` yields the totals of each piece of work as it is done.
+    """A run on Ray: `run` yields the totals of each piece of work when it is done.
 
     paths:    images and archives, of `find_images` with `inside=False`
     output:   a folder that every node sees
@@ -236,7 +236,7 @@ class Cluster:
     cpus:     CPUs of an actor
 
     done, all: pieces of work that were done before, and all of them
-    Raises ValueError where the folder is of a run with other settings or other sources.
+    Raises ValueError if the folder belongs to a run with other settings or other sources.
     """
 
     def __init__(
@@ -268,7 +268,7 @@ class Cluster:
         self.all, self.done = len(self.units), len(self.units) - len(self.left)
 
     def run(self) -> Iterator[Totals]:
-        """Totals of each piece of work that was not done before. Raises RuntimeError where an actor cannot do it."""
+        """Totals of each piece of work that was not done before. Raises RuntimeError if an actor fails for good."""
         if self.left:
             yield from self._run()
         for left in self.output.glob(".part-*.tmp"):  # of actors that were killed: nothing writes any more

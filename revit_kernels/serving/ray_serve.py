@@ -24,7 +24,7 @@ ONGOING = 1024  # requests that a replica holds; the batcher has the limits that
 
 
 class Model:
-    """A replica with the model: as many as `replicas`, each with a queue of its own."""
+    """A replica of the model, with a queue of its own."""
 
     def __init__(self, settings: Settings, name: str, options: dict, batcher: type = Batcher):
         self.local = Local(batcher(prepare(settings), **options), name, settings.top)
@@ -64,7 +64,7 @@ class Remote:
                 raise
             except BackPressureError:
                 raise Unavailable("too many requests wait already: try again later") from None
-            except (RayError, RayServeException):  # its worker died: another one, or the one in its place, answers
+            except (RayError, RayServeException):  # its worker died: another one answers
                 if attempt == ATTEMPTS - 1:
                     raise Unavailable("the worker that answered died: try again") from None
                 await asyncio.sleep(0.2 * (attempt + 1))
@@ -80,7 +80,7 @@ class Remote:
 
 
 class Door:
-    """A replica that reads requests and writes answers."""
+    """A replica that reads HTTP requests and writes answers."""
 
     def __init__(self, handle, limits: Limits, key: str | None):
         self.endpoints = Endpoints(Remote(handle), limits, key)
@@ -109,7 +109,7 @@ def app(arguments: dict) -> serve.Application:
 
 
 def parts(arguments: dict) -> tuple[serve.Application, Limits, str | None]:
-    """The model's deployment, without HTTP, the limits of requests and the key, of the arguments of `app`."""
+    """(the model's deployment, without HTTP, the limits of requests, the key) for the arguments of `app`."""
     arguments = dict(arguments)
 
     def taken(names) -> dict:
@@ -147,12 +147,12 @@ def parts(arguments: dict) -> tuple[serve.Application, Limits, str | None]:
 def listening(
     arguments: dict, host: str = "127.0.0.1", port: int = 8000, log: Callable[[dict], None] | None = None
 ) -> Iterator[Listener]:
-    """HTTP from this process to the model's, on Ray as it is connected: no process of Ray's is between them.
+    """A context manager that serves HTTP from this process, which calls the model's replicas directly.
 
-    arguments: of `app`; log: of Endpoints
+    arguments: as of `app`; log: as of Endpoints
 
-    The model is ready inside; before it is, requests get 503. At the end those that have come are answered.
-    Raises ValueError for arguments, and for an address that cannot be listened on.
+    Requests get status 503 until the model is ready, which it is inside the block. Open requests are finished at the
+    end. Ray must be connected. Raises ValueError for wrong arguments, and if the address cannot be listened on.
     """
     model, limits, key = parts(arguments)
     listener = Listener(Endpoints(None, limits, key, log), host, port)
@@ -166,7 +166,7 @@ def listening(
 
 
 def read_key(path: str | None) -> str | None:
-    """The bearer token in a file. Raises ValueError where there is none."""
+    """The bearer token in a file; None without a path. Raises ValueError if the file has none."""
     if path is None:
         return None
     try:

@@ -8,10 +8,10 @@ import ray
 
 
 def connect(address: str | None) -> None:
-    """Join the cluster at `address`, or start one here, unless that was done; Python's signal handlers stay.
+    """Join the cluster at `address`, or start one here, unless Ray is connected; Python's signal handlers stay.
 
-    Ray's own, of SIGTERM, has the process aborted 3 seconds later, whatever it has still to put in order. Raises
-    RuntimeError where Ray does not start.
+    Ray's own handler of SIGTERM aborts the process after 3 seconds, even while it shuts down. Raises RuntimeError if
+    Ray does not start.
     """
     if ray.is_initialized():
         return
@@ -21,14 +21,14 @@ def connect(address: str | None) -> None:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     except (OSError, ValueError, RuntimeError):
         raise
-    except Exception as error:  # Ray raises it where a process of its does not start in time
+    except Exception as error:  # Ray raises it if one of its processes does not start in time
         raise RuntimeError(f"Ray does not start: {' '.join(str(error).split())}") from error
     keep(before)
 
 
 def keep(handlers: dict) -> None:
-    """Set Python's handlers of signals again; without a word where this is not the main thread."""
+    """Set Python's signal handlers again; does nothing outside the main thread."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
-            if handler is not None:  # None: not of Python's
+            if handler is not None:  # None: not set from Python
                 signal.signal(number, handler)

@@ -19,24 +19,24 @@ import numpy as np
 from revit_kernels.files import whole
 
 SHARE = "share_of_full_pass"  # what Answer.cost is called in every format
-# Controls that JSON lets pass, but terminals and readers of lines may take for commands or for ends of lines.
+# JSON allows these characters, but terminals may run them as commands, and readers may split lines at them.
 UNSEEN = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 @dataclass
 class Answer:
-    """What one image gave.
+    """The result of one image.
 
-    path:          as it can be shown
-    size:          (height, width) in pixels, None where the file could not be decoded
+    path:          in printable form
+    size:          (height, width) in pixels; None if the file could not be decoded
     grid:          (rows, columns) of patches
-    probabilities: (classes,) float32, or None where features were asked for
-    features:      (features,) float32, or None where classes were asked for
-    cost:          tokens of all passes, in parts of a full-length pass's, where a policy chose the length
-    error:         what was wrong with the file, or None
-    frames:        of a clip: how many were seen, in all views; None for an image
+    probabilities: (classes,) float32; None if features were asked for
+    features:      (features,) float32; None if classes were asked for
+    cost:          tokens of all passes over those of a full-length pass, if a policy chose the length
+    error:         what is wrong with the file, or None
+    frames:        frames of a clip that the model saw, in all views; None for an image
     tubelet:       frames that one token sees
-    kept:          of a clip whose repeated tokens were left out: how many were not, in all views
+    kept:          for run-length tokens, how many of them were kept, in all views
     """
 
     path: str
@@ -60,8 +60,13 @@ class Answer:
 
 @dataclass
 class Columns:
-    """What every record of a run holds: `features` numbers, or the `top` of `classes` classes, which `labels` name;
-    what the image cost, where a policy chose its length (`adaptive`); and the frames of a clip (`frames`)."""
+    """The columns of a run's records.
+
+    features: numbers of a feature vector; 0 for classes
+    classes:  of the model; top: how many of them a record has; labels: their names
+    adaptive: whether a policy chooses lengths, so that records have a cost
+    frames:   whether records have frames: those of clips
+    """
 
     features: int = 0
     classes: int = 0
@@ -122,7 +127,7 @@ class JsonLines:
 
 
 def _cell(text: str) -> str:
-    """The text so that no spreadsheet takes it for a formula: an apostrophe comes before what would begin one."""
+    """The text with an apostrophe before it if a spreadsheet would take it for a formula."""
     if text[:1] not in ("=", "+", "-", "@", "\t", "\r"):
         return text
     try:
@@ -247,7 +252,7 @@ class Npz:
         self.name = "features" if columns.features else "probabilities"
         self.adaptive, self.frames = columns.adaptive, columns.frames
         self.answers: list[Answer] = []
-        # The wide array waits on disk, in the output's folder: for a large archive it may not fit in memory.
+        # The wide array is kept on disk, in the output's folder: it may not fit in memory.
         self.body = tempfile.TemporaryFile(dir=path.parent)
 
     def write(self, answer: Answer) -> None:
@@ -290,12 +295,12 @@ WRITERS = {".jsonl": JsonLines, ".csv": Csv, ".parquet": Parquet, ".npz": Npz}
 
 
 def is_folder(path: str) -> bool:
-    """Whether records go to a folder of parquet shards: one that is there, or a name that ends in /."""
+    """Whether records go to a folder of parquet shards: an existing one, or a name that ends in /."""
     return os.path.isdir(path) or (path.endswith("/") and not os.path.exists(path.rstrip("/")))
 
 
 def check_output(path: str | None) -> None:
-    """Raise ValueError where records could not be written to `path`, before any work is done for them."""
+    """Raise ValueError if records cannot be written to `path`; called before any work is done."""
     if path is None:
         return
     named, folder, path = path, is_folder(path), Path(path)
@@ -303,7 +308,7 @@ def check_output(path: str | None) -> None:
         raise ValueError(f"--output must end in {', '.join(WRITERS)}, or in / for a folder of shards, got {named!r}")
     if not folder and path.exists() and not path.is_file():
         raise ValueError(f"--output {path} is not a regular file")
-    path = Path(os.path.realpath(path))  # of a link, what it leads to is written
+    path = Path(os.path.realpath(path))  # the target of a link is written
     if not path.parent.is_dir():
         raise ValueError(f"the folder of --output {path} does not exist")
     if not os.access(path if path.is_dir() else path.parent, os.W_OK):
@@ -314,9 +319,9 @@ def check_output(path: str | None) -> None:
 
 @contextmanager
 def open_records(path: str | None, columns: Columns):
-    """A writer of records; on leaving it without an exception the file takes its name, else nothing is left.
+    """A context manager that gives a writer of records; the file gets its name if the block does not raise.
 
-    path: of a format in WRITERS, or None for JSON lines on standard output
+    path: a file of a format in WRITERS, or None for JSON lines on standard output
     """
     if path is None:
         yield JsonLines(None, columns)

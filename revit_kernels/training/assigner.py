@@ -14,6 +14,7 @@ from torch import Tensor
 from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
 from revit_kernels.adaptive.calibration import auc, calibration_error
+from revit_kernels.adaptive.costs import model_device
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
@@ -208,7 +209,7 @@ def train_assigner(
     assigner.about = about
     source = apart if learnt is None else learnt
     targets, source_images = Targets(source), _of(source, images)
-    inputs = _inputs(assigner.to(_device(model)), engine, source_images, progress)
+    inputs = _inputs(assigner.to(model_device(model)), engine, source_images, progress)
     assigner.cpu()
     settings = {"model": assigner.fingerprint, "images": list(source.keys[:3]), "count": len(source)}
     settings |= {"recipe": asdict(recipe), "config": str(assigner.config)}
@@ -216,7 +217,7 @@ def train_assigner(
     fit = _Fit(assigner, targets, inputs, np.arange(len(source)), recipe, state)
     fit.resume(settings)
     fit.run(settings, progress)
-    served = TokenLengthAssigner(**assigner.config).to(_device(model), engine.patch_embed.proj.weight.dtype).eval()
+    served = TokenLengthAssigner(**assigner.config).to(model_device(model), engine.patch_embed.proj.weight.dtype).eval()
     final = {k: v.clone() for k, v in assigner.state_dict().items()}
 
     def answers(o: Outcomes) -> Outcomes:
@@ -245,7 +246,7 @@ def train_assigner(
 @torch.inference_mode()
 def _answered(assigner: TokenLengthAssigner, engine, outcomes: Outcomes, images: ImageSet) -> Outcomes:
     """The outcomes with the assigner's answers."""
-    lengths, device, logits = len(outcomes.menu), _device(engine), []
+    lengths, device, logits = len(outcomes.menu), model_device(engine), []
     for _, pixels in read_batches(images, None, 256):
         pixels = pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
         logits.append(assigner(pixels, model=engine).cpu())
@@ -254,10 +255,6 @@ def _answered(assigner: TokenLengthAssigner, engine, outcomes: Outcomes, images:
     mixed = torch.stack([evidence.mixed(log_p[:, row], posterior) for row in range(lengths)], 1)
     alone = evidence.alone(posterior, torch.from_numpy(np.asarray(outcomes.truth, np.int64)))
     return replace(outcomes, assigner=right.numpy().copy(), mixed=mixed.numpy(), alone=alone.numpy())
-
-
-def _device(model) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _of(outcomes: Outcomes, images: ImageSet) -> ImageSet:

@@ -16,6 +16,7 @@ from torch import Tensor
 from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
+from revit_kernels.data.sets import save_arrays
 from revit_kernels.engines import engine_of
 from revit_kernels.files import write_whole
 from revit_kernels.models.checkpoints import fingerprint
@@ -105,7 +106,7 @@ def collect(
         if part is None:
             part = _ask(engine, images, members, batch_tokens, probabilities, progress, assigner, against)
             if file is not None:
-                write_whole(file, lambda temporary, part=part: _save(temporary, part))
+                write_whole(file, lambda temporary, part=part: save_arrays(temporary, part))
         elif progress is not None:
             progress(len(members))
         parts.append(part)
@@ -125,13 +126,8 @@ def collect(
     )
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)
-
-
 def _kept(path: Path | None) -> dict[str, np.ndarray] | None:
-    """What `_save` wrote; None where there is nothing, or nothing that can be read."""
+    """What `save_arrays` wrote; None where there is nothing, or nothing that can be read."""
     if path is None or not path.exists():
         return None
     try:

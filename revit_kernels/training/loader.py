@@ -63,7 +63,7 @@ class Augmented(Dataset):
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the frames of a clip all alike
+                pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the same for all frames of a clip
         if tuple(pixels.shape[-3:-1]) != self.size:
             pixels = _fit(pixels, self.size, self.interpolation)
         return pixels.contiguous(), int(self.images.targets[index])

@@ -45,10 +45,9 @@ def parameter_groups(model, weight_decay: float, layer_decay: float = 1.0) -> li
     return [groups[key] for key in sorted(groups)]
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, layer_decay: float, betas=(0.9, 0.999)):
+def adamw(model: nn.Module, lr: float, weight_decay: float, layer_decay: float):
     """torch's AdamW, fused where the device has it."""
-    groups = parameter_groups(model, weight_decay, layer_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+    return torch.optim.AdamW(parameter_groups(model, weight_decay, layer_decay), lr=lr, fused=True)
 
 
 class MuonAdamW:

@@ -378,7 +378,7 @@ class Trainer:
         self.losses = None if state["losses"] is None else state["losses"].to(self.device)
 
 
-def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = False) -> dict[str, float]:
+def score_lengths(model, images, autocast: bool = False) -> dict[str, float]:
     """{"accuracy_7x7": ..., ...}: the share of images that the model recognises at each length, in one packed forward.
 
     model:  resizable, in eval mode
@@ -386,5 +386,5 @@ def score_lengths(model, images, batch_tokens: int = 16384, autocast: bool = Fal
     """
     device = next(model.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-        right = collect(model, images, batch_tokens=batch_tokens).correct.mean(0)
+        right = collect(model, images).correct.mean(0)
     return {f"accuracy_{grid_text(grid)}": float(share) for grid, share in zip(model.menu, right)}

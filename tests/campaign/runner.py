@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import sys
 import time
@@ -105,7 +106,7 @@ def _work(kind, seed, count, memory, sending):
     module = import_module(kind)
     if hasattr(module, "prepare"):
         module.prepare()
-    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # the address sanitizer maps terabytes
+    if not re.search("lib[at]san", os.environ.get("LD_PRELOAD", "")):  # these sanitizers map terabytes
         with open("/proc/self/statm") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
         limit = mapped + int(memory * 2**30)

@@ -9,7 +9,8 @@ import torch
 from .runner import campaign, repeat
 
 CASES = {"images": 1500, "checkpoints": 60, "files": 150, "ops": 1500, "videos": 60, "threads": 4, "kills": 4}
-NEEDS = {"videos": "av", "files": "pyarrow", "kills": "pyarrow"}
+CASES["interpreted"] = 150
+NEEDS = {"videos": "av", "files": "pyarrow", "kills": "pyarrow", "interpreted": "triton"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs")

@@ -164,6 +164,17 @@ def test_a_gallery_shows_the_pixels_that_were_read(tmp_path, monkeypatch):
     assert gallery._picture(pixels.numpy(), 12, 8).startswith("data:image/png") and not gallery.waiting
 
 
+def test_answers_of_the_assigner_alone_have_no_grid(tmp_path):
+    columns = Columns(classes=2, top=1, labels=["bag", "coat"])
+    gallery = Gallery(str(tmp_path / "page.html"), columns, 1, 50, (4, 4))
+    answer = Answer("a.png", (28, 20), (0, 0), np.array([0.75, 0.25], np.float32), cost=0.0)
+    gallery.keep(Loaded("a.png", torch.zeros(28, 20, 3, dtype=torch.uint8), (28, 20), (7, 5)))
+    gallery.write(answer)
+    text = gallery.page(Totals(images=1, seconds=1.0), "m")
+    assert "by the assigner, no pass" in text and "<td>the assigner</td><td>1</td><td>0</td>" in text
+    assert "width:106px;height:148px" in text and "0x0" not in text
+
+
 # ---------------------------------------------------------------------- hints
 
 

@@ -171,8 +171,8 @@ def test_an_engine_is_a_snapshot():
 @cpu_only
 def test_peft_merges_into_the_model_at_once_and_into_an_engine_after_a_refresh():
     peft = pytest.importorskip("peft")
-    m, images = made(), torch.randn(2, 3, 64, 64)
-    before = m(images)
+    m, images = made().requires_grad_(True), torch.randn(2, 3, 64, 64)
+    before, of_before = m(images), m.engine()
     config = peft.LoraConfig(target_modules=["qkv", "fc1"], init_lora_weights=False)
     adapted = peft.get_peft_model(m, config).eval()
     assert "Linear" in m.engine().refusal  # the adapters run as they are
@@ -183,6 +183,8 @@ def test_peft_merges_into_the_model_at_once_and_into_an_engine_after_a_refresh()
         engine = m.engine(stale="refresh")
         torch.testing.assert_close(merged(images), wanted)
         torch.testing.assert_close(engine(images), merged(images))
+    with pytest.raises(StaleEngine):
+        of_before(images)
     assert not torch.allclose(wanted, before)
 
 

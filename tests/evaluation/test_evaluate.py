@@ -12,6 +12,7 @@ from tiny_revit import MENU, held_out, labelled, make_images, trained
 
 from revit_kernels import cli
 from revit_kernels.adaptive.assigner import TokenLengthAssigner
+from revit_kernels.adaptive.calibration import reliability
 from revit_kernels.adaptive.costs import Costs, model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.policies import Assign, AssignedCascade, Cascade, Fixed, Own, Random
@@ -19,7 +20,7 @@ from revit_kernels.evaluation import contact_sheet, plots, report
 from revit_kernels.evaluation import evaluate as evaluation
 from revit_kernels.evaluation import measured as measuring
 from revit_kernels.evaluation.comparison import against_random, against_static, at_equal_speed, recommended, verdict
-from revit_kernels.evaluation.evaluate import Evaluation, check_apart, choose, evaluate, reliability
+from revit_kernels.evaluation.evaluate import Evaluation, check_apart, choose, evaluate
 from revit_kernels.evaluation.measured import Measured, macs_of, passes
 from revit_kernels.evaluation.page import body
 from revit_kernels.models.checkpoints import save_checkpoint

@@ -125,6 +125,7 @@ def test_names_with_a_hub_or_of_old():
         ("hiera_tiny_224", ValueError, r"is of timm's hiera\.py, not a Vision Transformer"),
         ("gemma4_vit_167m_enc", ValueError, r"is of timm's gemma4_vit\.py, .* nor a classifier of a language model's"),
         ("no such thing", ValueError, "there is no model named 'no such thing'"),
+        ("x" * 10**5, ValueError, f"there is no model named '{'x' * 100}'"),
         ("weights.pth", ValueError, "does not say what model it is for"),
     ],
 )

@@ -256,6 +256,11 @@ def test_training_drops_whole_branches():
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+def test_clips_without_values():
+    answers = make().to("meta")([clip.to("meta") for clip in clips()])
+    assert answers.is_meta and len(answers) == len(CLIPS)
+
+
 @torch.no_grad()
 def test_engine_and_hooks():
     model = make()

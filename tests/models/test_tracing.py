@@ -4,6 +4,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -68,6 +69,18 @@ def test_export_of_any_batch_and_size(name, strict):
     for count, grid in ((3, theirs.patch_embed.grid_size), (1, (2, 7)), (2, (9, 3))):
         x = torch.randn(count, theirs.in_chans, grid[0] * h, grid[1] * w, device=DEVICE)
         assert_near(f"{count} images of {grid}", program.module()(x), theirs(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_refuses_a_list(strict):
+    _, ours = pair()
+    refused = torch._dynamo.exc.Unsupported if strict else NotImplementedError
+    for options in ({}, {"grids": [(2, 3)] * 2}, {"max_tokens": 9}):
+        with pytest.raises(refused, match=r"torch.export.* take a dense batch"):
+            torch.export.export(ours, (list(batch(ours)),), options, strict=strict)
+    with pytest.raises(refused, match=r"torch.export.* take a dense batch"):
+        torch.export.export(ours, (batch(ours),), {"grids": [(2, 3)] * 2}, strict=strict)
 
 
 @torch.no_grad()
@@ -231,6 +244,51 @@ def test_attention_maps_of_each_image():
     assert all(block.attn.fused_attn for block in ours.blocks)
     assert_near("afterwards", ours(images), expected)
     assert [len(m) for m in ours.attention_maps(batch(ours))] == [2, 2]
+
+
+@torch.no_grad()
+def test_attention_maps_beside_other_threads():
+    """Each thread gets its own images' maps; the others' answers, and engines that watch the model, see nothing."""
+    _, ours = pair(dynamic_img_size=True)
+    images, engine = mixed(ours), ours.engine()
+    answers, of_engine, maps = ours(images), engine(images), [ours.attention_maps([image]) for image in images]
+
+    @torch.no_grad()
+    def call(i):
+        if i % 2:
+            return torch.equal(ours(images), answers) and torch.equal(engine(images), of_engine)
+        of_blocks, wanted = ours.attention_maps([images[i % 5]]), maps[i % 5]
+        return all(len(seen) == 1 and torch.equal(seen[0], one[0]) for seen, one in zip(of_blocks, wanted))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(call, range(60)))
+
+
+@torch.no_grad()
+def test_no_attention_maps_of_compiled_blocks():
+    _, ours = pair()
+    ours.blocks[1].compile(backend="eager")
+    with pytest.raises(ValueError, match="gives no attention maps"):
+        ours.attention_maps(batch(ours))
+
+
+@torch.no_grad()
+def test_blocks_that_are_compiled_run_so():
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+
+    theirs, ours = pair(dynamic_img_size=True)
+    images = mixed(ours)
+    for block in ours.blocks:
+        block.compile(backend="eager")
+    for name, call in (
+        ("a dense batch", lambda: (ours(batch(ours)), theirs(batch(ours)))),
+        ("a list", lambda: (ours(images), torch.cat([theirs(image[None]) for image in images]))),
+    ):
+        dynamo.reset()
+        counters.clear()
+        assert_near(name, *call())
+        assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @torch.no_grad()

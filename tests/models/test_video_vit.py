@@ -121,6 +121,13 @@ def test_a_mixed_batch_is_its_clips_one_by_one(positions, dtype):
         assert_near("engine", engine(mixed), together)
 
 
+@every_position
+def test_clips_without_values(positions):
+    model, mixed = ours(positions).to("meta"), [clip.to("meta") for clip in clips(SIZES_OF_CLIPS)]
+    answers = model(mixed)
+    assert answers.is_meta and len(answers) == len(mixed)
+
+
 @torch.no_grad()
 def test_positions_of_another_size():
     model = ours("sincos")

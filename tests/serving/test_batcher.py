@@ -121,8 +121,9 @@ def test_a_model_that_fails_fails_one_batch(batcher):
     assert batcher.submit(encoded((16, 16))).result(30).error is None
 
 
-def test_as_much_waits_as_may(monkeypatch):
-    batcher = Batcher(prepared(Slow()), batch_tokens=250, waiting_tokens=60)
+@pytest.mark.parametrize("limit", [{"waiting_tokens": 60}, {"waiting_bytes": 5 * len(encoded((80, 80))) // 2}], ids=str)
+def test_a_full_queue_takes_no_more(limit):
+    batcher = Batcher(prepared(Slow()), batch_tokens=250, **limit)
     replies = submit_behind(batcher, (80, 80), (80, 80))
     with pytest.raises(Busy, match="2 images wait already: try again later"):
         batcher.submit(encoded((80, 80)))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register, same_form
 from revit_kernels.ops.attention import rotary as rotation
 from revit_kernels.ops.attention.handover import order
 from revit_kernels.ops.attention.rotary import Rotary
@@ -26,6 +26,7 @@ _forward = register(
     f" float scale,{_ROTARY}) -> (Tensor, Tensor)",
     _fake_forward,
     lambda args: order("forward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "attention",
@@ -34,6 +35,7 @@ _backward = register(
     f" Tensor cu_seqlens_k, SymInt max_seqlen_k, float scale,{_ROTARY}) -> (Tensor, Tensor, Tensor)",
     lambda grad, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)),
     lambda args: order("backward", args.q.device, max(args.max_seqlen, args.max_seqlen_k)),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -103,6 +105,35 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
             raise ValueError(f"{name} must be an integer, at least 0, got {n!r}")
 
 
+def _check_scale(scale):
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"scale must be finite and not negative, got {scale}")
+
+
+def _check_as_laid_out(args):
+    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    q, k, v = args.q, args.k, args.v
+    _check(q, k, v, args.cu_seqlens, args.cu_seqlens_k, args.max_seqlen, args.max_seqlen_k)
+    _check_scale(args.scale)
+    one_device(q=q, k=k, v=v, cu_seqlens=args.cu_seqlens, cu_seqlens_k=args.cu_seqlens_k)
+    contiguous_rows(q=q, k=k, v=v)
+    turned = {"cos": args.cos, "sin": args.sin, "row": args.row}
+    if len(given := [name for name, tensor in turned.items() if tensor is not None]) == 3:
+        rotation.check(Rotary(*turned.values()), q, k.shape != q.shape)
+    elif given:
+        raise ValueError(f"cos, sin and row must be given together, got {' and '.join(given)} alone")
+    contiguous(cu_seqlens=args.cu_seqlens, cu_seqlens_k=args.cu_seqlens_k, **turned)
+
+
+def _check_backward(args):
+    _check_as_laid_out(args)
+    same_form(args.q, grad=args.grad, out=args.out)
+    same_form(args.q.new_empty(args.q.shape[:2], dtype=torch.promote_types(args.q.dtype, torch.float32)), lse=args.lse)
+    one_device(q=args.q, grad=args.grad, out=args.out, lse=args.lse)
+    contiguous_rows(grad=args.grad)
+    contiguous(out=args.out, lse=args.lse)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -143,8 +174,7 @@ def attention(
         _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     one_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    _check_scale(scale)
     cos = sin = row = None
     half = False
     if rotary is not None:

@@ -3,7 +3,7 @@
 What it keeps of this op's promises: NaN in the tail is ignored (v is copied without it, and q, k and v are made
 contiguous, since not every torch takes their strides into its offsets); lengths are read on the device. Its backward is
 not deterministic, and torch before 2.14 takes head_dim for the longest image in it and then writes out of bounds
-(pytorch/pytorch#186142): both are refused. Whether an image is bitwise alike in every batch is not documented.
+(pytorch/pytorch#186142): both are refused. Whether an image is bitwise the same in every batch is not documented.
 torch 2.11 builds cuDNN's plan anew in every call: expect milliseconds of the host's time.
 
 Never run on a GPU yet: shown is that torch takes the arguments, and what becomes of the results.

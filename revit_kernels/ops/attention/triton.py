@@ -355,9 +355,10 @@ def _launch(step, x, cos, half):
     return launch | measured.tiles("attention", step, x.device, bits=bits, head_dim=dim)
 
 
-def _grid(cu_seqlens, heads, max_seqlen, block):
+def _grid(cu_seqlens, x, max_seqlen, block):
     """A program for each tile that the longest image can have, of every image, and of the tail."""
-    return cu_seqlens.shape[0] * heads, max(triton.cdiv(max_seqlen, block), TAIL_PROGRAMS)
+    tokens, heads = x.shape[:2]
+    return cu_seqlens.shape[0] * heads, max(triton.cdiv(min(max_seqlen, tokens), block), TAIL_PROGRAMS)
 
 
 def forward(
@@ -369,7 +370,7 @@ def forward(
     q, k, v = _align(q, k, v)
     launch = _launch("forward", q, cos, half)
     if y.numel():
-        _forward_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
+        _forward_kernel[_grid(cu_seqlens, q, max_seqlen, launch["BLOCK_QUERIES"])](
             q, k, v, y, lse, cu_seqlens, cu_seqlens_k, tokens, k.shape[0], cu_seqlens.shape[0] - 1, heads, scale,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *_angles(cos, sin, row), **launch,
         )  # fmt: skip
@@ -401,13 +402,13 @@ def backward(
     strides = (*grad.stride()[:2], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     if dq.numel():
         launch = _launch("backward_q", q, cos, half)
-        _backward_q_kernel[_grid(cu_seqlens, heads, max_seqlen, launch["BLOCK_QUERIES"])](
+        _backward_q_kernel[_grid(cu_seqlens, q, max_seqlen, launch["BLOCK_QUERIES"])](
             grad, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, *_angles(cos, sin, row), **launch,
         )  # fmt: skip
     if dk.numel():
         launch = _launch("backward_kv", q, cos, half)
-        _backward_kv_kernel[_grid(cu_seqlens, heads, max_seqlen_k, launch["BLOCK_KEYS"])](
+        _backward_kv_kernel[_grid(cu_seqlens, k, max_seqlen_k, launch["BLOCK_KEYS"])](
             grad, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, *tokens, images, heads, scale,
             *strides, *_angles(cos, sin, row), **launch,
         )  # fmt: skip

@@ -6,7 +6,7 @@ Each token length has an affine of its own; statistics are those of each token.
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import contiguous, one_device, register, same_form
 from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.e4m3 import E4M3
 
@@ -41,6 +41,7 @@ _backward = register(
     "(Tensor dy, Tensor? dsum, Tensor sum, Tensor? weight, Tensor? bias, Tensor? row, Tensor? branch, Tensor? gamma,"
     " Tensor mean, Tensor rstd, bool rms, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
+    check=lambda args: _check_backward(args),
 )
 _fp8 = register(
     "layer_norm",
@@ -128,12 +129,30 @@ def _check_each(x, weight, bias, row, branch, gamma):
 def _check_as_laid_out(args):
     """What the public functions see to by themselves, too: kernels in Triton read what they are told to."""
     _check(*args[:6])
+    _check_rows(args)
+    contiguous(x=args.x, row=args.row, branch=args.branch)
+
+
+def _check_rows(args):
     for name in ("weight", "bias"):
         if (parameter := getattr(args, name)) is not None and parameter.ndim != 2:
-            raise ValueError(f"{name} must be (lengths, {args.x.shape[1]}), got {tuple(parameter.shape)}")
-    for name in ("x", "row", "branch"):
-        if (tensor := getattr(args, name)) is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+            raise ValueError(f"{name} must be (lengths, {parameter.shape[-1]}), got {tuple(parameter.shape)}")
+    for name in ("weight", "bias", "branch", "gamma"):
+        if (tensor := getattr(args, name)) is not None and not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+
+
+def _check_backward(args):
+    if args.gamma is None and args.branch is not None:
+        raise ValueError("the branch has a gradient of its own only where there is a gamma")
+    _check(args.sum, args.weight, args.bias, args.row, args.branch, args.gamma)
+    _check_rows(args)
+    same_form(args.sum, dy=args.dy, **({} if args.dsum is None else {"dsum": args.dsum}))
+    of_row = args.sum.new_empty(args.sum.shape[0], dtype=torch.promote_types(args.sum.dtype, torch.float32))
+    same_form(of_row, mean=args.mean, rstd=args.rstd)
+    one_device(sum=args.sum, dy=args.dy, dsum=args.dsum, mean=args.mean, rstd=args.rstd)
+    tensors = {name: getattr(args, name) for name in ("dy", "dsum", "sum", "row", "branch", "mean", "rstd")}
+    contiguous(**tensors)
 
 
 def layer_norm(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from revit_kernels.dispatch import PLAIN, one_device, register
+from revit_kernels.dispatch import PLAIN, contiguous, one_device, register, same_form
 from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.linear import choice
 from revit_kernels.ops.linear.products import finish, keeps
@@ -43,6 +43,7 @@ _forward = register(
     " -> (Tensor, Tensor)",
     _fake_forward,
     lambda args: choice.forward_order(*args),
+    check=lambda args: _check(*args[:5]),
 )
 _backward = register(
     "linear",
@@ -51,6 +52,7 @@ _backward = register(
     " bool need_x, bool need_weight, str? backend) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
     lambda args: choice.backward_order(*args),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -100,6 +102,22 @@ def check(x, weight, bias, activation, gate) -> None:
     one_device(x=x, weight=weight, bias=bias)
 
 
+def _check(x, weight, bias, activation, gate) -> None:
+    check(x, weight, bias, activation, gate)
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must be of one floating-point dtype, got {x.dtype} and {weight.dtype}")
+
+
+def _check_backward(args) -> None:
+    x, (out, _) = args.x, args.weight.shape if args.weight.ndim == 2 else (0, 0)
+    _check(*args[1:4], args.activation, args.gate)
+    same_form(x.new_empty(x.shape[0], out // 2 if args.gate else out), dy=args.dy)
+    if keeps(True, args.activation, args.gate):
+        same_form(x.new_empty(x.shape[0], out), kept=args.kept)
+    one_device(x=x, dy=args.dy, kept=args.kept)
+    contiguous(dy=args.dy, kept=args.kept)
+
+
 def _autocasts(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
@@ -146,9 +164,7 @@ def linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    check(x, weight, bias, activation, gate)
-    if not x.is_floating_point() or x.dtype != weight.dtype:
-        raise ValueError(f"x and weight must be of one floating-point dtype, got {x.dtype} and {weight.dtype}")
+    _check(x, weight, bias, activation, gate)
     args = (x, weight, bias, activation, gate)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:3]):
         return _Linear.apply(*args, backend)

@@ -6,7 +6,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import PLAIN, load, one_device, register
+from revit_kernels.dispatch import PLAIN, contiguous, load, one_device, register
 from revit_kernels.ops.derivatives import once_differentiable
 from revit_kernels.ops.patch_embed.weight import resize_patch_weight
 from revit_kernels.ops.pos_embed.interpolation import MODES
@@ -24,6 +24,7 @@ _forward = register(
         weight.new_empty(image.shape[0], weight.shape[0]),
         weight.new_empty(image.shape[0] if rest[-2] else 0, weight.shape[1] * weight.shape[2] * weight.shape[3]),
     ),
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "patch_embed",
@@ -33,6 +34,7 @@ _backward = register(
         grad.new_empty(grad.shape[1], patches.shape[1]),
         grad.new_empty(prefix_tokens + cells, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32)),
     ),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -83,15 +85,15 @@ def _sizes_of_kinds(images, accepted, weight, channels_last):
     return [sizes[shape] for shape in shapes]
 
 
-def _check_images(images, weight, packing, channels_last):
+def _check_images(images, weight, wanted, channels_last):
     """The images as a list (a batch stays one tensor), and (height, width) of each tensor in it."""
     if isinstance(images, Tensor) and images.ndim != 4:
         layout = "(images, height, width, channels)" if channels_last else "(images, channels, height, width)"
         raise ValueError(f"images must be {layout} or a list of images, got {tuple(images.shape)}")
     batch = isinstance(images, Tensor)
     count = images.shape[0] if batch else len(images)
-    if count != packing.images:
-        raise ValueError(f"images must be as many as the packing's {packing.images}, got {count}")
+    if count != wanted:
+        raise ValueError(f"images must be as many as the packing's {wanted}, got {count}")
     images = [images] if batch else list(images)
     accepted = tuple(dict.fromkeys((torch.uint8, torch.float32, weight.dtype)))
     if len(images) > 1 and (sizes := _sizes_of_kinds(images, accepted, weight, channels_last)) is not None:
@@ -116,15 +118,14 @@ def _check_images(images, weight, packing, channels_last):
     return images, [tuple(x.shape[-3:-1] if channels_last else x.shape[-2:]) for x in images]
 
 
-def _check_parameters(weight, bias, packing, pos, prefix, mean, std, interpolation):
+def _check_parameters(weight, bias, cu_seqlens, cells, prefix_tokens, pos, prefix, mean, std, interpolation):
     if weight.ndim != 4 or 0 in weight.shape or not weight.is_floating_point():
         raise ValueError(
             f"weight must be (dim, channels, patch_h, patch_w) and floating-point, got {tuple(weight.shape)} "
             f"{weight.dtype}"
         )
     dim, channels = weight.shape[:2]
-    cells = sum(h * w for h, w in packing.menu)
-    expected = {"bias": (bias, (dim,)), "pos": (pos, (cells, dim)), "prefix": (prefix, (packing.prefix, dim))}
+    expected = {"bias": (bias, (dim,)), "pos": (pos, (cells, dim)), "prefix": (prefix, (prefix_tokens, dim))}
     for name, (x, shape) in expected.items():
         if x is not None and tuple(x.shape) != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
@@ -137,7 +138,47 @@ def _check_parameters(weight, bias, packing, pos, prefix, mean, std, interpolati
         raise ValueError(f"std must not be 0, got {tuple(std)}")
     if interpolation not in MODES:
         raise ValueError(f"interpolation must be one of {MODES}, got {interpolation!r}")
-    one_device(weight=weight, bias=bias, packing=packing.cu_seqlens, pos=pos, prefix=prefix)
+    one_device(weight=weight, bias=bias, packing=cu_seqlens, pos=pos, prefix=prefix)
+
+
+def _check_places(cu_seqlens, placement, image, prefix_tokens):
+    entries = placement.shape[0] if placement.ndim else -1
+    for name, tensor, shape in (
+        ("cu_seqlens", cu_seqlens, (entries + 1,)),
+        ("placement", placement, (entries, 3)),
+        ("image", image, (image.shape[0] if image.ndim else -1,)),
+    ):
+        if tensor.shape != shape or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} must be {shape} of int32, got {tuple(tensor.shape)} {tensor.dtype}")
+    if prefix_tokens < 0:
+        raise ValueError(f"prefix_tokens must be at least 0, got {prefix_tokens}")
+    contiguous(cu_seqlens=cu_seqlens, placement=placement, image=image)
+
+
+def _check_as_laid_out(args):
+    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    images, pos, cu_seqlens = args.images, args.pos, args.cu_seqlens
+    _check_places(cu_seqlens, args.placement, args.image, args.prefix_tokens)
+    cells = pos.shape[0] if pos is not None and pos.ndim else 0  # of how many the menu is, the device alone knows
+    how = (cells, args.prefix_tokens, pos, args.prefix, args.mean, args.std, args.interpolation)
+    _check_parameters(args.weight, args.bias, cu_seqlens, *how)
+    batch = images[0] if len(images) == 1 and images[0].ndim == 4 else images
+    _check_images(batch, args.weight, args.placement.shape[0], args.channels_last)
+    one_device(weight=args.weight, cu_seqlens=cu_seqlens, placement=args.placement, image=args.image)
+
+
+def _check_backward(args):
+    grad, patches, image = args.grad, args.patches, args.image
+    _check_places(args.cu_seqlens, args.placement, image, args.prefix_tokens)
+    tokens = image.shape[0]
+    if grad.ndim != 2 or grad.shape[0] != tokens or not grad.is_floating_point():
+        raise ValueError(f"grad must be ({tokens}, dim) and floating-point, got {tuple(grad.shape)} {grad.dtype}")
+    if patches.ndim != 2 or patches.shape[0] not in (0, tokens) or patches.dtype != grad.dtype:
+        wanted = f"({tokens} or 0, numbers of a patch) of {grad.dtype}"
+        raise ValueError(f"patches must be {wanted}, got {tuple(patches.shape)} {patches.dtype}")
+    if args.cells < 0:
+        raise ValueError(f"cells must be at least 0, got {args.cells}")
+    one_device(grad=grad, patches=patches, cu_seqlens=args.cu_seqlens, placement=args.placement, image=image)
 
 
 def patch_embed(
@@ -159,7 +200,7 @@ def patch_embed(
     """Embed images of any size as packed tokens, each on the grid that the packing gives it.
 
     images:  (images, channels, height, width), or a list of (channels, height, width), each of its own size; uint8 (in
-             units of 1/255), fp32 or the weight's dtype, all alike
+             units of 1/255), fp32 or the weight's dtype, the same for all
     weight:  (dim, channels, patch_h, patch_w)
     bias:    (dim,) or None
     packing: one entry per image
@@ -178,8 +219,9 @@ def patch_embed(
     Raises ValueError for images, parameters or a packing that do not go together, for images that require grad, and for
     method="patch" where sizes are no multiple of the grid or the host does not know the grids.
     """
-    _check_parameters(weight, bias, packing, pos, prefix, mean, std, interpolation)
-    images, sizes = _check_images(images, weight, packing, channels_last)
+    cells = sum(h * w for h, w in packing.menu)
+    _check_parameters(weight, bias, packing.cu_seqlens, cells, packing.prefix, pos, prefix, mean, std, interpolation)
+    images, sizes = _check_images(images, weight, packing.images, channels_last)
     if method not in ("resize", "patch"):
         raise ValueError(f"method must be 'resize' or 'patch', got {method!r}")
     options = dict(pos=pos, prefix=prefix, mean=mean, std=std, interpolation=interpolation)

@@ -298,7 +298,7 @@ def forward(
         placement,
         affine,
         weight,
-        weight if bias is None else bias,
+        weight if bias is None else bias.contiguous(),
         weight if pos is None else pos.contiguous(),
         weight if prefix is None else prefix.contiguous(),
         cu_seqlens,

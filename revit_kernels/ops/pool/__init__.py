@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register
 from revit_kernels.ops.derivatives import once_differentiable
 
 KINDS = ("token", "avg", "max", "avgmax")
@@ -13,6 +13,7 @@ _forward = register(
     "forward",
     "(Tensor x, Tensor cu_seqlens, str kind, int prefix, bool include_prefix, str? backend) -> Tensor",
     lambda x, cu_seqlens, kind, prefix, include_prefix, backend: x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1]),
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "pool",
@@ -20,6 +21,7 @@ _backward = register(
     "(Tensor grad, Tensor? x, Tensor cu_seqlens, SymInt tokens, str kind, int prefix, bool include_prefix,"
     " str? backend) -> Tensor",
     lambda grad, x, cu_seqlens, tokens, kind, prefix, include_prefix, backend: grad.new_empty(tokens, grad.shape[1]),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -35,6 +37,45 @@ class _Pool(torch.autograd.Function):
     def backward(ctx, grad):
         x, cu_seqlens = ctx.saved_tensors
         return _backward(grad.contiguous(), x, cu_seqlens, ctx.tokens, *ctx.rest), None, None, None, None, None
+
+
+def _check(x, cu_seqlens, kind, prefix):
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (tokens, dim) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
+    if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype != torch.int32:
+        raise ValueError(
+            f"cu_seqlens must be (images + 1,) of torch.int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
+        )
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if prefix < 0:
+        raise ValueError(f"prefix must be at least 0, got {prefix}")
+    one_device(x=x, cu_seqlens=cu_seqlens)
+
+
+def _check_as_laid_out(args):
+    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    _check(args.x, args.cu_seqlens, args.kind, args.prefix)
+    contiguous_rows(x=args.x)
+
+
+def _check_backward(args):
+    grad, x, tokens = args.grad, args.x, args.tokens
+    images = args.cu_seqlens.shape[0] - 1 if args.cu_seqlens.ndim == 1 else -1
+    if grad.ndim != 2 or grad.shape[0] != images:
+        raise ValueError(f"grad must be ({images}, dim), of the images of cu_seqlens, got {tuple(grad.shape)}")
+    if tokens < 0:
+        raise ValueError(f"tokens must be at least 0, got {tokens}")
+    if x is None and args.kind in ("max", "avgmax"):
+        raise ValueError(f"the gradient of kind={args.kind!r} needs x")
+    _check(grad if x is None else x, args.cu_seqlens, args.kind, args.prefix)
+    if x is not None and x.shape != (tokens, grad.shape[1]):
+        raise ValueError(f"x must be ({tokens}, {grad.shape[1]}), got {tuple(x.shape)}")
+    if x is not None and x.dtype != grad.dtype:
+        raise ValueError(f"grad must be of the dtype of x, {x.dtype}, got {grad.dtype}")
+    one_device(grad=grad, x=x, cu_seqlens=args.cu_seqlens)
+    contiguous_rows(x=x)
+    contiguous(grad=grad)
 
 
 def pool(
@@ -58,17 +99,7 @@ def pool(
     pool. The gradient of a maximum is shared evenly among the tokens that attain it.
     Raises ValueError for a wrong shape, dtype or kind, NotImplementedError where no backend takes the arguments.
     """
-    if x.ndim != 2 or not x.is_floating_point():
-        raise ValueError(f"x must be (tokens, dim) of a floating-point dtype, got {tuple(x.shape)} {x.dtype}")
-    if cu_seqlens.ndim != 1 or not cu_seqlens.shape[0] or cu_seqlens.dtype != torch.int32:
-        raise ValueError(
-            f"cu_seqlens must be (images + 1,) of torch.int32, got {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
-        )
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    if prefix < 0:
-        raise ValueError(f"prefix must be at least 0, got {prefix}")
-    one_device(x=x, cu_seqlens=cu_seqlens)
+    _check(x, cu_seqlens, kind, prefix)
     x = x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _Pool.apply(x, cu_seqlens, kind, prefix, include_prefix, backend)

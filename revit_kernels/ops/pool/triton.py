@@ -136,7 +136,7 @@ def forward(x, cu_seqlens, kind, prefix, include_prefix):
     if y.numel():
         tiles = measured.tiles("pool", "forward", x.device, bits=8 * x.element_size(), dim=dim)
         grid = (images, triton.cdiv(dim, tiles["BLOCK_DIM"]))
-        prefix = 0 if include_prefix else prefix
+        prefix = 0 if include_prefix else min(prefix, tokens)  # a larger one would overflow beside a row
         _forward_kernel[grid](
             x, cu_seqlens.contiguous(), y, tokens, dim, x.stride(0), prefix, **_constants(kind), **tiles
         )
@@ -149,7 +149,8 @@ def backward(grad, x, cu_seqlens, tokens, kind, prefix, include_prefix):
     if dx.numel():
         tiles = measured.tiles("pool", "backward", grad.device, bits=8 * grad.element_size(), dim=dim)
         grid = (images + 1, triton.cdiv(dim, tiles["BLOCK_DIM"]))
-        prefix, stride = 0 if include_prefix else prefix, dim if x is None else x.stride(0)
+        prefix = 0 if include_prefix else min(prefix, tokens)
+        stride = dim if x is None else x.stride(0)
         _backward_kernel[grid](
             grad, x, cu_seqlens.contiguous(), dx, images, tokens, dim, stride, prefix, **_constants(kind), **tiles
         )

@@ -22,12 +22,14 @@ _forward = register(
     "forward",
     f"(Tensor table, {_HOW}) -> Tensor",
     lambda table, sizes, *_: table.new_empty(_cells(sizes), table.shape[2]),
+    check=lambda args: _check(args.table, _grids(args.sizes), *args[2:]),
 )
 _backward = register(
     "pos_embed",
     "backward",
     f"(Tensor grad, SymInt rows, SymInt columns, {_HOW}) -> Tensor",
     lambda grad, rows, columns, *_: grad.new_empty(rows, columns, grad.shape[1]),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -41,6 +43,41 @@ class _PosEmbed(torch.autograd.Function):
     @once_differentiable("pos_embed")
     def backward(ctx, grad):
         return _backward(grad, *ctx.how), None, None, None, None, None, None
+
+
+def _grids(sizes):
+    if len(sizes) % 2:
+        raise ValueError(f"sizes must be rows and columns of each grid, got {len(sizes)} numbers")
+    return list(zip(sizes[::2], sizes[1::2]))
+
+
+def _check(table, grids, interpolation, antialias, align_corners, offset):
+    if table.ndim != 3 or 0 in table.shape[:2] or not table.is_floating_point():
+        raise ValueError(
+            f"table must be (rows, columns, dim) and floating-point, got {tuple(table.shape)} {table.dtype}"
+        )
+    _check_how(grids, interpolation, antialias, align_corners, offset)
+
+
+def _check_how(grids, interpolation, antialias, align_corners, offset):
+    if interpolation not in MODES:
+        raise ValueError(f"interpolation must be one of {MODES}, got {interpolation!r}")
+    if align_corners and (antialias or offset):
+        raise ValueError("align_corners excludes antialias and offset, as in F.interpolate: pass antialias=False")
+    for i, grid in enumerate(grids):
+        if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
+            raise ValueError(f"grids[{i}] must be (rows, columns), each at least 1, got {tuple(grid)}")
+        if offset and not 0 < min(grid) + offset < math.inf:
+            raise ValueError(f"offset must be finite and leave every grid above 0, got {offset} for {tuple(grid)}")
+
+
+def _check_backward(args):
+    if args.rows < 1 or args.columns < 1:
+        raise ValueError(f"rows and columns must be at least 1, got {args.rows} and {args.columns}")
+    _check_how(_grids(args.sizes), *args[4:])
+    grad, cells = args.grad, _cells(args.sizes)
+    if grad.ndim != 2 or grad.shape[0] != cells or not grad.is_floating_point():
+        raise ValueError(f"grad must be ({cells}, dim) and floating-point, got {tuple(grad.shape)} {grad.dtype}")
 
 
 def pos_embed(
@@ -68,21 +105,9 @@ def pos_embed(
     Raises ValueError for a table that is not (rows, columns, dim) or is empty, a grid below (1, 1), and options that
     exclude each other.
     """
-    if table.ndim != 3 or 0 in table.shape[:2] or not table.is_floating_point():
-        raise ValueError(
-            f"table must be (rows, columns, dim) and floating-point, got {tuple(table.shape)} {table.dtype}"
-        )
-    if interpolation not in MODES:
-        raise ValueError(f"interpolation must be one of {MODES}, got {interpolation!r}")
-    if align_corners and (antialias or offset):
-        raise ValueError("align_corners excludes antialias and offset, as in F.interpolate: pass antialias=False")
-    sizes = []
-    for i, grid in enumerate(grids):
-        if len(grid) != 2 or grid[0] < 1 or grid[1] < 1:
-            raise ValueError(f"grids[{i}] must be (rows, columns), each at least 1, got {tuple(grid)}")
-        if offset and not 0 < min(grid) + offset < math.inf:
-            raise ValueError(f"offset must be finite and leave every grid above 0, got {offset} for {tuple(grid)}")
-        sizes += grid
+    grids = [tuple(grid) for grid in grids]
+    _check(table, grids, interpolation, antialias, align_corners, offset)
+    sizes = [n for grid in grids for n in grid]
     if not torch.is_grad_enabled():
         return _forward(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
     return _PosEmbed.apply(table, sizes, interpolation, antialias, align_corners, float(offset), backend)

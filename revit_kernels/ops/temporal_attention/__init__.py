@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import one_device, register
+from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register, same_form
 from revit_kernels.ops.derivatives import once_differentiable
 
 
@@ -20,12 +20,14 @@ _forward = register(
     "forward",
     f"(Tensor q, Tensor k, Tensor v, {_PLACES}) -> (Tensor, Tensor)",
     _fake_forward,
+    check=lambda args: _check_as_laid_out(args),
 )
 _backward = register(
     "temporal_attention",
     "backward",
     f"(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_PLACES}) -> (Tensor, Tensor, Tensor)",
     lambda grad, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)),
+    check=lambda args: _check_backward(args),
 )
 
 
@@ -63,6 +65,23 @@ def _check(q, k, v, cu_seqlens, frames, max_frames, prefix, scale) -> None:
     if not 0 <= scale < math.inf:
         raise ValueError(f"scale must be finite and not negative, got {scale}")
     one_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, frames=frames)
+
+
+def _check_as_laid_out(args):
+    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    q, k, v, cu_seqlens, frames = args.q, args.k, args.v, args.cu_seqlens, args.frames
+    _check(q, k, v, cu_seqlens, frames, args.max_frames, args.prefix, args.scale)
+    contiguous_rows(q=q, k=k, v=v)
+    contiguous(cu_seqlens=cu_seqlens, frames=frames)
+
+
+def _check_backward(args):
+    _check_as_laid_out(args)
+    same_form(args.q, grad=args.grad, out=args.out)
+    same_form(args.q.new_empty(args.q.shape[:2], dtype=torch.promote_types(args.q.dtype, torch.float32)), lse=args.lse)
+    one_device(q=args.q, grad=args.grad, out=args.out, lse=args.lse)
+    contiguous_rows(grad=args.grad)
+    contiguous(out=args.out, lse=args.lse)
 
 
 def temporal_attention(
