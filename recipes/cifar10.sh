@@ -11,7 +11,7 @@ revit train vit_small_patch14_dinov2 --checkpoint samples/vit_small_patch14_dino
     --warmup 0.1 --crop pad --flip --bf16 --resume --output "$run/first"
 # Two lengths a step are cheap, and leave the shortest behind: a third of an epoch more with all of them.
 revit train "$run/first/model.safetensors" --data cifar10 --held-out 5000 --epochs 0.32 --batch 64 --lr 1.5e-4 \
-    --layer-decay 0.75 --warmup 0.1 --crop pad --flip --bf16 --seed 1 --resume --output "$run"
+    --layer-decay 0.75 --warmup 0.1 --crop pad --flip --bf16 --resume --output "$run"
 revit label "$run/model.safetensors" --data cifar10 --held-out 5000 --probabilities \
     --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data cifar10 \
