@@ -30,7 +30,8 @@ from revit_kernels.adaptive.policies import (
     "text, match",
     [(text, "must be finite and above 0") for text in ("0x", "-2x", "nanx", "infx", "0 tokens", "-5%")]
     + [("101%", "accuracy is at most 100 %, got 101 %"), ("full-101", "loss is at most 100 points, got full-101")]
-    + [(text, "a budget is written") for text in ("", "2", "full+1", "full--1", "fast", "x", "95", "1 e5 x", "fullx")],
+    + [(text, "a budget is written") for text in ("", "2", "full+1", "full--1", "fast", "x")]
+    + [(text, "a budget is written") for text in ("95", "1 e5 x tokens", "fullx")],
 )
 def test_budgets_that_no_policy_can_be_held_to(text, match):
     with pytest.raises(ValueError, match=match):
