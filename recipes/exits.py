@@ -8,9 +8,9 @@ and the truth. Costs are shares of the full-length pass in multiply-accumulates;
 pays for the rest of its pass alone, one that is given a longer length for that whole pass. Thresholds come from
 held-out images. Half an hour on a core of a Zen 4 CPU that others use too.
 
-On the shipped model an exit after block 4 or 5 of the shortest length gains 0.3 points at a quarter of the full cost, 0.2
-at a third, each two standard errors, and nothing from half of it on (reports/exits_fashion_mnist.md): a cascade has no
-such stage.
+On the shipped model an exit after block 4 or 5 of the shortest length gains 0.3 points at a quarter of the full cost,
+0.2 at a third, each two standard errors, and nothing from half of it on (reports/exits_fashion_mnist.md): a cascade has
+no such stage.
 """
 
 import argparse

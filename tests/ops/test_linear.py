@@ -2,6 +2,7 @@ import copy
 import importlib
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -522,6 +523,7 @@ def test_nothing_to_quantize():
 def test_gpus_without_e4m3_are_refused(monkeypatch):
     model = make_model()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr("revit_kernels.models.quantize._device", lambda model: torch.device("cuda", 0))
+    on_gpu = SimpleNamespace(device=torch.device("cuda", 0), requires_grad_=lambda mode: None)
+    monkeypatch.setattr(model, "parameters", lambda: iter([on_gpu]))
     with pytest.raises(NotImplementedError, match=r"needs a GPU of compute capability 8.9 .* cuda:0 has 8.0"):
         fp8(model)
