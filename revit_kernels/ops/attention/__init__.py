@@ -111,7 +111,7 @@ def _check_scale(scale):
 
 
 def _check_as_laid_out(args):
-    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    """Raise ValueError for what the public function refuses or copies first: GPU kernels do not check tensors."""
     q, k, v = args.q, args.k, args.v
     _check(q, k, v, args.cu_seqlens, args.cu_seqlens_k, args.max_seqlen, args.max_seqlen_k)
     _check_scale(args.scale)
@@ -127,6 +127,11 @@ def _check_as_laid_out(args):
 
 def _check_backward(args):
     _check_as_laid_out(args)
+    check_gradient(args)
+
+
+def check_gradient(args):
+    """Raise ValueError unless grad, out and lse belong to q: (tokens, heads, head_dim), lse (tokens, heads)."""
     same_form(args.q, grad=args.grad, out=args.out)
     same_form(args.q.new_empty(args.q.shape[:2], dtype=torch.promote_types(args.q.dtype, torch.float32)), lse=args.lse)
     one_device(q=args.q, grad=args.grad, out=args.out, lse=args.lse)

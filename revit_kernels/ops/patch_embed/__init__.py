@@ -156,7 +156,7 @@ def _check_places(cu_seqlens, placement, image, prefix_tokens):
 
 
 def _check_as_laid_out(args):
-    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    """Raise ValueError for what the public function refuses or copies first: GPU kernels do not check tensors."""
     images, pos, cu_seqlens = args.images, args.pos, args.cu_seqlens
     _check_places(cu_seqlens, args.placement, args.image, args.prefix_tokens)
     cells = pos.shape[0] if pos is not None and pos.ndim else 0  # of how many the menu is, the device alone knows

@@ -54,7 +54,7 @@ def _check(x, cu_seqlens, kind, prefix):
 
 
 def _check_as_laid_out(args):
-    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    """Raise ValueError for what the public function refuses or copies first: GPU kernels do not check tensors."""
     _check(args.x, args.cu_seqlens, args.kind, args.prefix)
     contiguous_rows(x=args.x)
 

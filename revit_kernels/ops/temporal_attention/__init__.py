@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register, same_form
+from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register
+from revit_kernels.ops.attention import check_gradient
 from revit_kernels.ops.derivatives import once_differentiable
 
 
@@ -68,7 +69,7 @@ def _check(q, k, v, cu_seqlens, frames, max_frames, prefix, scale) -> None:
 
 
 def _check_as_laid_out(args):
-    """What the public function sees to by itself, too: kernels on a GPU read what they are told to."""
+    """Raise ValueError for what the public function refuses or copies first: GPU kernels do not check tensors."""
     q, k, v, cu_seqlens, frames = args.q, args.k, args.v, args.cu_seqlens, args.frames
     _check(q, k, v, cu_seqlens, frames, args.max_frames, args.prefix, args.scale)
     contiguous_rows(q=q, k=k, v=v)
@@ -77,11 +78,7 @@ def _check_as_laid_out(args):
 
 def _check_backward(args):
     _check_as_laid_out(args)
-    same_form(args.q, grad=args.grad, out=args.out)
-    same_form(args.q.new_empty(args.q.shape[:2], dtype=torch.promote_types(args.q.dtype, torch.float32)), lse=args.lse)
-    one_device(q=args.q, grad=args.grad, out=args.out, lse=args.lse)
-    contiguous_rows(grad=args.grad)
-    contiguous(out=args.out, lse=args.lse)
+    check_gradient(args)
 
 
 def temporal_attention(
