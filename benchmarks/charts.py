@@ -28,7 +28,7 @@ def mixed_batches(rows: list[tuple[str, float]], device: str, theme: str) -> str
 def accuracy_speed(found: dict, theme: str) -> str:
     """Accuracy against measured speed, of a report of `revit evaluate`: lengths alone, and each policy."""
     c, dark = THEMES[theme], theme == "dark"
-    width, height, left, right, top, bottom = 760, 400, 56, 20, 62, 50
+    width, height, left, right, top, bottom = 760, 410, 56, 20, 72, 50
     groups = {"fixed": found["static"]}
     for row in found["policies"]:
         if row["policy"] in POLICIES:

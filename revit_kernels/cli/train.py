@@ -322,10 +322,9 @@ def _model(args, classes: tuple[str, ...]):
         model = create_model(args.model, **options)
     else:
         check_arguments(class_of(args.model), options)
-        model = create_model(args.model, pretrained=args.pretrained, **options)
         if args.checkpoint:
-            # Without a head: that of the new classes takes its place.
-            model = create_model(args.model, checkpoint_path=args.checkpoint, **options | {"num_classes": 0})
+            options["num_classes"] = 0  # without a head: that of the new classes takes its place
+        model = create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **options)
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": list(classes), "trained_on": args.data}
