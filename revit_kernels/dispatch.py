@@ -152,7 +152,7 @@ def _tell_counters() -> None:
             registry.update(FORMULAS)
 
 
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))  # types of arguments
 
 
 def unwatched(*args) -> bool:
@@ -162,10 +162,11 @@ def unwatched(*args) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    for arg in args:
-        for kind in set(map(type, arg)) if type(arg) is list else (type(arg),):
-            if kind not in PLAIN and issubclass(kind, torch.Tensor):
-                return False
+    kinds = set(map(type, args))
+    if list in kinds:
+        kinds.update(*(map(type, arg) for arg in args if type(arg) is list))
+    if not kinds <= PLAIN and any(issubclass(kind, torch.Tensor) for kind in kinds - PLAIN):
+        return False
     first = args[0][0] if type(args[0]) is list and args[0] else args[0]
     return not (isinstance(first, torch.Tensor) and first.is_meta)
 
