@@ -137,7 +137,7 @@ def _of_the_model(e: Evaluation) -> list[str]:
         lines = lines or [f"Use full length, {_named(e, best)}: no shorter length loses at most {limit}."]
         other = min(ones, key=lambda one: max(one.lost(e.full)[0], ALLOWED) - one.speed(e.full) / 1e6)
         lines[0] += (
-            f" Adaptivity does not pay here, by {limit} lost at most: the best of {len(ones)} policies is "
+            f" Adaptivity does not pay here with at most {limit} lost: the best of {len(ones)} policies is "
             f"{_named(e, other)}, {_speed(e, other)}."
         )
         lines.append(_placed(against_static(e, other), "the lengths alone and mixes of two of them"))

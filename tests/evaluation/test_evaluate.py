@@ -118,7 +118,7 @@ def test_verdict_either_way():
     worse = " ".join(verdict(synthetic(890, 2.0)))
     assert worse.startswith("Use full length, 4x4 for all images: no shorter length loses at most 0.3 points.")
     assert (
-        "Adaptivity does not pay here, by 0.3 points lost at most: the best of 1 policies is cascade at a budget of 2x"
+        "Adaptivity does not pay here with at most 0.3 points lost: the best of 1 policies is cascade at a budget of 2x"
         in worse
     )
     assert "6.00 ± 0.75 points lost." in worse and "1.00 ± 0.31 points below the lengths alone" in worse
