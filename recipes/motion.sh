@@ -14,7 +14,7 @@ fresh="motion#first=$clips,clips=6000"
 revit label "$run/model.safetensors" --data "$fresh" --held-out 2000 --probabilities --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data "$fresh" \
     --output "$run/assigner.safetensors"
-revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data "motion#clips=4000" --timed 1024 \
+revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data "motion#clips=4000" --timed 2048 \
     --budgets 1.8x,2.2x,full-0.5 --output "$run/report"
 revit evaluate "$run/model.safetensors" --labels "$run/labels.parquet" --data "motion#clips=4000" --frames 1 \
     --timed 256 --policies random --budgets 2x --output "$run/one_frame"
