@@ -28,7 +28,7 @@ def mixed_batches(rows: list[tuple[str, float]], device: str, theme: str) -> str
 def accuracy_speed(found: dict, theme: str) -> str:
     """Accuracy against measured speed, of a report of `revit evaluate`: lengths alone, and each policy."""
     c, dark = THEMES[theme], theme == "dark"
-    width, height, left, right, top, bottom = 760, 410, 56, 20, 72, 50
+    width, height, left, right, top, bottom = 760, 414, 56, 20, 76, 50
     groups = {"fixed": found["static"]}
     for row in found["policies"]:
         if row["policy"] in POLICIES:
@@ -59,7 +59,7 @@ def accuracy_speed(found: dict, theme: str) -> str:
         parts.append(text(x(step), height - bottom + 20, f"{step}x", c["dim"], 12, "middle"))
     middle = (left + width - right) / 2
     parts.append(text(middle, height - 6, "images a second, times full length (measured)", c["dim"], 12, "middle"))
-    parts.append(text(0, top - 5, "accuracy, %", c["dim"], 12))
+    parts.append(text(0, top - 13, "accuracy, %", c["dim"], 12))
     for i, (name, rows) in enumerate(groups.items()):
         colour, points = POLICIES[name][dark], sorted((row["speed"], row["accuracy"]) for row in rows)
         path = " ".join(f"{x(speed):.1f},{y(accuracy):.1f}" for speed, accuracy in points)
