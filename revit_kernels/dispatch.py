@@ -152,7 +152,8 @@ def _tell_counters() -> None:
             registry.update(FORMULAS)
 
 
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))  # types of arguments
+# Types of arguments that are no tensor class of somebody's own, which would want to see the op.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
 
 
 def unwatched(*args) -> bool:
@@ -165,7 +166,7 @@ def unwatched(*args) -> bool:
     kinds = set(map(type, args))
     if list in kinds:
         kinds.update(*(map(type, arg) for arg in args if type(arg) is list))
-    if not kinds <= PLAIN and any(issubclass(kind, torch.Tensor) for kind in kinds - PLAIN):
+    if any(issubclass(kind, torch.Tensor) for kind in kinds - PLAIN):
         return False
     first = args[0][0] if type(args[0]) is list and args[0] else args[0]
     return not (isinstance(first, torch.Tensor) and first.is_meta)

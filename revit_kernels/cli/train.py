@@ -85,8 +85,9 @@ def add(commands):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("model", metavar="NAME_OR_FILE", help="timm's name, or a .safetensors file")
-    train.add_argument("--checkpoint", metavar="FILE", help="weights of NAME to start from")
-    train.add_argument("--pretrained", action="store_true", help="start from timm's weights, downloaded (needs timm)")
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--checkpoint", metavar="FILE", help="weights of NAME to start from")
+    start.add_argument("--pretrained", action="store_true", help="start from timm's weights, downloaded (needs timm)")
     train.add_argument("--model-args", type=model_args, default={}, metavar="NAME=VALUE,...", help="of the constructor")
     train.add_argument("--output", "-o", required=True, metavar="DIR", help="the folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, or begin it")
@@ -318,13 +319,11 @@ def _model(args, classes: tuple[str, ...]):
     options = dict(args.model_args)
     if args.drop_path:
         options["drop_path_rate"] = args.drop_path
-    if Path(model_file(args.model)).suffix == ".safetensors":
-        model = create_model(args.model, **options)
-    else:
+    if Path(model_file(args.model)).suffix != ".safetensors":
         check_arguments(class_of(args.model), options)
-        if args.checkpoint:
-            options["num_classes"] = 0  # without a head: that of the new classes takes its place
-        model = create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **options)
+    if args.checkpoint:
+        options["num_classes"] = 0  # without a head: that of the new classes takes its place
+    model = create_model(args.model, args.pretrained, checkpoint_path=args.checkpoint, **options)
     if model.num_classes != len(classes):
         model.reset_classifier(len(classes))
     model.pretrained_cfg = model.pretrained_cfg | {"label_names": list(classes), "trained_on": args.data}

@@ -84,7 +84,7 @@ def test_killed_process_resumes_to_the_same_weights(folder, tmp_path):
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_starts_from_a_checkpoint(folder, tmp_path):
+def test_starts_from_a_checkpoint(folder, tmp_path, capsys):
     kwargs = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
     plain = create_model("vit_tiny_patch16_224", **kwargs)
     save_checkpoint(plain, tmp_path / "plain.safetensors")
@@ -92,6 +92,9 @@ def test_starts_from_a_checkpoint(folder, tmp_path):
     assert train(folder, tmp_path / "run", *arguments) == 0
     trained = create_model(str(tmp_path / "run" / "model.safetensors"))
     assert (trained.blocks[0].attn.qkv.weight - plain.blocks[0].attn.qkv.weight).abs().max() < 1e-6
+    file = str(tmp_path / "run" / "model.safetensors")
+    assert cli.main(["train", file, "--checkpoint", file, "--data", str(folder), "--output", str(tmp_path / "r")]) == 2
+    assert "holds its own weights: leave out pretrained and checkpoint_path" in capsys.readouterr().err
 
 
 def test_wrong_use(folder, tmp_path, capsys):
