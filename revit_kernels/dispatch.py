@@ -153,7 +153,7 @@ def _tell_counters() -> None:
 
 
 # Types of arguments that are no tensor class of somebody's own, which would want to see the op.
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list))
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple))
 
 
 def unwatched(*args) -> bool:
@@ -166,7 +166,7 @@ def unwatched(*args) -> bool:
     kinds = set(map(type, args))
     if list in kinds:
         kinds.update(*(map(type, arg) for arg in args if type(arg) is list))
-    if any(issubclass(kind, torch.Tensor) for kind in kinds - PLAIN):
+    if not kinds <= PLAIN and any(issubclass(kind, torch.Tensor) for kind in kinds - PLAIN):
         return False
     first = args[0][0] if type(args[0]) is list and args[0] else args[0]
     return not (isinstance(first, torch.Tensor) and first.is_meta)

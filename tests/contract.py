@@ -10,7 +10,7 @@ from revit_kernels.dispatch import BACKENDS, refusal
 
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CUDA = DEVICE == "cuda" or native.cuda_on_host()
+CUDA = DEVICE == "cuda" or bool(native.CUDA_ON_HOST)
 DTYPES = [torch.float32, torch.bfloat16] + ([torch.float16] if CUDA else [])
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)

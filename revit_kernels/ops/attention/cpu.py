@@ -10,11 +10,8 @@ _backward = torch.ops.revit_kernels.attention_backward_cpu.default
 
 
 def refusal(step, args):
-    x = args.q
-    if x.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {x.dtype}"
+    if why := native.cpu_refusal(args.q):
+        return why
     if args.cos is not None and args.cos.dtype != torch.float32:
         return f"a rotary table must be of float32, got {args.cos.dtype}"
     return None

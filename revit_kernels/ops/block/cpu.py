@@ -36,10 +36,8 @@ class Time(NamedTuple):
 
 
 def refusal(step, args):
-    if args.x.device.type != "cpu":
-        return f"needs CPU tensors, got one on {args.x.device}"
-    if args.x.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {args.x.dtype}"
+    if why := native.cpu_refusal(args.x):
+        return why
     for name in (*NORMS, *PRODUCTS):
         if (weight := getattr(args, name)) is not None and weight.dtype != args.x.dtype:
             return f"needs weights of x's dtype, {args.x.dtype}, got {name} of {weight.dtype}"

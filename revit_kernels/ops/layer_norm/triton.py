@@ -21,7 +21,7 @@ def refusal(step, args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"needs a CUDA tensor, got one on {tensor.device}"
+            return "needs a CUDA tensor"
         if tensor.is_floating_point() and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"
     return None

@@ -12,7 +12,7 @@ def refusal(step, args):
     if step not in ("forward", "backward"):
         return "has no e4m3"
     x, weight = args.x, args.weight
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         return f"needs CPU tensors, got one on {x.device}"
     if step == "backward" or (args.recorded and rows_are_independent()):
         return "is for inference: in training oneDNN is as fast"

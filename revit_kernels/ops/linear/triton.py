@@ -35,7 +35,7 @@ def refusal(step, args):
         if not isinstance(tensor, torch.Tensor):
             continue
         if not tensor.is_cuda and not INTERPRETED:
-            return f"needs a CUDA tensor, got one on {tensor.device}"
+            return "needs a CUDA tensor"
         if tensor.dtype == E4M3:
             if (found := _capability(tensor.device)) < E4M3_SINCE:
                 return "e4m3 needs compute capability {}.{}, {} has {}.{}".format(*E4M3_SINCE, tensor.device, *found)

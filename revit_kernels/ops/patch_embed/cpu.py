@@ -17,15 +17,7 @@ _weight_gradient = torch.ops.revit_kernels.patch_embed_weight_cpu.default
 
 
 def refusal(step, args):
-    return _refusal(args.weight if step == "forward" else args.patches)
-
-
-def _refusal(tensor):
-    if tensor.device.type != "cpu":
-        return f"needs CPU tensors, got one on {tensor.device}"
-    if tensor.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {tensor.dtype}"
-    return None
+    return native.cpu_refusal(args.weight if step == "forward" else args.patches)
 
 
 def pack(weight, bias):

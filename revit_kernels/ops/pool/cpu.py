@@ -7,16 +7,10 @@ from revit_kernels import native
 native.load("cpu")
 _forward = torch.ops.revit_kernels.pool_cpu.default
 _backward = torch.ops.revit_kernels.pool_backward_cpu.default
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def refusal(step, args):
-    for tensor in args:
-        if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
-            return f"needs CPU tensors, got one on {tensor.device}"
-        if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype not in DTYPES:
-            return f"no kernel for {tensor.dtype}"
-    return None
+    return native.cpu_refusal(args.x if args.x is not None else args.grad)
 
 
 def forward(x, cu_seqlens, kind, prefix, include_prefix):

@@ -107,7 +107,7 @@ def pos_embed(
     """
     grids = [tuple(grid) for grid in grids]
     _check(table, grids, interpolation, antialias, align_corners, offset)
-    sizes = [n for grid in grids for n in grid]
+    sizes = tuple([n for grid in grids for n in grid])
     if not torch.is_grad_enabled():
         return _forward(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
     return _PosEmbed.apply(table, sizes, interpolation, antialias, align_corners, float(offset), backend)

@@ -10,12 +10,7 @@ _backward = torch.ops.revit_kernels.pos_embed_backward_cpu.default
 
 
 def refusal(step, args):
-    x = args.table if step == "forward" else args.grad
-    if x.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"no kernel for {x.dtype}"
-    return None
+    return native.cpu_refusal(args.table if step == "forward" else args.grad)
 
 
 def forward(table, *how):

@@ -7,13 +7,10 @@ from revit_kernels import native
 native.load("cpu")
 _forward = torch.ops.revit_kernels.temporal_attention_cpu.default
 _backward = torch.ops.revit_kernels.temporal_attention_backward_cpu.default
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 def refusal(step, args):
-    if args.q.device.type != "cpu":
-        return f"needs a CPU tensor, got one on {args.q.device}"
-    return None if args.q.dtype in DTYPES else f"no kernel for {args.q.dtype}"
+    return native.cpu_refusal(args.q)
 
 
 def forward(q, k, v, cu_seqlens, frames, max_frames, prefix, scale):

@@ -14,7 +14,7 @@ LOG2E = tl.constexpr(1.44269504088896341)
 
 def refusal(step, args):
     if not args.q.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs a CUDA tensor, got one on {args.q.device}"
+        return "needs a CUDA tensor"
     if args.q.dtype not in DTYPES:
         return f"no kernel for {args.q.dtype}"
     return None if args.q.shape[2] <= 256 else f"head_dim must be at most 256, got {args.q.shape[2]}"
