@@ -169,7 +169,7 @@ def add(commands):
     recipe.add_argument("--drop-path", type=float, default=0.0)
     recipe.add_argument("--smoothing", type=float, default=0.0, help="label smoothing")
     recipe.add_argument("--clip", type=float, default=1.0, help="norm of the gradients, 0 for any (default: 1)")
-    recipe.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="average the weights")
+    recipe.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="of a moving average of weights")
     recipe.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast); weights stay float32")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
     recipe.add_argument("--seed", type=int, default=0)

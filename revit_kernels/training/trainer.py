@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -29,6 +30,11 @@ from revit_kernels.training.run_folder import RunFolder
 LOG_EVERY = 50  # steps
 
 
+def _average(decay: float, averaged, weights, count: Tensor) -> None:
+    """A step of the moving average, see Recipe.ema. count: steps that it holds"""
+    get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, weights, count)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a ReViT is trained.
@@ -43,7 +49,8 @@ class Recipe:
     least_lr:     share of the learning rate at the last step
     layer_decay:  each layer's learning rate is so many times that of the layer above it
     clip:         the norm that gradients are clipped to, 0 for none
-    ema:          decay of the moving average of the weights, 0 for none
+    ema:          decay of the moving average of the weights, 0 for none; at step n (1 + n) / (10 + n) where that is
+                  less, so that the average of a short run is not that of its first steps
     autocast:     compute in bfloat16 where torch's autocast says so; weights stay float32
     """
 
@@ -136,8 +143,9 @@ class Trainer:
             self.forward = DistributedDataParallel(model, find_unused_parameters=self.sampled)
         make = OPTIMISERS[recipe.optimiser]
         self.optimiser = make(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
-        average = get_ema_multi_avg_fn(recipe.ema)
-        self.average = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if recipe.ema else None
+        self.average = None
+        if recipe.ema:
+            self.average = AveragedModel(model, multi_avg_fn=partial(_average, recipe.ema), use_buffers=True)
         self.steps_an_epoch = Order(len(images), recipe.batch, recipe.seed, 0, self.rank, self.world).steps
         self.steps = max(1, round(recipe.epochs * self.steps_an_epoch))
         self.step = 0

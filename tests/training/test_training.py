@@ -241,6 +241,16 @@ def test_resumed_run_is_bitwise_the_same(tmp_path, recipe, killed_after):
     assert without_rate[0] == without_rate[1]
 
 
+def test_the_average_of_a_short_run_has_left_its_first_weights():
+    run = trainer(None, replace(RECIPE, ema=0.999), dtype=torch.float64)
+    expected = None
+    for step in range(5):
+        run.train(stop_after=step + 1)
+        weights = run.model.norm.weight.detach().clone()
+        expected = weights if step == 0 else expected + (1 - (1 + step) / (10 + step)) * (weights - expected)
+    torch.testing.assert_close(run.average.module.norm.weight, expected)
+
+
 def test_lengths_of_a_step_are_drawn():
     run, other = (trainer(None, replace(SAMPLED, seed=seed)) for seed in (0, 1))
     drawn = [run.lengths_of(step) for step in range(50)]
