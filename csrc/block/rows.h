@@ -157,7 +157,6 @@ struct Rows {
   Floats value(const Linear& weight, const Number* sums, int64_t r, int64_t column) const {
     const Floats bias = load(weight.bias + column, Full{});
     if constexpr (kQuantized) {
-      typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
       Ints exact, of_weights;
       std::memcpy(&exact, sums, sizeof exact);
       std::memcpy(&of_weights, weight.sums + column, sizeof of_weights);

@@ -30,7 +30,7 @@ from revit_kernels.data.images import find_images, left_out_text, printable, sho
 from revit_kernels.devices import choose_device
 from revit_kernels.serving.clips import SUFFIXES
 from revit_kernels.serving.compare import Sample, compare, table
-from revit_kernels.serving.infer import Totals, closing_line, full_length, images_text, infer
+from revit_kernels.serving.infer import Totals, closing_line, counted, full_length, infer
 from revit_kernels.serving.journal import SHARD_ROWS, check_begin, is_finished, open_run, run_settings
 from revit_kernels.serving.prepare import Prepared, Settings, prepare
 from revit_kernels.serving.records import check_output, is_folder
@@ -192,7 +192,7 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
     with _written(args.output), run as run:
         if run.done:
-            _say(f"revit: {images_text(run.done)} were answered before")
+            _say(f"revit: {run.done:,} records were written before")
         full, lines = full_length(prepared.model), through_a_pipe(args.output)
         with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
             totals = infer(
@@ -239,6 +239,7 @@ def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str],
     totals = Totals()
     with Progress(quiet=args.quiet) as bar:
         for number, part in enumerate(cluster.run(), cluster.done + 1):
+            totals.kind = part.kind if part.images else totals.kind
             for name in ("images", "tokens", "full", "errors"):
                 setattr(totals, name, getattr(totals, name) + getattr(part, name))
             totals.seconds = part.seconds
@@ -252,7 +253,7 @@ def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str],
 
 
 def _kept(count: int) -> None:
-    _say(f"revit: the records of {images_text(count)} are kept: the same command with --resume goes on")
+    _say(f"revit: {count:,} records are kept: the same command with --resume goes on")
 
 
 @contextmanager
@@ -351,5 +352,5 @@ def _report(totals: Totals) -> int:
     more = len(totals.errors) - LISTED
     if more > 0:
         _say(f"revit: and {more:,} more, each with its error in its record")
-    _say(f"revit: {len(totals.errors):,} of {images_text(totals.images)} could not be answered")
+    _say(f"revit: {len(totals.errors):,} of {counted(totals)} could not be answered")
     return 1

@@ -180,7 +180,7 @@ def create_model(
     name = model_file(model_name)
     if Path(name).suffix == ".safetensors":
         if pretrained or checkpoint_path is not None:
-            raise ValueError(f"{name} holds its own weights: leave out pretrained and checkpoint_path")
+            raise ValueError(f"{name} holds its own weights: leave out pretrained and the checkpoint")
         return _from_file(name, kwargs)
     if Path(name).suffix in (".pth", ".pt", ".bin", ".npz"):
         raise ValueError(f"{name} does not say what model it is for: use create_model(name, checkpoint_path={name!r})")

@@ -101,6 +101,8 @@ class GridRule:
 class Totals:
     """Totals of a run.
 
+    images:   answered or not; videos where the model reads clips
+    kind:     "image" or "video"
     errors:   (path, reason) of each image without an answer
     full:     tokens that the images would have had at full length
     seconds:  from the request for the first image to the last record written
@@ -110,6 +112,7 @@ class Totals:
     """
 
     images: int = 0
+    kind: str = "image"
     errors: list[tuple[str, str]] = field(default_factory=list)
     tokens: int = 0
     full: int = 0
@@ -218,7 +221,7 @@ def infer(
     device = next(model.parameters()).device
     plain = model.model if isinstance(model, AdaptiveViT) else model
     views, full = rule.views, full_length(model) * rule.views
-    totals = Totals(full=len(paths) * full)
+    totals = Totals(kind="image" if plain.per_frame is None else "video", full=len(paths) * full)
     ahead = min(256, max(2 * workers, 2 * batch_tokens // (views * tokens_of(plain, rule.least))))
     start = time.perf_counter()
 
@@ -325,15 +328,16 @@ def full_length(model) -> int:
     return tokens_of(plain, longest) if isinstance(model, AdaptiveViT) else cells(longest)
 
 
-def images_text(count: int) -> str:
-    return "1 image" if count == 1 else f"{count:,} images"
+def counted(totals: Totals) -> str:
+    """The number of images or videos of a run, in words."""
+    return f"{totals.images:,} {totals.kind}{'' if totals.images == 1 else 's'}"
 
 
 def closing_line(totals: Totals, others: str | None = None) -> str:
     """The run's totals in one line, and its bottleneck in another. others: a clause on files left out"""
     seconds = max(totals.seconds, 1e-9)
     rate = totals.images / seconds
-    line = f"{images_text(totals.images)} in {clock(totals.seconds)}: {rate:,.{0 if rate >= 100 else 1}f} images/s"
+    line = f"{counted(totals)} in {clock(totals.seconds)}: {rate:,.{0 if rate >= 100 else 1}f} {totals.kind}s/s"
     if totals.full:
         line += f", with {totals.tokens / totals.full:.0%} of the tokens of full length"
     first = ". ".join(part for part in (line, others) if part)
@@ -354,6 +358,7 @@ def bottleneck(totals: Totals) -> str | None:
     if totals.decoded is None or totals.answered is None:
         return None
     decoded, answered = (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in (totals.decoded, totals.answered))
+    unit = f"{totals.kind}s/s"
     if totals.decoded < totals.answered:
-        return f"Decoding was the bottleneck: {decoded} images/s could be decoded, the model could take {answered}."
-    return f"The model was the bottleneck: it could take {answered} images/s, {decoded} could be decoded."
+        return f"Decoding was the bottleneck: {decoded} {unit} could be decoded, the model could take {answered}."
+    return f"The model was the bottleneck: it could take {answered} {unit}, {decoded} could be decoded."

@@ -202,6 +202,7 @@ class Worker:
             yield {
                 "unit": [number],
                 "images": [totals.images],
+                "kind": [totals.kind],
                 "tokens": [totals.tokens],
                 "full": [totals.full],
                 "errors": [len(totals.errors)],
@@ -305,7 +306,7 @@ class Cluster:
         )
         try:
             for row in answered.iter_rows():
-                totals = Totals(int(row["images"]), tokens=int(row["tokens"]), full=int(row["full"]))
+                totals = Totals(int(row["images"]), row["kind"], tokens=int(row["tokens"]), full=int(row["full"]))
                 totals.errors = [tuple(line.split("\t", 1)) for line in row["first"].splitlines()]
                 totals.errors += [("", "")] * (int(row["errors"]) - len(totals.errors))
                 totals.seconds = time.perf_counter() - begun

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import resource
 
 import av
@@ -155,6 +156,8 @@ def test_a_folder_of_everything(trained, tmp_path):
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     assert status == 1 and grown < 200_000  # kilobytes
     found = {record["path"].rsplit("/", 1)[1]: record for record in records}
+    assert re.search(r"^12 videos in .*: [\d.,]+ videos/s", said, re.M)
+    assert "3 of 12 videos could not be answered" in said
     assert len(found) == 12 and "1 file was not taken as videos or images (1 .md)" in said
     errors = {name: record["error"] for name, record in found.items() if "error" in record}
     assert errors == {

@@ -94,7 +94,7 @@ def test_starts_from_a_checkpoint(folder, tmp_path, capsys):
     assert (trained.blocks[0].attn.qkv.weight - plain.blocks[0].attn.qkv.weight).abs().max() < 1e-6
     file = str(tmp_path / "run" / "model.safetensors")
     assert cli.main(["train", file, "--checkpoint", file, "--data", str(folder), "--output", str(tmp_path / "r")]) == 2
-    assert "holds its own weights: leave out pretrained and checkpoint_path" in capsys.readouterr().err
+    assert "holds its own weights: leave out pretrained and the checkpoint" in capsys.readouterr().err
 
 
 def test_wrong_use(folder, tmp_path, capsys):
