@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -28,11 +27,6 @@ from revit_kernels.training.optimiser import OPTIMISERS, learning_rate
 from revit_kernels.training.run_folder import RunFolder
 
 LOG_EVERY = 50  # steps
-
-
-def _average(decay: float, averaged, weights, count: Tensor) -> None:
-    """A step of the moving average, see Recipe.ema. count: steps that it holds"""
-    get_ema_multi_avg_fn(min(decay, (1 + int(count)) / (10 + int(count))))(averaged, weights, count)
 
 
 @dataclass(frozen=True)
@@ -145,13 +139,18 @@ class Trainer:
         self.optimiser = make(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
         self.average = None
         if recipe.ema:
-            self.average = AveragedModel(model, multi_avg_fn=partial(_average, recipe.ema), use_buffers=True)
+            self.average = AveragedModel(model, multi_avg_fn=self._average, use_buffers=True)
         self.steps_an_epoch = Order(len(images), recipe.batch, recipe.seed, 0, self.rank, self.world).steps
         self.steps = max(1, round(recipe.epochs * self.steps_an_epoch))
         self.step = 0
         self.losses: Tensor | None = None  # each length's, added up over the steps since the log's last row
         self.logged = 0  # those steps
         self.checked = self.sampled  # that a step touches every parameter, as averaging over processes needs
+
+    def _average(self, averaged, weights, _) -> None:
+        """A step of the moving average, see Recipe.ema."""
+        decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
+        get_ema_multi_avg_fn(decay)(averaged, weights, _)
 
     @property
     def best_weights(self) -> VarLenViT:
