@@ -12,6 +12,7 @@ from revit_kernels.ops.block import ACTIVATIONS, BlockWeights
 from revit_kernels.ops.linear import ACTIVATIONS as EPILOGUES
 from revit_kernels.ops.linear import GATES
 from revit_kernels.ops.linear.fp8 import quantize
+from revit_kernels.ops.linear.panels import has_kernel
 from revit_kernels.ops.patch_embed import listed as listed  # registers its torch ops
 from revit_kernels.ops.pool import KINDS
 from revit_kernels.packing import Packing
@@ -113,8 +114,7 @@ def layer_norm_backward_cpu(m):
 def pack_cpu(m):
     out, inputs = m.width(), m.width()
     rows = [m.maybe(m.normal(out, dtype=torch.float32)) for _ in range(2)]
-    kind = m.random.choice((int(m.dtype == torch.bfloat16), 2))
-    return [m.normal(out, inputs), *rows, kind]
+    return [m.normal(out, inputs), *rows, _kind(m)]
 
 
 @kernel
@@ -189,7 +189,8 @@ def _rotary(m, heads, head_dim):
 
 
 def _kind(m):
-    return 2 if m.random.random() < 0.3 else int(m.dtype == torch.bfloat16)
+    """Of weights: int8's at times, where this CPU has a product for them."""
+    return 2 if m.random.random() < 0.3 and has_kernel("int8") else int(m.dtype == torch.bfloat16)
 
 
 def _form(m, heads, width, hidden):
