@@ -12,7 +12,9 @@ cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="cuBLAS picks its algorith
 
 @cpu_only
 @pytest.mark.parametrize("recorded", [False, True])
-@pytest.mark.parametrize("shape", [(384, 1152), (1536, 384), (588, 384), (768, 768), (3072, 768), (192, 1000), (64, 7)])
+@pytest.mark.parametrize(
+    "shape", [(384, 1152), (1536, 384), (588, 384), (768, 768), (3072, 768), (192, 1000), (64, 7), (334, 128)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_does_not_depend_on_the_others(dtype, shape, recorded):
     torch.manual_seed(0)

@@ -18,8 +18,6 @@ def refusal(step, args):
         return "is for inference: in training oneDNN is as fast"
     if x.dtype not in KINDS or x.dtype != weight.dtype:
         return f"no kernel for {x.dtype} and a weight of {weight.dtype}"
-    if weight.shape[1] % 4:
-        return f"in must be a multiple of 4, got {weight.shape[1]}"
     return None
 
 

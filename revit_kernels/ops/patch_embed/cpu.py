@@ -1,7 +1,6 @@
 """The op on a CPU: in one sweep at inference; for a backward, patches, the vendor's product, and positions apart."""
 
 import torch
-import torch.nn.functional as F
 
 from revit_kernels import native
 from revit_kernels.ops.linear import linear
@@ -21,9 +20,8 @@ def refusal(step, args):
 
 
 def pack(weight, bias):
-    """The weight and its bias as the one sweep reads them: zeros after each patch, to a multiple of 4 numbers."""
-    weight = weight.flatten(1)
-    return pack_weight(F.pad(weight, (0, -weight.shape[1] % 4)), bias, None, weight.dtype)
+    """The weight and its bias as the one sweep reads them."""
+    return pack_weight(weight.flatten(1), bias, None, weight.dtype)
 
 
 def forward_packed(
