@@ -116,10 +116,10 @@ def _work(kind, seed, count, memory, sending):
         word, why = "", ""
         try:
             word = module.attempt(case)
-        except (Exception, SystemExit):
+        except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(sys.exc_info()[2])[-2:]
             where = ", ".join(f"{os.path.basename(frame.filename)}:{frame.lineno}" for frame in frames)
-            why = f"{' '.join(traceback.format_exc().splitlines()[-1].split())[:500]} ({where})"
+            why = f"{' '.join(''.join(traceback.format_exception_only(error)).split())[:800]} ({where})"
         peak = _peak()
         if not why and peak > memory:
             why = f"{peak:.2f} GiB of memory"

@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from revit_kernels import native
+from revit_kernels.ops.linear.panels import has_kernel
+
 MADE = {}
 THREADS, CALLS = 8, 250  # of each thread, in a case
 GRIDS = (((4, 4),), ((2, 2),), ((3, 3), (4, 4), (2, 2), (3, 3)), ((4, 4), (2, 3)), ((2, 2), (5, 1)), ((4, 4),) * 3)
@@ -33,6 +36,9 @@ def prepare():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sys.setswitchinterval(1e-5)
+    native.load("cpu")
+    if not has_kernel("int8"):
+        del SUBJECTS["engine int8"]
     for name, make in SUBJECTS.items():
         subject, dtype = make()
         batches = [([torch.randn(3, 4 * h, 4 * w).to(dtype) for h, w in grids], grids) for grids in GRIDS]
