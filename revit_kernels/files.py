@@ -63,6 +63,11 @@ def workshop(folder: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether the folder is not there, or holds nothing but what killed processes left of files that they wrote."""
+    return not folder.exists() or all(re.fullmatch(r"\..+\.\d+\.tmp", item.name) for item in folder.iterdir())
+
+
 def put(file: Path, place: Path) -> None:
     """Rename a file once it is on disk."""
     _sync(file)

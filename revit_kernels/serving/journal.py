@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from revit_kernels.data.images import show
-from revit_kernels.files import write_whole
+from revit_kernels.files import is_empty, write_whole
 from revit_kernels.serving.records import Answer, Columns, JsonLines, Parquet, is_folder, open_records
 
 MAGIC = b"revit journal 1\n"
@@ -309,7 +309,7 @@ def is_finished(output: str) -> bool:
     path = Path(os.path.realpath(output))
     if not is_folder(output):
         return path.exists() and not partial_of(path).exists()
-    if not path.exists() or not any(path.iterdir()):
+    if is_empty(path):
         return False
     try:
         return read_settings(path / SETTINGS).get("finished", False)
@@ -323,7 +323,7 @@ def check_begin(output: str, resume: bool) -> None:
     if resume:
         return
     if is_folder(output):
-        if path.exists() and any(path.iterdir()):
+        if not is_empty(path):
             state = "a finished run" if is_finished(output) else "an unfinished run: go on with --resume"
             raise ValueError(f"--output {output} holds {state}, or give another folder")
     elif partial_of(path).exists():

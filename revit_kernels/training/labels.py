@@ -18,7 +18,7 @@ from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.sets import save_arrays
 from revit_kernels.engines import engine_of
-from revit_kernels.files import write_whole
+from revit_kernels.files import is_empty, write_whole
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.modules.lengths import tokens_of
 from revit_kernels.training.distillation import packed_logits
@@ -140,7 +140,7 @@ def _kept(path: Path | None) -> dict[str, np.ndarray] | None:
 def _begin(folder: Path, settings: dict) -> None:
     """Make the folder of shards, or keep the one there is if it was begun with these settings."""
     told = folder / "settings.json"
-    if folder.exists() and not told.exists() and any(folder.iterdir()):
+    if not told.exists() and not is_empty(folder):
         raise ValueError(f"{folder} holds no labels that were begun: move it away, or give another folder")
     if told.exists():
         try:

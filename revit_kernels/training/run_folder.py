@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from revit_kernels.files import write_whole
+from revit_kernels.files import is_empty, write_whole
 
 STATE, SETTINGS, LOG = "state.pt", "settings.json", "log.csv"
 
@@ -33,7 +33,7 @@ class RunFolder:
         found = self._settings()
         if found is not None and not resume:
             raise ValueError(f"{path} holds a run already: go on with --resume, or give another folder")
-        if found is None and resume and self.path.exists() and any(self.path.iterdir()):
+        if found is None and resume and not is_empty(self.path):
             raise ValueError(f"{path} holds no run that could be resumed")
         epochs = None if found is None else found.get("epochs")
         longer = isinstance(epochs, int | float) and epochs < self.settings.get("epochs", 0)

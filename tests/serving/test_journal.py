@@ -178,6 +178,15 @@ def test_killed_between_a_shards_name_and_its_journals_end(model, shard, tmp_pat
     assert rows == [4, 4, 4] and not journal.exists()
 
 
+@pytest.mark.parametrize("options", [(), ("--resume",)])
+def test_killed_before_its_settings_had_their_name(model, shard, tmp_path, options):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "._revit.json.4711.tmp").write_text("{")
+    assert revit(shard, "-o", f"{output}/", *options) == 1  # an image is broken
+    assert len(list(output.glob("part-*.parquet"))) == 1
+
+
 def test_what_it_cannot_go_on_with(model, shard, tmp_path, capsys):
     folder, output = f"{tmp_path}/out/", tmp_path / "out.csv"
 

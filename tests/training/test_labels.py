@@ -98,6 +98,12 @@ def test_killed_extraction_goes_on(tmp_path, monkeypatch):
     assert not np.array_equal(other.confidence, outcomes.confidence)
 
 
+def test_killed_before_its_settings_had_their_name(tmp_path):
+    (tmp_path / ".settings.json.4711.tmp").write_text("{")
+    images, outcomes = held_out()
+    assert np.array_equal(collect(trained(), images, partial=tmp_path).confidence, outcomes.confidence)
+
+
 def test_partial_folder_of_something_else(tmp_path):
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no labels that were begun"):

@@ -366,6 +366,9 @@ def test_folder_of_another_run(tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="no run that could be resumed"):
         RunFolder(tmp_path / "other", {}, resume=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".run.json.4711.tmp").write_text("{")  # before its settings had their name
+    assert RunFolder(tmp_path / "killed", {"lr": 1}, resume=True).state() is None
 
 
 def test_broken_state(tmp_path):
