@@ -109,7 +109,7 @@ def test_sample_is_what_forward_takes():
         (dict(frames=torch.zeros(3, dtype=torch.int32)), r"frames must be \(clips,\) int32, got \(3,\)"),
         (dict(max_frames=-1), r"max_frames must be an integer, at least 0, got -1"),
         (dict(prefix=-1), r"prefix must be an integer, at least 0, got -1"),
-        (dict(scale=-1.0), r"scale must be finite and not negative"),
+        (dict(scale=-1.0), r"scale must be finite in float32 and not negative"),
         (dict(q=torch.zeros(23, 2, 16, device="meta")), r"all tensors must be on one device"),
         (dict(backend="fast"), r"backend must be one of"),
     ],

@@ -1,7 +1,5 @@
 """Attention within each image of a packed batch: bidirectional, exact, no padding."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -105,16 +103,17 @@ def _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k):
             raise ValueError(f"{name} must be an integer, at least 0, got {n!r}")
 
 
-def _check_scale(scale):
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
+def check_scale(scale):
+    """Raise ValueError for a scale that not every kernel takes."""
+    if not 0 <= scale <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scale must be finite in float32 and not negative, got {scale}")
 
 
 def _check_as_laid_out(args):
     """Raise ValueError for what the public function refuses or copies first: GPU kernels do not check tensors."""
     q, k, v = args.q, args.k, args.v
     _check(q, k, v, args.cu_seqlens, args.cu_seqlens_k, args.max_seqlen, args.max_seqlen_k)
-    _check_scale(args.scale)
+    check_scale(args.scale)
     one_device(q=q, k=k, v=v, cu_seqlens=args.cu_seqlens, cu_seqlens_k=args.cu_seqlens_k)
     contiguous_rows(q=q, k=k, v=v)
     turned = {"cos": args.cos, "sin": args.sin, "row": args.row}
@@ -179,7 +178,7 @@ def attention(
         _check(q, k, v, cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
     one_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    _check_scale(scale)
+    check_scale(scale)
     cos = sin = row = None
     half = False
     if rotary is not None:

@@ -1,12 +1,10 @@
 """Attention across the frames of a clip: each position of the grid attends over its own tokens, one in every frame."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from revit_kernels.dispatch import contiguous, contiguous_rows, one_device, register
-from revit_kernels.ops.attention import check_gradient
+from revit_kernels.ops.attention import check_gradient, check_scale
 from revit_kernels.ops.derivatives import once_differentiable
 
 
@@ -63,8 +61,7 @@ def _check(q, k, v, cu_seqlens, frames, max_frames, prefix, scale) -> None:
     for name, n in (("max_frames", max_frames), ("prefix", prefix)):
         if not isinstance(n, int | torch.SymInt) or n < 0:
             raise ValueError(f"{name} must be an integer, at least 0, got {n!r}")
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"scale must be finite and not negative, got {scale}")
+    check_scale(scale)
     one_device(q=q, k=k, v=v, cu_seqlens=cu_seqlens, frames=frames)
 
 
