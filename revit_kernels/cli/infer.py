@@ -192,7 +192,7 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
     with _written(args.output), run as run:
         if run.done:
-            _say(f"revit: {run.done:,} records were written before")
+            _say(f"revit: records written before: {run.done:,}")
         full, lines = full_length(prepared.model), through_a_pipe(args.output)
         with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
             totals = infer(
@@ -253,7 +253,7 @@ def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str],
 
 
 def _kept(count: int) -> None:
-    _say(f"revit: {count:,} records are kept: the same command with --resume goes on")
+    _say(f"revit: records kept: {count:,}; the same command with --resume goes on")
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def test_a_run_that_dies_leaves_its_records_to_go_on_from(model, photos, tmp_pat
     assert (tmp_path / f"out.{suffix}").read_text() == "of before"
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"out.{suffix}", f"out.{suffix}.partial", "photos"]
     err = capsys.readouterr().err
-    assert err.startswith("revit: 2 records are kept: the same command with --resume goes on\n")
+    assert err.startswith("revit: records kept: 2; the same command with --resume goes on\n")
     assert err.count("\n") == 2
     assert revit(photos, *output) == 2
     assert "holds the records of an unfinished run: go on with --resume" in capsys.readouterr().err
