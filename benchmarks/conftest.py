@@ -115,7 +115,8 @@ def device_name() -> str:
     if "cpu family" in found:  # a cloud's "AMD EPYC" may be any of several
         name += f" family {found['cpu family']} model {found['model']}"
     bf16 = any("avx512_bf16" in line for line in _lines("/proc/cpuinfo"))
-    return f"{name}, {torch.get_num_threads()} threads" + (", AVX512-BF16" if bf16 else "")
+    instructions = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {torch.get_num_threads()} threads, {instructions}"
 
 
 def _lines(path):
