@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# A file or folder that a process of this number writes under a temporary name.
+TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.tmp", re.DOTALL)
 ABANDONED = 3600  # seconds after which what a process that is gone has left is removed
 
 
@@ -64,8 +66,8 @@ def workshop(folder: Path, name: str) -> Iterator[Path]:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether the folder is not there, or holds nothing but what killed processes left of files that they wrote."""
-    return not folder.exists() or all(re.fullmatch(r"\..+\.\d+\.tmp", item.name) for item in folder.iterdir())
+    """Whether the folder does not exist, or holds nothing but temporary files that killed processes left."""
+    return not folder.exists() or all(TEMPORARY.fullmatch(item.name) for item in folder.iterdir())
 
 
 def put(file: Path, place: Path) -> None:
@@ -84,9 +86,11 @@ def _sync(path: Path) -> None:
 
 def _clear(path: Path) -> None:
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = re.fullmatch(r"\.(\d+)\.tmp", left.name.removeprefix(f".{path.name}"))
+        found = TEMPORARY.fullmatch(left.name)
         with suppress(OSError):
-            if number and time.time() - left.stat().st_mtime > ABANDONED and not _runs(int(number[1])):
+            if found is None or found[1] != path.name or _runs(int(found[2])):
+                continue
+            if time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -192,7 +192,7 @@ def _answer(args, settings: Settings, paths: list[str], others: str | None) -> T
     run = open_run(args.output, prepared.columns, run_settings(prepared), paths, args.shard_rows, _kept)
     with _written(args.output), run as run:
         if run.done:
-            _say(f"revit: records written before: {run.done:,}")
+            _say(f"revit: records kept from the interrupted run: {run.done:,}")
         full, lines = full_length(prepared.model), through_a_pipe(args.output)
         with Progress(len(paths), done=run.done, quiet=args.quiet, lines=lines) as bar:
             totals = infer(

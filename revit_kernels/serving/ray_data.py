@@ -306,7 +306,8 @@ class Cluster:
         )
         try:
             for row in answered.iter_rows():
-                totals = Totals(int(row["images"]), row["kind"], tokens=int(row["tokens"]), full=int(row["full"]))
+                totals = Totals(int(row["images"]), kind=row["kind"])
+                totals.tokens, totals.full = int(row["tokens"]), int(row["full"])
                 totals.errors = [tuple(line.split("\t", 1)) for line in row["first"].splitlines()]
                 totals.errors += [("", "")] * (int(row["errors"]) - len(totals.errors))
                 totals.seconds = time.perf_counter() - begun

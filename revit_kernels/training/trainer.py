@@ -147,10 +147,10 @@ class Trainer:
         self.logged = 0  # those steps
         self.checked = self.sampled  # that a step touches every parameter, as averaging over processes needs
 
-    def _average(self, averaged, weights, _) -> None:
+    def _average(self, averaged, weights, count) -> None:
         """A step of the moving average, see Recipe.ema."""
         decay = min(self.recipe.ema, (1 + self.step) / (10 + self.step))
-        get_ema_multi_avg_fn(decay)(averaged, weights, _)
+        get_ema_multi_avg_fn(decay)(averaged, weights, count)
 
     @property
     def best_weights(self) -> VarLenViT:

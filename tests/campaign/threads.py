@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from revit_kernels import native
 from revit_kernels.ops.linear.panels import has_kernel
 
 MADE = {}
@@ -36,7 +35,6 @@ def prepare():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sys.setswitchinterval(1e-5)
-    native.load("cpu")
     if not has_kernel("int8"):
         del SUBJECTS["engine int8"]
     for name, make in SUBJECTS.items():

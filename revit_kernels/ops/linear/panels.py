@@ -4,12 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from revit_kernels import native
+
 KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", None, "silu")  # of the epilogue, as csrc/cpu/packed.h counts them
 
 
 def has_kernel(kind) -> bool:
     """Whether this CPU has a product for weights of this kind, one of KINDS."""
+    native.load("cpu")
     return torch.ops.revit_kernels.packs_cpu.default(KINDS[kind])
 
 
