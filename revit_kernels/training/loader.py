@@ -62,7 +62,7 @@ class Augmented(Dataset):
         pixels = torch.from_numpy(np.ascontiguousarray(self.images.pixels(index)))
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed walks the stack for CUDA
                 pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the same for all frames of a clip
         if tuple(pixels.shape[-3:-1]) != self.size:
             pixels = _fit(pixels, self.size, self.interpolation)

@@ -16,12 +16,16 @@ def _has_bf16() -> bool:
 
 
 @cache
+def _has_avx512() -> bool:
+    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def rows_are_independent() -> bool:
     """Whether oneDNN, told the layout of a weight, gives a row the same bits whatever rows stand beside it.
 
     So it was found to be with AVX512, and not to be with AVX2 alone.
     """
-    return "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return _has_avx512()
 
 
 def _onednn(x: Tensor) -> bool:
@@ -54,6 +58,8 @@ def derivative_products(dh: Tensor, x: Tensor, weight: Tensor, need_x: bool, nee
     dx = product(dh, weight.t().contiguous()) if need_x else none
     if not need_weight:
         return dx, none
+    if not (_has_avx512() or x.dtype == torch.bfloat16):  # oneDNN wants both transposed: with AVX2 the slower way
+        return dx, torch.mm(dh.t(), x)
     return dx, product(dh.t(), x.t().contiguous()) if len(x) else torch.zeros_like(weight)
 
 
