@@ -37,6 +37,23 @@ print(names() - registered, len(registered) > 15)
     assert done.stdout.splitlines() == ["[] []", "set() True"]
 
 
+def test_a_command_imports_nothing_of_the_others():
+    """Nor does a model's file SymPy or torch.distributed: both take longer than the answer of the main command."""
+    code = """
+import sys
+from revit_kernels import cli, create_model
+from revit_kernels.models.registry import SHIPPED
+before = set(sys.modules)
+cli.parser("infer")
+create_model(SHIPPED)
+unwanted = ("sympy", "torch.distributed.", "revit_kernels.training.trainer", "revit_kernels.cli.train")
+print([name for name in set(sys.modules) - before if name.startswith(unwanted)])
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[]"]
+
+
 def test_public_names():
     assert len(revit_kernels.__all__) <= 15
     assert set(revit_kernels.__all__) <= set(dir(revit_kernels))

@@ -50,11 +50,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, _clean(f"{self.prog}: error: {message}") + "\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(command: str = "") -> argparse.ArgumentParser:
+    """The whole parser; or one that knows the command alone, and imports nothing of the others."""
     main = _Parser(prog="revit", description="Vision Transformers on images of different token lengths, packed.")
     main.add_argument("--version", action="store_true", help="print the version and exit")
     commands = main.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    for name in COMMANDS:
+    chosen = command.replace("-", "_")
+    for name in (chosen,) if chosen in COMMANDS else COMMANDS:
         module = import_module(f"revit_kernels.cli.{name}")
         module.add(commands).set_defaults(run=module.run)
     return main
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"revit: warning: {_clean(message)}\n"
     args = None
     try:
-        args = parser().parse_args(argv)
+        args = parser(*(sys.argv[1:] if argv is None else argv)[:1]).parse_args(argv)
         if args.version:
             print(_version())
             return 0

@@ -60,7 +60,8 @@ class _PerLength(nn.Module):
         for name in ("weight", "bias"):
             parameter = new._parameters.get(name)
             if parameter is not None:
-                rows = parameter.detach().repeat(len(menu) - 1, 1)
+                # `repeat` would import SymPy on the meta device: longer than all else of loading a model takes
+                rows = parameter.new_empty((len(menu) - 1, *parameter.shape)).copy_(parameter.detach())
                 new.register_parameter(f"shorter_{name}", nn.Parameter(rows, requires_grad=parameter.requires_grad))
         new._join()
         return new
