@@ -16,6 +16,7 @@ import report
 import summary
 import torch
 
+from revit_kernels.adaptive.costs import device_name as model_name
 from revit_kernels.ops import linear
 
 CUDA = torch.cuda.is_available()
@@ -105,25 +106,12 @@ def matmul_ceiling(dtype: torch.dtype) -> float:
 
 @cache
 def device_name() -> str:
+    name = model_name(DEVICE)
     if CUDA:
-        return torch.cuda.get_device_name()
-    found = {}
-    for line in _lines("/proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        found.setdefault(key.strip(), value.strip())
-    name = found.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in found:  # a cloud's "AMD EPYC" may be any of several
-        name += f" family {found['cpu family']} model {found['model']}"
-    bf16 = any("avx512_bf16" in line for line in _lines("/proc/cpuinfo"))
+        return name
+    bf16 = torch.cpu._is_avx512_bf16_supported()
     instructions = "AVX512-BF16" if bf16 else torch.backends.cpu.get_cpu_capability()
     return f"{name}, {torch.get_num_threads()} threads, {instructions}"
-
-
-def _lines(path):
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 @cache
