@@ -23,6 +23,7 @@ from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
 from revit_kernels.modules.lengths import cells
 from revit_kernels.modules.patch_embed import resize_mode
+from revit_kernels.ops.linear.products import has_bf16
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
@@ -235,6 +236,8 @@ def run(args) -> int:
     with Progress(unit="steps", quiet=args.quiet or bool(rank)) as bar:
         if held is None and not bar.quiet:
             bar.say("revit: no images are held out, so no accuracy is shown: --held-out 0.1 keeps a tenth apart")
+        if args.bf16 and device.type == "cpu" and not (has_bf16() or bar.quiet):
+            bar.say("revit: this CPU has no bfloat16 instructions: --bf16 is several times slower here than float32")
         best = trainer.train(
             save_every=args.save_every,
             tensorboard=args.tensorboard,

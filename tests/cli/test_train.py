@@ -157,6 +157,13 @@ def test_epochs_are_told_and_may_become_more(folder, tmp_path, capsys):
     assert "other settings (epochs)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_bf16_on_a_cpu_without_it_is_told(folder, tmp_path, monkeypatch, capsys, has):
+    monkeypatch.setattr("revit_kernels.cli.train.has_bf16", lambda: has)
+    assert train(folder, tmp_path / "run", "--epochs", 0.2, "--bf16", quiet=False) == 0
+    assert ("no bfloat16 instructions" in capsys.readouterr().err) is not has
+
+
 def test_a_training_that_diverges_fails(folder, tmp_path, capsys):
     assert train(folder, tmp_path / "run", "--epochs", 2, "--lr", 1e30, "--clip", 0, quiet=False) == 1
     error = capsys.readouterr().err
