@@ -1,5 +1,6 @@
 """The `revit` command from its first moment: an interrupt while its libraries are imported is one line, too."""
 
+import gc
 import os
 import signal
 
@@ -25,4 +26,5 @@ def main() -> int:
     except KeyboardInterrupt:  # a second one, while the first was told of
         _interrupted(None, None)
     _catch(_interrupted)
+    gc.freeze()  # or Python looks through all of torch's objects once more before it exits, which takes a second
     return status
