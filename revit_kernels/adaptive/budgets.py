@@ -239,9 +239,10 @@ def _at_prices(problem: _Problem, policy: Policy, right: np.ndarray, weighed: np
     costs, by_tokens, found = problem.costs, problem.budget.tokens is not None, []
     per = lengths if by_tokens else np.array(costs.per_length)
     full, every = correct[:, 0], np.arange(len(correct))
+    reversed_right, reversed_weighed = right.T[::-1].copy(), weighed[::-1, None]  # of equals, the shorter is taken
     ahead = policy.ahead_of(problem.outcomes) if policy.answers_alone else None
     for price in prices:
-        row = rows - 1 - (right - price * weighed)[:, ::-1].argmax(1)
+        row = rows - 1 - (reversed_right - price * reversed_weighed).argmax(0)
         won, ran = correct[every, row], np.ones(len(row), bool)
         if ahead is not None:
             ran = (replace(policy, price=float(price)).started(*ahead) != ALONE).numpy()
