@@ -326,7 +326,7 @@ def revit() -> str:
         text.append("")
     for ablation in sorted(REPORTS.glob("ablation_*.md")):
         title, *lines = ablation.read_text().splitlines()
-        data = re.sub("ablation_|assigner_|training_", "", ablation.stem).replace("_", " ")
+        data = re.sub("ablation_|assigner_|models_|training_", "", ablation.stem).replace("_", " ")
         text += [f"##{title}: {data}", *lines, ""]
     return "\n".join(text).replace("\n## ", "\n#### ")
 

@@ -120,6 +120,7 @@ def main() -> None:
     arguments.add_argument("--data", default="fashion-mnist")
     arguments.add_argument("--seeds", type=int, default=3, help="of the assigners of a single model")
     arguments.add_argument("--trunk", default="scout")
+    arguments.add_argument("--trained", default="", metavar="HOW", help="how the models were, for the report")
     arguments.add_argument("--output", default="recipes/reports/ablation_assigner_fashion_mnist")
     args = arguments.parse_args()
     if len(args.models) != len(args.labels):
@@ -139,6 +140,7 @@ def main() -> None:
             costs = measure_costs(model.engine(), first, rounds=25, batch=128)
         rows += measure(model, assigners, test, costs)
     about = f"{device_name(parameter.device)}, {torch.get_num_threads()} threads, {date.today().isoformat()}"
+    about += f". {args.trained}" if args.trained else ""
     done = {"rows": rows, "menu": model.menu, "models": len(args.models), "count": len(test), "images": test.name}
     done |= {"seeds": args.seeds if single else len(args.models), "about": about}
     path = Path(args.output).with_suffix(".json")
