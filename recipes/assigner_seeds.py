@@ -120,7 +120,7 @@ def main() -> None:
     arguments.add_argument("--data", default="fashion-mnist")
     arguments.add_argument("--seeds", type=int, default=3, help="of the assigners of a single model")
     arguments.add_argument("--trunk", default="scout")
-    arguments.add_argument("--trained", default="", metavar="HOW", help="how the models were, for the report")
+    arguments.add_argument("--trained", default="", metavar="HOW", help="how the models were trained, for the report")
     arguments.add_argument("--output", default="recipes/reports/ablation_assigner_fashion_mnist")
     args = arguments.parse_args()
     if len(args.models) != len(args.labels):

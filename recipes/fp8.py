@@ -9,7 +9,6 @@ the rounding is that of a GPU, the speed is not. Writes fp8_<data>.md and .json.
 
 import argparse
 import json
-import platform
 import time
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from revit_kernels import create_model
+from revit_kernels.adaptive.costs import device_name
 from revit_kernels.data.datasets import open_set, read_batches
 from revit_kernels.models.registry import SHIPPED
 from revit_kernels.training.labels import fit_images
@@ -48,14 +48,6 @@ def compare(usual: torch.Tensor, ours: torch.Tensor, targets: torch.Tensor) -> d
         "same_answer": 100 * (usual.argmax(-1) == ours.argmax(-1)).double().mean().item(),
         "logits_off": ((ours - usual).norm() / usual.norm()).item(),
     }
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def report(found: dict) -> str:
@@ -103,7 +95,7 @@ def main() -> None:
         "data": f"{args.data}/test",
         "images": len(images),
         "dtype": args.dtype,
-        "device": device_name(device),
+        "device": f"{device_name(device)}, {torch.get_num_threads()} threads",
         "torch": metadata.version("torch"),
         "date": time.strftime("%Y-%m-%d"),
         "how": "e4m3 by the tensor cores." if device.type == "cuda" else "e4m3 emulated: rounded, multiplied in fp32.",

@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"revit: warning: {_clean(message)}\n"
     args = None
     try:
-        args = parser(*(sys.argv[1:] if argv is None else argv)[:1]).parse_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
+        args = parser(*argv[:1]).parse_args(argv)
         if args.version:
             print(_version())
             return 0

@@ -15,7 +15,7 @@ from revit_kernels.cli.arguments import add_device, add_images, count, lengths
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
-from revit_kernels.devices import choose_device
+from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.files import parse_json
 from revit_kernels.grids import grid_text
 from revit_kernels.models.arguments import check_arguments
@@ -23,7 +23,6 @@ from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.models.registry import MODEL_FILE, class_of, create_model, model_file
 from revit_kernels.modules.lengths import cells
 from revit_kernels.modules.patch_embed import resize_mode
-from revit_kernels.ops.linear.products import has_bf16
 from revit_kernels.training.augmentation import augmentation, mixing
 from revit_kernels.training.distillation import Objective
 from revit_kernels.training.loader import Augmented, Order
@@ -236,7 +235,7 @@ def run(args) -> int:
     with Progress(unit="steps", quiet=args.quiet or bool(rank)) as bar:
         if held is None and not bar.quiet:
             bar.say("revit: no images are held out, so no accuracy is shown: --held-out 0.1 keeps a tenth apart")
-        if args.bf16 and device.type == "cpu" and not (has_bf16() or bar.quiet):
+        if args.bf16 and choose_dtype(None, device) == torch.float32 and not bar.quiet:
             bar.say("revit: this CPU has no bfloat16 instructions: --bf16 is several times slower here than float32")
         best = trainer.train(
             save_every=args.save_every,

@@ -159,7 +159,8 @@ def test_epochs_are_told_and_may_become_more(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("has", [True, False])
 def test_bf16_on_a_cpu_without_it_is_told(folder, tmp_path, monkeypatch, capsys, has):
-    monkeypatch.setattr("revit_kernels.cli.train.has_bf16", lambda: has)
+    fastest = torch.bfloat16 if has else torch.float32
+    monkeypatch.setattr("revit_kernels.cli.train.choose_dtype", lambda name, device: fastest)
     assert train(folder, tmp_path / "run", "--epochs", 0.2, "--bf16", quiet=False) == 0
     assert ("no bfloat16 instructions" in capsys.readouterr().err) is not has
 

@@ -10,7 +10,7 @@ PACKED_ROWS = 1024  # the number of rows that oneDNN lays a weight out for; any 
 
 
 @cache
-def has_bf16() -> bool:
+def _has_bf16() -> bool:
     """Whether oneDNN takes bf16 here: without AVX512 or AVX-NE-CONVERT it does not."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -32,7 +32,7 @@ def _onednn(x: Tensor) -> bool:
     """Whether oneDNN's inner product takes these: on a CPU it is up to twice F.linear in fp32, and equal in bf16."""
     return (
         x.device.type == "cpu"
-        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and has_bf16()))
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _has_bf16()))
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )
