@@ -203,6 +203,7 @@ inline void pack_words(const void* weight, const Linear& to, Span columns) {
             square[n] = Floats{};
           else
             square[n] = count == kLanes ? load(corner + n * words, Full{}) : load(corner + n * words, Part{count});
+          __builtin_prefetch(corner + (kLanes + n) * words, 0, 2);  // of the rows after these
         }
         transpose(square);
         for (int64_t i = 0; i < count; ++i) store(panel + (first + i) * width + left, square[i], Full{});
