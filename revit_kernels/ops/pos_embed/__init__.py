@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -105,9 +106,9 @@ def pos_embed(
     Raises ValueError for a table that is not (rows, columns, dim) or is empty, a grid below (1, 1), and options that
     exclude each other.
     """
-    grids = [tuple(grid) for grid in grids]
+    grids = list(map(tuple, grids))
     _check(table, grids, interpolation, antialias, align_corners, offset)
-    sizes = tuple([n for grid in grids for n in grid])
+    sizes = tuple(chain.from_iterable(grids))
     if not torch.is_grad_enabled():
         return _forward(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
     return _PosEmbed.apply(table, sizes, interpolation, antialias, align_corners, float(offset), backend)
