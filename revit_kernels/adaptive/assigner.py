@@ -35,8 +35,10 @@ METADATA = "revit_kernels.assigner"
 SHARE = 0.02  # of a full-length pass of the model that is served: what an assigner may cost
 SMALL = 32  # pixels: up to this side a scout cuts an image into 4 x 4 patches, beyond it into 8 x 8
 FRAMES = 8  # of a clip that a scout sees, at most
-SIDE = 64  # pixels of the longer side of what a scout sees, at most
+SIDE = 64  # pixels of the longer side of what a scout sees, at most; images of fewer are seen as they are
 WIDTHS = (48, 32, 16, 8)  # of a scout's patches, and of tokens that are projected
+GROUPS = 8  # of channels that are normalised together ahead of a convolution
+CONVOLVED = (256, 192, 160, 128, 96, 64, *WIDTHS)  # of a scout's patches, where convolutions follow
 HIDDEN = (256, 192, 128, 96, 64, 32)
 KEPT = (
     "confidence",
@@ -48,6 +50,10 @@ KEPT = (
 )  # columns that its file holds in half precision
 
 
+def _convolution(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.GroupNorm(GROUPS, width), nn.Conv2d(width, width, 3, padding=1), nn.GELU())
+
+
 class TokenLengthAssigner(nn.Module):
     """Logits of being right at each length of a menu, and of each class (ReViT, arXiv:2112.01686; networks are ours).
 
@@ -57,6 +63,7 @@ class TokenLengthAssigner(nn.Module):
     trunk:   "scout": patches of the image itself, resized to `grid` x `patch` pixels; "tokens": the model's tokens at
              the shortest length, which an image that stays at that length goes on from
     classes: of the model
+    convolutions: of a scout, 3 x 3 patches each, added to what goes into them; then every 2 x 2 patches become a mean
     hidden:  width of both hidden layers
     width:   of a scout's patch; for "tokens" of each token's projection, 0 for none
     grid, patch, mean, std: of a scout: patches, pixels of one, and the images' statistics
@@ -73,6 +80,7 @@ class TokenLengthAssigner(nn.Module):
         trunk: str = "scout",
         *,
         classes: int,
+        convolutions: int = 0,
         hidden: int = 256,
         width: int = 48,
         grid: Grid = (4, 4),
@@ -96,7 +104,7 @@ class TokenLengthAssigner(nn.Module):
         self.config = {"menu": self.menu, "trunk": trunk, "classes": classes, "hidden": hidden, "width": width}
         self.config |= {"grid": self.grid, "patch": self.patch, "channels": channels, "mean": self.mean}
         self.config |= {"std": self.std, "dim": dim, "depth": depth, "prefix": prefix, "dropout": dropout}
-        self.config |= {"frames": frames, "per_frame": per_frame}
+        self.config |= {"frames": frames, "per_frame": per_frame, "convolutions": convolutions}
         self.frames, self.per_frame = frames, per_frame
         self.fingerprint = ""  # of the model that it was trained for
         self.outcomes: Outcomes | None = None  # held-out ones, with its answers: what budgets are solved from
@@ -105,7 +113,9 @@ class TokenLengthAssigner(nn.Module):
         self.about: dict = {}  # how it was trained, for a person to read
         if trunk == "scout":
             self.proj = nn.Conv2d(channels, width, self.patch, self.patch)
-            positions, features = cells(self.grid) * (frames or 1), width
+            self.convolutions = nn.ModuleList(_convolution(width) for _ in range(convolutions))
+            left = self.grid[0] // 2 * (self.grid[1] // 2) if convolutions else cells(self.grid)
+            positions, features = left * (frames or 1), width
         else:
             positions, features = (self.shortest if depth else cells(self.menu[-1])), width or dim
             self.norm = nn.LayerNorm(dim)
@@ -127,28 +137,34 @@ class TokenLengthAssigner(nn.Module):
         trunk: str = "scout",
         *,
         depth: int = 0,
+        convolutions: int = 0,
         hidden: int | None = None,
+        side: int = SIDE,
         share: float = SHARE,
     ) -> TokenLengthAssigner:
         """The largest assigner of a resizable model that costs at most `share` of its full-length pass, counted in
         multiply-accumulates; the smallest there is, where none costs so little.
 
         depth:  for "tokens"
+        convolutions: for "scout", whose patches are then twice as fine
         hidden: instead of what fits
+        side:   pixels of the longer side of the images, for "scout"
         """
         if model.menu is None:
             raise ValueError("the model is not resizable: an assigner needs a menu of lengths")
         given = {"classes": model.num_classes, "prefix": model.num_prefix_tokens, "depth": depth}
         given["per_frame"] = model.per_frame
         if trunk == "scout":
-            size = [side * min(1.0, SIDE / max(model.patch_embed.img_size)) for side in model.patch_embed.img_size]
-            cut = 4 if max(size) <= SMALL else 8
-            given |= {"grid": (cut, cut), "patch": tuple(max(1, round(side / cut)) for side in size)}
+            scale = min(1.0, min(SIDE, side) / max(model.patch_embed.img_size))
+            size = [pixels * scale for pixels in model.patch_embed.img_size]
+            cut = (4 if max(size) <= SMALL else 8) * (2 if convolutions else 1)
+            given |= {"grid": (cut, cut), "patch": tuple(max(1, round(pixels / cut)) for pixels in size)}
             if model.per_frame is not None:
                 given["frames"] = min(FRAMES, model.menu[0][0] * model.tubelet)
             cfg = model.pretrained_cfg
             given |= {"channels": model.in_chans, "mean": cfg["mean"], "std": cfg["std"]}
-            widths = WIDTHS
+            given |= {"convolutions": convolutions}
+            widths = CONVOLVED if convolutions else WIDTHS
         else:
             given |= {"dim": model.embed_dim}
             widths = (0, *(width for width in WIDTHS if width < model.embed_dim))
@@ -164,7 +180,8 @@ class TokenLengthAssigner(nn.Module):
         """Multiply-accumulates for one image, those included that an image of the shortest length goes on from."""
         dense = sum(layer.weight.numel() for layer in (self.fc1, self.fc2, self.fc3))
         if self.trunk == "scout":
-            return dense + self.proj.weight.numel() * cells(self.grid) * (self.frames or 1)
+            each = sum(layer.weight.numel() for layer in (self.proj, *(layers[1] for layers in self.convolutions)))
+            return dense + each * cells(self.grid) * (self.frames or 1)
         projected = self.proj.weight.numel() * cells(self.menu[-1]) if isinstance(self.proj, nn.Linear) else 0
         return dense + projected + self.reused(model)
 
@@ -180,7 +197,7 @@ class TokenLengthAssigner(nn.Module):
         inputs: "scout": (images * patches, width) embedded patches; "tokens": (images, positions, dim)
         """
         if self.trunk == "scout":
-            x = F.gelu(inputs).view(-1, self.fc1.in_features)
+            x = self._convolved(F.gelu(inputs)).reshape(-1, self.fc1.in_features)
         else:
             x = self.norm(inputs.to(self.fc1.weight.dtype))
             x = F.gelu(self.proj(x)) if isinstance(self.proj, nn.Linear) else x
@@ -188,6 +205,14 @@ class TokenLengthAssigner(nn.Module):
         x = F.gelu(self.fc1(self.drop(x)))
         x = F.gelu(self.fc2(self.drop(x)))
         return self.fc3(self.drop(x)).float()
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        if not self.convolutions:
+            return x
+        x = x.view(-1, *self.grid, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as oneDNN and cuDNN like them
+        for layers in self.convolutions:
+            x = x + layers(x)
+        return F.avg_pool2d(x, 2).permute(0, 2, 3, 1)
 
     def patches(self, images: Images, channels_last: bool = True) -> Tensor:
         """(images * patches, width): what the scout's first layer makes of images, or frames of clips, of any sizes."""

@@ -35,7 +35,12 @@ def add(commands):
         "computed twice",
     )
     train.add_argument("--depth", type=int, default=0, metavar="N", help="blocks that tokens go through (default: 0)")
+    train.add_argument(
+        "--convolutions", type=int, default=0, metavar="N", help="that a scout's patches go through (default: 0)"
+    )
     train.add_argument("--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow)")
+    train.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="of a scout (default: none)")
+    train.add_argument("--flip", action="store_true", help="mirror half of a scout's images")
     train.add_argument("--epochs", type=count, default=12, metavar="N", help="default: 12")
     train.add_argument("--batch", type=count, default=256, metavar="N")
     train.add_argument("--lr", type=float, default=2e-3)
@@ -61,12 +66,14 @@ def run(args) -> int:
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
     images = fit_images(open_data(args, args.model), model)
-    recipe = AssignerRecipe(args.epochs, args.batch, args.lr, folds=args.folds, seed=args.seed)
+    chosen = {"crop": args.crop, "flip": args.flip, "folds": args.folds, "seed": args.seed}
+    recipe = AssignerRecipe(args.epochs, args.batch, args.lr, **chosen)
     state = output.with_name(f".{output.name}.state")
     if not args.resume:
         state.unlink(missing_ok=True)
     with Progress(quiet=args.quiet) as bar:
-        options = {"depth": args.depth, "hidden": args.hidden, "state": state, "progress": bar.update}
+        options = {"depth": args.depth, "convolutions": args.convolutions, "hidden": args.hidden}
+        options |= {"state": state, "progress": bar.update}
         assigner = train_assigner(model, outcomes, images, args.trunk, recipe, **options)
     parameter, engine = next(model.parameters()), model.engine()
     served = copy.deepcopy(assigner).to(parameter.device, parameter.dtype)

@@ -23,9 +23,11 @@ from revit_kernels.files import write_whole
 from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.models.video import sampled
+from revit_kernels.training.augmentation import augmentation
 from revit_kernels.training.loader import seed_of
 
 SMOOTH = {"mode": "bicubic", "antialias": True}
+ALIKE = 4  # images that are cropped and mirrored alike: one by one takes longer than the step itself
 TOO_GOOD = 0.5  # of the held-out images' errors: a model that makes fewer on its training images tells too little there
 
 
@@ -35,6 +37,7 @@ class AssignerRecipe:
 
     classes: weight of the class head's losses, of the truth and of the full length's answer each
     warmup:  share of all steps in which the learning rate rises
+    crop, flip: of a scout's images, as of `augmentation`; ALIKE images are changed alike
     folds:   parts of the held-out images, where an assigner learns from these: each part is answered by one that
              learnt from the others
     """
@@ -45,6 +48,8 @@ class AssignerRecipe:
     weight_decay: float = 0.05
     classes: float = 0.5
     warmup: float = 0.3
+    crop: str = "none"
+    flip: bool = False
     folds: int = 5
     seed: int = 0
 
@@ -116,7 +121,15 @@ class _Fit:
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimiser, recipe.lr, total_steps=recipe.epochs * self.steps, pct_start=recipe.warmup
         )
+        size = tuple(patch * rows for patch, rows in zip(assigner.patch, assigner.grid))
+        self.augment = augmentation(size, recipe.crop, recipe.flip)
         self.epoch = 0
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        if self.augment is None:
+            return images
+        parts = images.movedim(-1, -3).split(1 if self.assigner.frames else ALIKE)
+        return torch.cat([self.augment(part) for part in parts]).movedim(-3, -1).contiguous()
 
     def _parts(self) -> dict:
         return {"assigner": self.assigner, "optimiser": self.optimiser, "schedule": self.schedule}
@@ -143,7 +156,7 @@ class _Fit:
             order = torch.from_numpy(np.random.default_rng([recipe.seed, self.epoch]).permutation(self.members))
             for part in order.tensor_split(self.steps):
                 x = self.inputs[part]
-                x = assigner.patches(x) if assigner.trunk == "scout" else x
+                x = assigner.patches(self._augmented(x)) if assigner.trunk == "scout" else x
                 loss = self.targets.loss(assigner.head(x), part, recipe.classes)
                 self.optimiser.zero_grad(set_to_none=True)
                 loss.backward()
@@ -173,6 +186,7 @@ def train_assigner(
     recipe: AssignerRecipe | None = None,
     *,
     depth: int = 0,
+    convolutions: int = 0,
     hidden: int | None = None,
     state: Path | None = None,
     progress: Callable[[int], None] | None = None,
@@ -193,11 +207,15 @@ def train_assigner(
     recipe, engine = recipe or AssignerRecipe(), engine_of(model)
     model = engine.model
     outcomes.require(model)
+    if trunk != "scout" and (recipe.crop != "none" or recipe.flip):
+        raise ValueError("crop and flip are of a scout's images: the model's tokens are computed once")
     learnt, apart = outcomes.apart()
     if len(apart) < 20:
         raise ValueError(f"an assigner needs at least 20 held-out images, got {len(apart)}")
     torch.manual_seed(recipe.seed)
-    assigner = TokenLengthAssigner.for_model(model, trunk, depth=depth, hidden=hidden).float()
+    side = max(images.pixels(0).shape[-3:-1])
+    size = {"depth": depth, "convolutions": convolutions, "hidden": hidden, "side": side}
+    assigner = TokenLengthAssigner.for_model(model, trunk, **size).float()
     about = {"recipe": asdict(recipe), "held_out": len(apart), "learnt": 0 if learnt is None else len(learnt)}
     if learnt is not None:
         errors = [float((~o.correct[:, -1]).mean()) for o in (learnt, apart)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny_revit import MENU, held_out, labelled, make_images, make_model, trained
 
 from revit_kernels import cli
-from revit_kernels.adaptive.assigner import METADATA, SHARE, TRUNKS, TokenLengthAssigner
+from revit_kernels.adaptive.assigner import METADATA, SHARE, TokenLengthAssigner
 from revit_kernels.adaptive.costs import Costs, model_macs
 from revit_kernels.models import checkpoints
 from revit_kernels.training import assigner as training
@@ -17,12 +17,14 @@ from revit_kernels.training.assigner import AssignerRecipe, Targets, quality, tr
 from revit_kernels.training.labels import join
 
 RECIPE = AssignerRecipe(epochs=3, folds=2)
+WAYS = {"scout": {}, "scout of convolutions": {"convolutions": 2}, "tokens": {"trunk": "tokens"}}
+every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
 
-@pytest.fixture(scope="module", params=TRUNKS)
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def assigner(request):
     images, outcomes = labelled()
-    return train_assigner(trained(), outcomes, images, request.param, RECIPE)
+    return train_assigner(trained(), outcomes, images, recipe=RECIPE, **request.param)
 
 
 def test_logits_of_images_alone_and_in_company(assigner):
@@ -84,10 +86,12 @@ def test_answers_of_folds_are_of_assigners_that_have_not_seen_the_image():
     assert found.about["from"] == "2 folds of held-out images"
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
-def test_training_is_deterministic_and_goes_on_where_it_was_killed(trunk, tmp_path, monkeypatch):
+@every_way
+def test_training_is_deterministic_and_goes_on_where_it_was_killed(options, tmp_path, monkeypatch):
     images, outcomes = labelled()
-    whole = train_assigner(trained(), outcomes, images, trunk, RECIPE).state_dict()
+    recipe = replace(RECIPE, crop="pad", flip=True) if "convolutions" in options else RECIPE
+    arguments = {"recipe": recipe} | options
+    whole = train_assigner(trained(), outcomes, images, **arguments).state_dict()
     state = tmp_path / "state"
 
     class Killed(Exception):
@@ -98,16 +102,16 @@ def test_training_is_deterministic_and_goes_on_where_it_was_killed(trunk, tmp_pa
             raise Killed
 
     with pytest.raises(Killed):
-        train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state, progress=kill)
+        train_assigner(trained(), outcomes, images, **arguments, state=state, progress=kill)
     with pytest.raises(ValueError, match="of a run with other settings"):
-        train_assigner(trained(), outcomes, images, trunk, replace(RECIPE, lr=1e-3), state=state)
+        train_assigner(trained(), outcomes, images, **arguments | {"recipe": replace(recipe, lr=1e-3)}, state=state)
     epochs = []
-    found = train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state, progress=epochs.append)
+    found = train_assigner(trained(), outcomes, images, **arguments, state=state, progress=epochs.append)
     assert epochs[-1] == 240 and sum(epochs) == 240 + 240  # the inputs, and the last epoch
     assert all(torch.equal(whole[k], found.state_dict()[k]) for k in whole) and not state.exists()
     state.write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
-        train_assigner(trained(), outcomes, images, trunk, RECIPE, state=state)
+        train_assigner(trained(), outcomes, images, **arguments, state=state)
 
 
 def test_loss_by_hand():
@@ -127,13 +131,13 @@ def test_loss_by_hand():
     assert full.truth.tolist() == outcomes.predicted[:, 0].tolist()
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
-def test_it_learns(trunk):
+@every_way
+def test_it_learns(options):
     images, outcomes = labelled()
     flat = images.targets == 0
     correct = np.stack([np.ones(440, bool), flat, flat], 1)  # stripes need the longest length
     recipe = AssignerRecipe(epochs=20, batch=32, folds=2)
-    found = train_assigner(trained(), replace(outcomes, correct=correct), images, trunk, recipe)
+    found = train_assigner(trained(), replace(outcomes, correct=correct), images, recipe=recipe, **options)
     assert quality(found.outcomes)["2x2"]["assigner"] > 0.9
 
 
@@ -157,19 +161,19 @@ def test_training_leaves_the_random_numbers_of_others():
     assert torch.equal(torch.rand(3), expected)
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
-def test_budget_of_the_default_sizes(trunk):
+@every_way
+def test_budget_of_the_default_sizes(options):
     from revit_kernels import create_model
 
     deit = create_model("deit_small_patch16_224").make_resizable(((14, 14), (10, 10), (7, 7), (4, 4)))
     full = model_macs(deit, (14, 14))
     # 12 blocks of 12 dim^2 + 2 tokens dim for each of 197 tokens, and a patch embedding, by hand
     assert full == 12 * 197 * (12 * 384**2 + 2 * 197 * 384) + 768 * 384 * 197
-    assigner = TokenLengthAssigner.for_model(deit, trunk)
+    assigner = TokenLengthAssigner.for_model(deit, **options)
     assert assigner.macs(deit) <= SHARE * full and assigner.fc1.out_features == 256
-    small = TokenLengthAssigner.for_model(deit, trunk, share=1e-6)  # where nothing costs so little: the smallest
+    small = TokenLengthAssigner.for_model(deit, **options, share=1e-6)  # where nothing costs so little: the smallest
     assert small.fc1.out_features == 32 and small.macs(deit) < assigner.macs(deit)
-    given = TokenLengthAssigner.for_model(deit, trunk, hidden=96)
+    given = TokenLengthAssigner.for_model(deit, **options, hidden=96)
     assert given.fc1.out_features == 96
 
 
@@ -178,6 +182,10 @@ def test_work_of_both_trunks_by_hand():
     scout = TokenLengthAssigner(MENU, classes=3, hidden=64, width=16, grid=(4, 4), patch=(4, 4))
     dense = 64 * 64 + 64 * 6
     assert scout.macs(model) == 16 * 48 * 16 + 16 * 16 * 64 + dense and scout.reused(model) == 0
+    size = {"hidden": 64, "width": 16, "grid": (5, 4), "patch": (4, 4)}
+    convolved = TokenLengthAssigner(MENU, classes=3, convolutions=2, **size)  # means of 2 x 2 leave 2 rows of 5, and 2
+    assert convolved.macs(model) == 20 * (48 * 16 + 2 * 9 * 16 * 16) + 4 * 16 * 64 + dense
+    assert convolved(torch.zeros(3, 9, 9, 3, dtype=torch.uint8)).shape == (3, 6)
     tokens = TokenLengthAssigner(MENU, "tokens", classes=3, hidden=64, width=0, dim=32)
     assert tokens.reused(model) == 5 * 48 * 32  # the class token is counted as it was
     assert tokens.macs(model) == tokens.reused(model) + 4 * 32 * 64 + dense
@@ -232,6 +240,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: images)
     model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
     command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32", "--epochs", "2"]
+    command += ["--convolutions", "1", "--crop", "pad", "--flip"]
     assert cli.main([*command, "--output", output]) == 0
     told = capsys.readouterr().err
     assert "whether 2x2 is right with AUC" in told and "of a full-length pass, measured on" in told
@@ -265,6 +274,10 @@ def test_wrong_use(tmp_path):
         train_assigner(trained(), replace(outcomes, held_out=np.zeros(440, bool)), images)
     with pytest.raises(ValueError, match="revit label --probabilities"):
         train_assigner(trained(), replace(outcomes, probabilities=None), images)
+    with pytest.raises(ValueError, match="crop and flip are of a scout's images"):
+        train_assigner(trained(), outcomes, images, "tokens", replace(RECIPE, flip=True))
+    with pytest.raises(ValueError, match="crop must be one of"):
+        train_assigner(trained(), outcomes, images, recipe=replace(RECIPE, crop="all"))
     with pytest.raises(ValueError, match="trunk must be"):
         TokenLengthAssigner(MENU, "guess", classes=3)
     with pytest.raises(ValueError, match="needs the model"):
