@@ -202,19 +202,20 @@ def main() -> None:
     arguments.add_argument("--data", default="fashion-mnist")
     arguments.add_argument("--held-out", type=int, default=5000)
     arguments.add_argument("--images", type=int, help="to train the heads on (default: all that are not held out)")
+    arguments.add_argument("--dtype", default="float32", help="of the model, as of revit evaluate")
     arguments.add_argument("--epochs", type=int, default=12)
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--output", default="recipes/reports/exits_fashion_mnist")
     args = arguments.parse_args()
-    model = load_resizable(args.model, None, "float32")
+    model = load_resizable(args.model, None, args.dtype)
     images, test = (fit_images(open_set(args.data, split), model) for split in ("train", "test"))
     train, held_out = images.split(args.held_out, seed=0)
     if args.images and args.images < len(train):
         train = train.split(args.images, seed=0)[1]
     done = study(model, (train, held_out, test), args.epochs, args.seeds)
-    about = (
-        f"{device_name(next(model.parameters()).device)}, {torch.get_num_threads()} threads, {date.today().isoformat()}"
-    )
+    device = device_name(next(model.parameters()).device)
+    about = f"The heads saw {len(train):,} images. {device}, {torch.get_num_threads()} threads, {args.dtype}, "
+    about += date.today().isoformat()
     done |= {"model": Path(args.model).stem, "images": test.name, "about": about}
     path = Path(args.output).with_suffix(".json")
     write_whole(path, lambda temporary: temporary.write_text(json.dumps(done, indent=1)))
