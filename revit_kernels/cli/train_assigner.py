@@ -36,7 +36,7 @@ def add(commands):
     )
     train.add_argument("--depth", type=int, default=0, metavar="N", help="blocks that tokens go through (default: 0)")
     train.add_argument(
-        "--convolutions", type=int, default=0, metavar="N", help="that a scout's patches go through (default: 0)"
+        "--convolutions", type=count, default=0, metavar="N", help="that a scout's patches go through (default: 0)"
     )
     train.add_argument("--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow)")
     train.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="of a scout (default: none)")
