@@ -14,4 +14,5 @@ revit label "$run/model.safetensors" --data cifar10 --held-out 5000 --probabilit
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data cifar10 \
     --convolutions 2 --crop pad --flip --resume --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data cifar10 \
-    --policies random,assigner,cascade,assigner+cascade,oracle --budgets 2x,2.2x,2.4x,full-0.3 --timed 768 --output "$run/report"
+    --policies random,assigner,cascade,assigner+cascade,oracle --budgets 2x,2.2x,2.4x,full-0.3 \
+    --timed 768 --output "$run/report"

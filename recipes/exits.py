@@ -10,7 +10,7 @@ held-out images. Half an hour on a core of a Zen 4 CPU that others use too.
 
 On the shipped model an exit after block 4 or 5 of the shortest length gains 0.3 points at a quarter of the full cost,
 0.2 at a third, each two standard errors, and nothing from half of it on (reports/exits_fashion_mnist.md): a cascade has
-no such stage.
+no such stage. On ReViT-S (CIFAR-10) an exit never gains (reports/exits_cifar10.md).
 """
 
 import argparse

@@ -63,7 +63,7 @@ class TokenLengthAssigner(nn.Module):
     trunk:   "scout": patches of the image itself, resized to `grid` x `patch` pixels; "tokens": the model's tokens at
              the shortest length, which an image that stays at that length goes on from
     classes: of the model
-    convolutions: of a scout, 3 x 3 patches each, added to what goes into them; then every 2 x 2 patches become a mean
+    convolutions: residual 3 x 3 convolutions of a scout's grid of patches; a mean of every 2 x 2 patches follows them
     hidden:  width of both hidden layers
     width:   of a scout's patch; for "tokens" of each token's projection, 0 for none
     grid, patch, mean, std: of a scout: patches, pixels of one, and the images' statistics
@@ -114,7 +114,7 @@ class TokenLengthAssigner(nn.Module):
         if trunk == "scout":
             self.proj = nn.Conv2d(channels, width, self.patch, self.patch)
             self.convolutions = nn.ModuleList(_convolution(width) for _ in range(convolutions))
-            left = self.grid[0] // 2 * (self.grid[1] // 2) if convolutions else cells(self.grid)
+            left = self.grid[0] // 2 * (self.grid[1] // 2) if self.convolutions else cells(self.grid)
             positions, features = left * (frames or 1), width
         else:
             positions, features = (self.shortest if depth else cells(self.menu[-1])), width or dim
@@ -146,7 +146,7 @@ class TokenLengthAssigner(nn.Module):
         multiply-accumulates; the smallest there is, where none costs so little.
 
         depth:  for "tokens"
-        convolutions: for "scout", whose patches are then twice as fine
+        convolutions: for "scout"; its grid then has twice as many rows and columns
         hidden: instead of what fits
         side:   pixels of the longer side of the images, for "scout"
         """

@@ -36,10 +36,10 @@ def add(commands):
     )
     train.add_argument("--depth", type=int, default=0, metavar="N", help="blocks that tokens go through (default: 0)")
     train.add_argument(
-        "--convolutions", type=count, default=0, metavar="N", help="that a scout's patches go through (default: 0)"
+        "--convolutions", type=count, default=0, metavar="N", help="3 x 3 convolutions of a scout (default: 0)"
     )
     train.add_argument("--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow)")
-    train.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="of a scout (default: none)")
+    train.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="of a scout's images")
     train.add_argument("--flip", action="store_true", help="mirror half of a scout's images")
     train.add_argument("--epochs", type=count, default=12, metavar="N", help="default: 12")
     train.add_argument("--batch", type=count, default=256, metavar="N")

@@ -207,8 +207,8 @@ def train_assigner(
     recipe, engine = recipe or AssignerRecipe(), engine_of(model)
     model = engine.model
     outcomes.require(model)
-    if trunk != "scout" and (recipe.crop != "none" or recipe.flip):
-        raise ValueError("crop and flip are of a scout's images: the model's tokens are computed once")
+    if trunk != "scout" and (convolutions or recipe.crop != "none" or recipe.flip):
+        raise ValueError(f"convolutions, crop and flip need the trunk 'scout', got {trunk!r}")
     learnt, apart = outcomes.apart()
     if len(apart) < 20:
         raise ValueError(f"an assigner needs at least 20 held-out images, got {len(apart)}")

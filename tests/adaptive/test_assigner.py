@@ -274,8 +274,10 @@ def test_wrong_use(tmp_path):
         train_assigner(trained(), replace(outcomes, held_out=np.zeros(440, bool)), images)
     with pytest.raises(ValueError, match="revit label --probabilities"):
         train_assigner(trained(), replace(outcomes, probabilities=None), images)
-    with pytest.raises(ValueError, match="crop and flip are of a scout's images"):
+    with pytest.raises(ValueError, match="crop and flip need the trunk 'scout'"):
         train_assigner(trained(), outcomes, images, "tokens", replace(RECIPE, flip=True))
+    with pytest.raises(ValueError, match=r"convolutions, .* need the trunk 'scout'"):
+        train_assigner(trained(), outcomes, images, "tokens", RECIPE, convolutions=1)
     with pytest.raises(ValueError, match="crop must be one of"):
         train_assigner(trained(), outcomes, images, recipe=replace(RECIPE, crop="all"))
     with pytest.raises(ValueError, match="trunk must be"):

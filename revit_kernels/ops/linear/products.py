@@ -49,12 +49,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def derivative_products(dh: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool):
     """dh @ weight and dh.T @ x, each an empty tensor where it is not needed."""
     dx = dweight = x.new_empty(0)
-    if need_x and x.dtype == torch.float32 and _onednn(x):  # reads the weight across: up to 1.2 times mm, equal in bf16
+    if need_x and x.dtype == torch.float32 and _onednn(x):  # up to 1.2 times as fast as mm; in bf16 equal
         dx = torch.ops.mkldnn._linear_pointwise(dh.contiguous(), weight.t(), None, "none", [], "")
     elif need_x:
         dx = torch.mm(dh, weight)
     if need_weight:
-        dweight = torch.mm(dh.t(), x)  # 1.1 to 1.7 times oneDNN's inner product, which wants both operands transposed
+        dweight = torch.mm(dh.t(), x)  # 1.1 to 1.7 times as fast as oneDNN's linear, which copies transposed operands
     return dx, dweight
 
 
