@@ -32,3 +32,8 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if native else torch.float32
+
+
+def to_device(pixels, device):
+    """A tensor, or each tensor of a list, on the device."""
+    return [p.to(device) for p in pixels] if isinstance(pixels, list) else pixels.to(device)

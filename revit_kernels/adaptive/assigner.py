@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from revit_kernels import ops
 from revit_kernels.adaptive.budgets import fitted
@@ -33,13 +34,16 @@ Served = VarLenViT | ClipModel | Engine
 TRUNKS = ("scout", "tokens")
 METADATA = "revit_kernels.assigner"
 SHARE = 0.02  # of a full-length pass of the model that is served: what an assigner may cost
+CONVOLVED_SHARE = 0.025  # the same with convolutions
 SMALL = 32  # pixels: up to this side a scout cuts an image into 4 x 4 patches, beyond it into 8 x 8
 FRAMES = 8  # of a clip that a scout sees, at most
 SIDE = 64  # pixels of the longer side of what a scout sees, at most; images of fewer are seen as they are
 WIDTHS = (48, 32, 16, 8)  # of a scout's patches, and of tokens that are projected
-GROUPS = 8  # of channels that are normalised together ahead of a convolution
-CONVOLVED = (256, 192, 160, 128, 96, 64, *WIDTHS)  # of a scout's patches, where convolutions follow
+CONVOLVED_GRID = (16, 16)  # of a scout's patches, where convolutions follow
+CONVOLVED_WIDTHS = (96, 64, *WIDTHS)  # of these patches
+MOST_CONVOLUTIONS = 8  # after which these patches are one
 HIDDEN = (256, 192, 128, 96, 64, 32)
+WIDEST = 16384  # the largest `hidden` that is accepted
 KEPT = (
     "confidence",
     "margin",
@@ -50,8 +54,21 @@ KEPT = (
 )  # columns that its file holds in half precision
 
 
-def _convolution(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.GroupNorm(GROUPS, width), nn.Conv2d(width, width, 3, padding=1), nn.GELU())
+class _Convolution(nn.Module):
+    """A 3 x 3 convolution and GELU: residual, or with twice the channels at half the rows and columns.
+
+    norm: a batch norm in training, between TokenLengthAssigner's `normalise` and `fold`
+    """
+
+    def __init__(self, width: int, halves: bool):
+        super().__init__()
+        self.halves = halves
+        self.conv = nn.Conv2d(width, width * (1 + halves), 3, stride=1 + halves, padding=1)
+        self.norm: nn.Module = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.norm(self.conv(x)))
+        return y if self.halves else x + y
 
 
 class TokenLengthAssigner(nn.Module):
@@ -63,7 +80,8 @@ class TokenLengthAssigner(nn.Module):
     trunk:   "scout": patches of the image itself, resized to `grid` x `patch` pixels; "tokens": the model's tokens at
              the shortest length, which an image that stays at that length goes on from
     classes: of the model
-    convolutions: residual 3 x 3 convolutions of a scout's grid of patches; a mean of every 2 x 2 patches follows them
+    convolutions: how many 3 x 3 convolutions follow a scout's patches: the second, fourth, ... halve the grid's rows
+             and columns and double the channels, the others are residual
     hidden:  width of both hidden layers
     width:   of a scout's patch; for "tokens" of each token's projection, 0 for none
     grid, patch, mean, std: of a scout: patches, pixels of one, and the images' statistics
@@ -111,11 +129,12 @@ class TokenLengthAssigner(nn.Module):
         self.fitted: dict[str, Policy] | None = None  # of these outcomes
         self.costs: list[Costs] = []  # one for each device and dtype that was measured
         self.about: dict = {}  # how it was trained, for a person to read
+        halves = [i % 2 == 1 for i in range(convolutions)]
+        self.convolutions = nn.ModuleList(_Convolution(width * 2 ** (i // 2), h) for i, h in enumerate(halves))
         if trunk == "scout":
             self.proj = nn.Conv2d(channels, width, self.patch, self.patch)
-            self.convolutions = nn.ModuleList(_convolution(width) for _ in range(convolutions))
-            left = self.grid[0] // 2 * (self.grid[1] // 2) if self.convolutions else cells(self.grid)
-            positions, features = left * (frames or 1), width
+            positions = cells(self.convolved(convolutions)) * (frames or 1)
+            features = width * 2 ** (convolutions // 2)
         else:
             positions, features = (self.shortest if depth else cells(self.menu[-1])), width or dim
             self.norm = nn.LayerNorm(dim)
@@ -124,6 +143,11 @@ class TokenLengthAssigner(nn.Module):
         self.fc1 = nn.Linear(positions * features, hidden)
         self.fc2 = nn.Linear(hidden, hidden)
         self.fc3 = nn.Linear(hidden, len(self.menu) + classes)
+
+    def convolved(self, convolutions: int) -> Grid:
+        """Rows and columns of a scout's grid after so many convolutions."""
+        rows, columns = (-(-side // 2 ** (convolutions // 2)) for side in self.grid)
+        return rows, columns
 
     @property
     def shortest(self) -> int:
@@ -140,34 +164,45 @@ class TokenLengthAssigner(nn.Module):
         convolutions: int = 0,
         hidden: int | None = None,
         side: int = SIDE,
-        share: float = SHARE,
+        share: float | None = None,
     ) -> TokenLengthAssigner:
         """The largest assigner of a resizable model that costs at most `share` of its full-length pass, counted in
         multiply-accumulates; the smallest there is, where none costs so little.
 
         depth:  for "tokens"
-        convolutions: for "scout"; its grid then has twice as many rows and columns
+        convolutions: for "scout"; its grid is then 16 x 16
         hidden: instead of what fits
         side:   pixels of the longer side of the images, for "scout"
+        share:  None for SHARE, and CONVOLVED_SHARE with convolutions
         """
         if model.menu is None:
             raise ValueError("the model is not resizable: an assigner needs a menu of lengths")
+        if not 0 <= depth <= (len(model.blocks) if trunk == "tokens" else 0):
+            most = f"must be 0 to {len(model.blocks)}" if trunk == "tokens" else "needs the trunk 'tokens'"
+            raise ValueError(f"depth {most}, got {depth} with the trunk {trunk!r}")
+        if not 0 <= convolutions <= (MOST_CONVOLUTIONS if trunk == "scout" else 0):
+            most = f"must be 0 to {MOST_CONVOLUTIONS}" if trunk == "scout" else "need the trunk 'scout'"
+            raise ValueError(f"convolutions {most}, got {convolutions} with the trunk {trunk!r}")
+        if hidden is not None and not 1 <= hidden <= WIDEST:
+            raise ValueError(f"hidden must be 1 to {WIDEST}, got {hidden}")
         given = {"classes": model.num_classes, "prefix": model.num_prefix_tokens, "depth": depth}
         given["per_frame"] = model.per_frame
         if trunk == "scout":
             scale = min(1.0, min(SIDE, side) / max(model.patch_embed.img_size))
             size = [pixels * scale for pixels in model.patch_embed.img_size]
-            cut = (4 if max(size) <= SMALL else 8) * (2 if convolutions else 1)
-            given |= {"grid": (cut, cut), "patch": tuple(max(1, round(pixels / cut)) for pixels in size)}
+            cut = CONVOLVED_GRID if convolutions else (4, 4) if max(size) <= SMALL else (8, 8)
+            given |= {"grid": cut, "patch": tuple(max(1, round(pixels / cut[0])) for pixels in size)}
             if model.per_frame is not None:
                 given["frames"] = min(FRAMES, model.menu[0][0] * model.tubelet)
             cfg = model.pretrained_cfg
             given |= {"channels": model.in_chans, "mean": cfg["mean"], "std": cfg["std"]}
             given |= {"convolutions": convolutions}
-            widths = CONVOLVED if convolutions else WIDTHS
+            widths = CONVOLVED_WIDTHS if convolutions else WIDTHS
         else:
             given |= {"dim": model.embed_dim}
             widths = (0, *(width for width in WIDTHS if width < model.embed_dim))
+        if share is None:
+            share = CONVOLVED_SHARE if convolutions else SHARE
         limit = share * model_macs(model, model.menu[0])
         with torch.device("meta"):
             options = [(h, w) for h in ((hidden,) if hidden else HIDDEN) for w in widths]
@@ -180,14 +215,31 @@ class TokenLengthAssigner(nn.Module):
         """Multiply-accumulates for one image, those included that an image of the shortest length goes on from."""
         dense = sum(layer.weight.numel() for layer in (self.fc1, self.fc2, self.fc3))
         if self.trunk == "scout":
-            each = sum(layer.weight.numel() for layer in (self.proj, *(layers[1] for layers in self.convolutions)))
-            return dense + each * cells(self.grid) * (self.frames or 1)
+            of_frame = self.proj.weight.numel() * cells(self.grid)
+            for i, layer in enumerate(self.convolutions):
+                of_frame += layer.conv.weight.numel() * cells(self.convolved(i + 1))
+            return dense + of_frame * (self.frames or 1)
         projected = self.proj.weight.numel() * cells(self.menu[-1]) if isinstance(self.proj, nn.Linear) else 0
         return dense + projected + self.reused(model)
 
     def reused(self, model: Model) -> int:
         """Multiply-accumulates that an image of the shortest length is spared after it."""
         return model_macs(model, self.menu[-1], self.depth) if self.trunk == "tokens" else 0
+
+    # ------------------------------------------------------------------ training
+
+    def normalise(self) -> TokenLengthAssigner:
+        """Put a batch norm after every convolution, for training."""
+        for layer in self.convolutions:
+            layer.norm = nn.BatchNorm2d(layer.conv.out_channels)
+        return self
+
+    def fold(self) -> TokenLengthAssigner:
+        """Switch to eval mode, and fold the batch norms of `normalise` into their convolutions."""
+        self.eval()
+        for layer in self.convolutions:
+            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
+        return self
 
     # ------------------------------------------------------------------ forward
 
@@ -210,9 +262,9 @@ class TokenLengthAssigner(nn.Module):
         if not self.convolutions:
             return x
         x = x.view(-1, *self.grid, x.shape[-1]).permute(0, 3, 1, 2)  # channels last, as oneDNN and cuDNN like them
-        for layers in self.convolutions:
-            x = x + layers(x)
-        return F.avg_pool2d(x, 2).permute(0, 2, 3, 1)
+        for layer in self.convolutions:
+            x = layer(x)
+        return x.permute(0, 2, 3, 1)
 
     def patches(self, images: Images, channels_last: bool = True) -> Tensor:
         """(images * patches, width): what the scout's first layer makes of images, or frames of clips, of any sizes."""
@@ -288,6 +340,8 @@ class TokenLengthAssigner(nn.Module):
     def calibrate(self, outcomes: Outcomes) -> None:
         """Keep held-out outcomes with its answers, rounded as its file holds them, and what is fitted to them."""
         rounded = {name: getattr(outcomes, name).astype(np.float16).astype(np.float32) for name in KEPT}
+        if not all(np.isfinite(values).all() for values in rounded.values()):
+            raise ValueError("the assigner's answers are not finite in float16: give a smaller lr")
         self.outcomes = replace(outcomes, probabilities=None, fingerprint=self.fingerprint, **rounded)
         self.fitted = fitted(self.outcomes)
 

@@ -40,7 +40,7 @@ def label_of(correct: np.ndarray, unsolved: str = "smallest", rule: str = "first
 
     correct:  (images, lengths) bool, longest length first
     unsolved: for an image that no length answers right: the "smallest" length (it costs least), the "largest", or
-              "drop" (label -1: no image to learn from)
+              "drop" (label -1)
     rule:     "first_correct": the shortest that is right; "stable": the shortest from which on every longer one is too
 
     Returns (images,) int64. Raises ValueError for an option that is none.

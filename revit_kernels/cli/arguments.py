@@ -20,6 +20,12 @@ def count(text: str) -> int:
     return number
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, at least 0, got {text!r}")
+    return int(text)
+
+
 def refuse_overwriting(option: str, output: str | os.PathLike | None, inputs: Iterable[str | None]) -> None:
     """Raise ValueError if the output is one of the inputs, also by another name of the same file."""
     if output is None or not os.path.exists(output):
@@ -62,7 +68,10 @@ def grids(text: str):
     return found
 
 
-def add_images(parser, split: str = "train", help: str = "a known set, a folder of classes, .csv or .parquet") -> None:
+OF_IMAGES = "a known set, a folder of classes, .csv, .parquet, shards/*.tar, torchvision:NAME or hf:NAME"
+
+
+def add_images(parser, split: str = "train", help: str = OF_IMAGES) -> None:
     """--data, --split and --root: a set of images, as data.datasets.open_set takes them."""
     parser.add_argument("--data", required=True, metavar="SET", help=help)
     parser.add_argument("--split", default=split, help=f"default: {split}")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from revit_kernels.adaptive.outcomes import name_of
-from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, refuse_overwriting
+from revit_kernels.cli.arguments import add_batch_tokens, add_device, add_dtype, add_images, refuse_overwriting, seed
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
@@ -49,7 +49,7 @@ def add(commands):
     label.add_argument(
         "--held-out", type=float, default=0, metavar="N", help="mark those that `revit train` kept apart"
     )
-    label.add_argument("--seed", type=int, default=0, help="of --held-out and of the folds, as in training")
+    label.add_argument("--seed", type=seed, default=0, help="of --held-out and of the folds, as in training")
     label.add_argument(
         "--fold-models", nargs="+", default=[], metavar="FILE", help="models of the folds after the first"
     )
@@ -95,6 +95,7 @@ def run(args) -> int:
     if len(files) > 1:
         if args.held_out:
             raise ValueError("--held-out and --fold-models are two ways to keep images apart: give one")
+        check_folds(files, args.seed)
         of_fold = folds(images.targets, len(files), args.seed)
         parts = [images.subset(np.flatnonzero(of_fold == fold)) for fold in range(len(files))]
     elif args.held_out:
@@ -126,6 +127,22 @@ def run(args) -> int:
     if not args.quiet:
         print("\n".join(summary(outcomes)), file=sys.stderr)
     return 0
+
+
+def check_folds(files: list[str], seed: int) -> None:
+    """Raise ValueError for a model whose run's folder shows that it left out another fold than it is to label."""
+    for number, file in enumerate(files, 1):
+        try:
+            run = parse_json((Path(model_file(file)).parent / SETTINGS).read_text())
+            found = run["fold"], run["seed"]
+        except (OSError, ValueError, KeyError, TypeError):  # not the folder of a run
+            continue
+        if found != (f"{number}/{len(files)}", seed):
+            left = "no fold" if found[0] is None else f"fold {found[0]}"
+            raise ValueError(
+                f"model {number} of {len(files)} must have left out fold {number}/{len(files)} with --seed {seed}, but "
+                f"{file} left out {left} with --seed {found[1]}"
+            )
 
 
 def learnt(args) -> str | None:

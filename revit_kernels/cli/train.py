@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from revit_kernels.cli.arguments import add_device, add_images, count, lengths
+from revit_kernels.cli.arguments import add_device, add_images, count, lengths, seed
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.data.division import folds
@@ -88,7 +88,7 @@ def add(commands):
     start = train.add_mutually_exclusive_group()
     start.add_argument("--checkpoint", metavar="FILE", help="weights of NAME to start from")
     start.add_argument("--pretrained", action="store_true", help="start from timm's weights, downloaded (needs timm)")
-    train.add_argument("--model-args", type=model_args, default={}, metavar="NAME=VALUE,...", help="of the constructor")
+    train.add_argument("--model-args", type=model_args, default={}, metavar="NAME=VALUE,...", help="of the model")
     train.add_argument("--output", "-o", required=True, metavar="DIR", help="the folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder, or begin it")
 
@@ -99,8 +99,8 @@ def add(commands):
         type=float,
         default=0,
         metavar="N",
-        help="images, or a share of them, kept apart: "
-        "the scores of each epoch are theirs, and labels should be taken from them",
+        help="images, or a share of them, that are not trained on: the scores of each epoch are theirs; "
+        "give `revit label` the same number",
     )
     data.add_argument("--fold", metavar="I/K", help="leave out fold I of K instead (I from 1), for k-fold labels")
     data.add_argument(
@@ -133,14 +133,15 @@ def add(commands):
         "--distillation",
         type=float,
         default=0.5,
-        metavar="SHARE",
-        help="of a shorter length's loss that is the divergence from the longest's answer (default: 0.5; 0: none)",
+        metavar="WEIGHT",
+        help="of the distillation loss at shorter lengths, from 0 to 1 (default: 0.5)",
     )
     menu.add_argument(
         "--teacher",
         choices=("self", "average"),
         default="self",
-        help="of that divergence: the model itself, or the average of its weights that --ema keeps (default: self)",
+        help="what is distilled: the longest length of the model itself, or of the average of its weights that "
+        "--ema keeps (default: self)",
     )
     menu.add_argument(
         "--lengths-per-step",
@@ -149,12 +150,12 @@ def add(commands):
         metavar="N",
         help="the longest and N - 1 others, drawn anew for each step (default: all of the menu)",
     )
-    menu.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of that divergence (default: 1)")
+    menu.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of the distillation (default: 1)")
 
     recipe = train.add_argument_group("recipe")
     recipe.add_argument("--epochs", type=float, default=10.0, metavar="N", help="may be a fraction (default: 10)")
     recipe.add_argument("--batch", type=count, default=64, metavar="N", help="images of a step in each process")
-    recipe.add_argument("--accumulate", type=count, default=1, metavar="N", help="parts a batch is taken in")
+    recipe.add_argument("--accumulate", type=count, default=1, metavar="N", help="parts that a batch is computed in")
     recipe.add_argument(
         "--optimiser",
         choices=tuple(OPTIMISERS),
@@ -172,7 +173,7 @@ def add(commands):
     recipe.add_argument("--ema", type=float, default=0.0, metavar="DECAY", help="of a moving average of weights")
     recipe.add_argument("--bf16", action="store_true", help="compute in bfloat16 (autocast); weights stay float32")
     recipe.add_argument("--checkpointing", action="store_true", help="recompute blocks in the backward: less memory")
-    recipe.add_argument("--seed", type=int, default=0)
+    recipe.add_argument("--seed", type=seed, default=0)
     recipe.add_argument(
         "--fsdp",
         action="store_true",

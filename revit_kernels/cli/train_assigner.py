@@ -6,11 +6,11 @@ from pathlib import Path
 
 from revit_kernels.adaptive.costs import measure_costs
 from revit_kernels.adaptive.outcomes import Outcomes
-from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count, refuse_overwriting
+from revit_kernels.cli.arguments import add_device, add_dtype, add_images, count, refuse_overwriting, seed
 from revit_kernels.cli.clips import add_clips, open_data
 from revit_kernels.cli.progress import Progress
 from revit_kernels.models.registry import load_resizable
-from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner
+from revit_kernels.training.assigner import AssignerRecipe, quality, train_assigner, usual_size
 from revit_kernels.training.labels import fit_images
 
 INTERRUPTED = "interrupted: the same command with --resume goes on"
@@ -34,20 +34,34 @@ def add(commands):
         help="scout: patches of the image itself (default); tokens: the ReViT's at the shortest length, which is not "
         "computed twice",
     )
-    train.add_argument("--depth", type=int, default=0, metavar="N", help="blocks that tokens go through (default: 0)")
     train.add_argument(
-        "--convolutions", type=count, default=0, metavar="N", help="3 x 3 convolutions of a scout (default: 0)"
+        "--depth",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of --trunk tokens: blocks of the model that run before it (default: 0)",
     )
-    train.add_argument("--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow)")
-    train.add_argument("--crop", choices=("none", "pad", "resized"), default="none", help="of a scout's images")
+    train.add_argument(
+        "--convolutions", type=int, default=0, metavar="N", help="3 x 3 convolutions of a scout, 0 to 8 (default: 0)"
+    )
+    train.add_argument(
+        "--hidden", type=count, metavar="N", help="width (default: what 2 %% of a pass allow, with convolutions 2.5 %%)"
+    )
+    train.add_argument(
+        "--crop", choices=("none", "pad", "resized"), default="none", help="random crops of a scout's images"
+    )
     train.add_argument("--flip", action="store_true", help="mirror half of a scout's images")
     train.add_argument("--epochs", type=count, default=12, metavar="N", help="default: 12")
     train.add_argument("--batch", type=count, default=256, metavar="N")
     train.add_argument("--lr", type=float, default=2e-3)
     train.add_argument(
-        "--folds", type=count, default=5, metavar="K", help="of held-out images, where only those can be learnt from"
+        "--folds",
+        type=count,
+        default=5,
+        metavar="K",
+        help="of cross-validation, where it learns from held-out images alone",
     )
-    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--seed", type=seed, default=0)
     train.add_argument("--resume", action="store_true", help="go on where a run with this --output was killed")
     add_clips(train)
     add_device(train)
@@ -65,7 +79,7 @@ def run(args) -> int:
     refuse_overwriting("--output", output, [args.model, args.labels, args.data])
     outcomes = Outcomes.load(args.labels)
     model = load_resizable(args.model, args.device, args.dtype)
-    images = fit_images(open_data(args, args.model), model)
+    images = fit_images(open_data(args, args.model), model, outcomes.about.get("against") != "full")
     chosen = {"crop": args.crop, "flip": args.flip, "folds": args.folds, "seed": args.seed}
     recipe = AssignerRecipe(args.epochs, args.batch, args.lr, **chosen)
     state = output.with_name(f".{output.name}.state")
@@ -77,7 +91,7 @@ def run(args) -> int:
         assigner = train_assigner(model, outcomes, images, args.trunk, recipe, **options)
     parameter, engine = next(model.parameters()), model.engine()
     served = copy.deepcopy(assigner).to(parameter.device, parameter.dtype)
-    costs = measure_costs(engine, served, tuple(images.pixels(0).shape[-3:-1]), rounds=9)
+    costs = measure_costs(engine, served, usual_size(images), rounds=9)
     assigner.keep_costs(costs)
     assigner.save(output)
     if not args.quiet:

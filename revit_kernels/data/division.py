@@ -14,7 +14,7 @@ def hold_out(targets: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarra
     Raises ValueError where nothing would be held out, or nothing left.
     """
     targets = np.asarray(targets)
-    count = round(held_out * len(targets)) if held_out < 1 else int(held_out)
+    count = 0 if not np.isfinite(held_out) else round(held_out * len(targets)) if held_out < 1 else int(held_out)
     if not 0 < count < len(targets):
         raise ValueError(f"of {len(targets)} images, 1 to {len(targets) - 1} can be held out, got {held_out:g}")
     classes, sizes = np.unique(targets, return_counts=True)
@@ -31,11 +31,16 @@ def hold_out(targets: np.ndarray, held_out: float, seed: int) -> tuple[np.ndarra
 
 
 def folds(targets: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """(images,) the fold, from 0, of each image: every class is dealt out over the k folds in a seeded order."""
+    """(images,) the fold, from 0, of each image: every class is dealt out over the k folds in a seeded order, beginning
+    where the class before it ended. Raises ValueError for more folds than images.
+    """
     targets = np.asarray(targets)
-    of_fold = np.empty(len(targets), np.int64)
+    if k > len(targets):
+        raise ValueError(f"{len(targets)} images cannot be divided into {k} folds")
+    of_fold, dealt = np.empty(len(targets), np.int64), 0
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
         order = np.random.default_rng([seed, int(label)]).permutation(len(members))
-        of_fold[members[order]] = np.arange(len(members)) % k
+        of_fold[members[order]] = (np.arange(len(members)) + dealt) % k
+        dealt += len(members)
     return of_fold

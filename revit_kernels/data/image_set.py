@@ -158,6 +158,11 @@ def numbered(labels: Sequence) -> tuple[list[str], np.ndarray]:
     return [str(name) for name in names], np.array([number[label] for label in labels], np.int64)
 
 
+def set_name(name: str) -> str:
+    """The name of a set without its split."""
+    return name.partition("/")[0]
+
+
 def plain_split(split: str) -> str:
     """train, val or test for their other names."""
     return SPLITS.get(split.lower(), split.lower())

@@ -119,7 +119,7 @@ def _av():
     try:
         import av
     except ImportError:
-        raise ImageError("decoding videos needs PyAV: pip install 'revit_kernels[video]'") from None
+        raise ImageError("decoding videos needs PyAV: pip install av") from None
     return av
 
 

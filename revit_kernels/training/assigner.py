@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import pickle
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,15 +22,16 @@ from revit_kernels.adaptive.costs import model_device
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import folds
+from revit_kernels.data.image_set import set_name
+from revit_kernels.devices import to_device
 from revit_kernels.engines import engine_of
 from revit_kernels.files import write_whole
 from revit_kernels.grids import grid_text
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.models.video import sampled
 from revit_kernels.training.augmentation import augmentation
-from revit_kernels.training.loader import seed_of
+from revit_kernels.training.loader import seed_of, stretched
 
-SMOOTH = {"mode": "bicubic", "antialias": True}
 ALIKE = 4  # images that are cropped and mirrored alike: one by one takes longer than the step itself
 TOO_GOOD = 0.5  # of the held-out images' errors: a model that makes fewer on its training images tells too little there
 
@@ -57,6 +62,8 @@ class AssignerRecipe:
         if self.folds < 2 or self.epochs < 1 or self.batch < 1:
             given = f"{self.folds}, {self.epochs} and {self.batch}"
             raise ValueError(f"folds must be at least 2, epochs and batch at least 1, got {given}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be above 0 and finite, got {self.lr:g}")
 
 
 class Targets:
@@ -76,6 +83,13 @@ class Targets:
         given = p.gather(2, self.truth[:, None, None].expand(-1, p.shape[1], 1))[..., 0].float()
         self.right = 0.5 * torch.from_numpy(outcomes.correct).float() + 0.5 * given
 
+    def fingerprint(self, keys) -> str:
+        """The sha256 of the images' names and of what is learnt of them."""
+        digest = hashlib.sha256("\0".join(keys).encode("utf-8", "backslashreplace"))
+        for part in (self.truth, self.right, self.full):
+            digest.update(part.numpy().tobytes())
+        return digest.hexdigest()
+
     def loss(self, logits: Tensor, members: Tensor, classes: float) -> Tensor:
         """The mean loss. logits: (images, lengths + classes) of these members"""
         lengths, posterior = logits.tensor_split([self.right.shape[1]], 1)
@@ -91,30 +105,24 @@ def _inputs(assigner: TokenLengthAssigner, model, images: ImageSet, progress) ->
     size = [patch * rows for patch, rows in zip(assigner.patch, assigner.grid)]
     for indices, pixels in read_batches(images, None, 256):
         if assigner.trunk == "tokens":
-            pixels = pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
-            parts.append(assigner.inputs(assigner.tokens(pixels, model)[0]).cpu().clone())
+            tokens = assigner.tokens(to_device(pixels, device), model)[0]
+            parts.append(assigner.inputs(tokens).cpu().clone())
         elif isinstance(pixels, Tensor) and list(pixels.shape[1:3]) == size:
             parts.append(pixels.clone())
         else:
-            parts.append(torch.stack([_resized(image, size, assigner.frames) for image in pixels]))
+            clips = assigner.frames is not None
+            frames = (image[sampled(len(image), assigner.frames)] if clips else image for image in pixels)
+            parts.append(torch.stack([stretched(image, size, "bicubic") for image in frames]))
         if progress is not None:
             progress(len(indices))
     return torch.cat(parts)
-
-
-def _resized(image: Tensor, size: list[int], frames: int | None) -> Tensor:
-    """An image (height, width, 3), or so many frames of a clip (frames, height, width, 3), of this size."""
-    if frames is not None:
-        image = image[sampled(len(image), frames)]
-    planes = F.interpolate(image.view(-1, *image.shape[-3:]).permute(0, 3, 1, 2).float(), size, **SMOOTH)
-    return planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).view(*image.shape[:-3], *size, 3)
 
 
 class _Fit:
     """One training, epoch by epoch: what a step does depends on the seed and its number alone."""
 
     def __init__(self, assigner: TokenLengthAssigner, targets: Targets, inputs: Tensor, members, recipe, state=None):
-        self.assigner, self.targets, self.inputs, self.recipe = assigner, targets, inputs, recipe
+        self.assigner, self.targets, self.inputs, self.recipe = assigner.normalise(), targets, inputs, recipe
         self.members, self.state = np.asarray(members), state
         self.steps = -(-len(self.members) // recipe.batch)
         self.optimiser = torch.optim.AdamW(assigner.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -145,8 +153,8 @@ class _Fit:
             for name, part in self._parts().items():
                 part.load_state_dict(found[name])
             self.epoch = found["epoch"]
-        except (KeyError, RuntimeError, OSError, EOFError) as error:
-            raise ValueError(f"{self.state} cannot be read: remove it to begin anew ({error})") from None
+        except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+            raise ValueError(f"{self.state} cannot be read: remove it to begin anew") from None
 
     def run(self, settings: dict | None = None, progress=None) -> None:
         assigner, recipe = self.assigner, self.recipe
@@ -171,7 +179,7 @@ class _Fit:
                 write_whole(self.state, lambda temporary, kept=kept: torch.save(kept, temporary))
             if progress is not None:
                 progress(len(order))
-        assigner.eval()
+        assigner.fold()
         with torch.no_grad():
             for weight in assigner.parameters():
                 weight.copy_(weight.bfloat16())  # as its file holds them
@@ -207,14 +215,13 @@ def train_assigner(
     recipe, engine = recipe or AssignerRecipe(), engine_of(model)
     model = engine.model
     outcomes.require(model)
-    if trunk != "scout" and (convolutions or recipe.crop != "none" or recipe.flip):
-        raise ValueError(f"convolutions, crop and flip need the trunk 'scout', got {trunk!r}")
+    if trunk != "scout" and (recipe.crop != "none" or recipe.flip):
+        raise ValueError(f"crop and flip need the trunk 'scout', got {trunk!r}")
     learnt, apart = outcomes.apart()
     if len(apart) < 20:
         raise ValueError(f"an assigner needs at least 20 held-out images, got {len(apart)}")
     torch.manual_seed(recipe.seed)
-    side = max(images.pixels(0).shape[-3:-1])
-    size = {"depth": depth, "convolutions": convolutions, "hidden": hidden, "side": side}
+    size = {"depth": depth, "convolutions": convolutions, "hidden": hidden, "side": max(usual_size(images))}
     assigner = TokenLengthAssigner.for_model(model, trunk, **size).float()
     about = {"recipe": asdict(recipe), "held_out": len(apart), "learnt": 0 if learnt is None else len(learnt)}
     if learnt is not None:
@@ -222,6 +229,7 @@ def train_assigner(
         about["errors"] = {"learnt": errors[0], "held_out": errors[1]}
         if errors[0] < TOO_GOOD * errors[1]:
             learnt = None
+    of_fold = None if learnt is not None else folds(apart.targets, recipe.folds, recipe.seed)
     about["from"] = f"{recipe.folds} folds of held-out images" if learnt is None else "the model's training images"
     assigner.fingerprint = fingerprint(model)
     assigner.about = about
@@ -229,32 +237,29 @@ def train_assigner(
     targets, source_images = Targets(source), _of(source, images)
     inputs = _inputs(assigner.to(model_device(model)), engine, source_images, progress)
     assigner.cpu()
-    settings = {"model": assigner.fingerprint, "images": list(source.keys[:3]), "count": len(source)}
+    settings = {"model": assigner.fingerprint, "labels": targets.fingerprint(source.keys)}
     settings |= {"recipe": asdict(recipe), "config": str(assigner.config)}
-    start = {k: v.clone() for k, v in assigner.state_dict().items()}
+    start = copy.deepcopy(assigner)
     fit = _Fit(assigner, targets, inputs, np.arange(len(source)), recipe, state)
     fit.resume(settings)
     fit.run(settings, progress)
     served = TokenLengthAssigner(**assigner.config).to(model_device(model), engine.patch_embed.proj.weight.dtype).eval()
-    final = {k: v.clone() for k, v in assigner.state_dict().items()}
 
-    def answers(o: Outcomes) -> Outcomes:
+    def answers(o: Outcomes, assigner: TokenLengthAssigner) -> Outcomes:
         served.load_state_dict(assigner.state_dict())
         return _answered(served, engine, o, _of(o, images))
 
     if learnt is None:
-        of_fold = folds(apart.targets, recipe.folds, recipe.seed)
         parts = []
         for fold in range(recipe.folds):
-            assigner.load_state_dict(start)
-            _Fit(assigner, targets, inputs, np.flatnonzero(of_fold != fold), recipe).run()
-            parts.append((there := np.flatnonzero(of_fold == fold), answers(apart.take(there))))
+            other = copy.deepcopy(start)
+            _Fit(other, targets, inputs, np.flatnonzero(of_fold != fold), recipe).run()
+            parts.append((there := np.flatnonzero(of_fold == fold), answers(apart.take(there), other)))
         place = np.argsort(np.concatenate([there for there, _ in parts]), kind="stable")
         columns = {n: np.concatenate([getattr(o, n) for _, o in parts])[place] for n in ("assigner", "mixed", "alone")}
         apart = replace(apart, **columns)
-        assigner.load_state_dict(final)
     else:
-        apart = answers(apart)
+        apart = answers(apart, assigner)
     assigner.calibrate(apart)
     if state is not None:
         state.unlink(missing_ok=True)
@@ -266,8 +271,7 @@ def _answered(assigner: TokenLengthAssigner, engine, outcomes: Outcomes, images:
     """The outcomes with the assigner's answers."""
     lengths, device, logits = len(outcomes.menu), model_device(engine), []
     for _, pixels in read_batches(images, None, 256):
-        pixels = pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
-        logits.append(assigner(pixels, model=engine).cpu())
+        logits.append(assigner(to_device(pixels, device), model=engine).cpu())
     right, posterior = torch.cat(logits).tensor_split([lengths], 1)
     log_p = torch.from_numpy(outcomes.probabilities).float().clamp_min(1e-8).log()  # half precision has zeros
     mixed = torch.stack([evidence.mixed(log_p[:, row], posterior) for row in range(lengths)], 1)
@@ -283,7 +287,18 @@ def _of(outcomes: Outcomes, images: ImageSet) -> ImageSet:
         raise ValueError(
             f"{len(missing)} of the labels are of images that {images.name} does not have: {missing[0]}, ..."
         )
-    return images.subset([place[key] for key in outcomes.keys])
+    found = images.subset([place[key] for key in outcomes.keys])
+    if outcomes.about.get("against") != "full" and not np.array_equal(found.targets, outcomes.targets):
+        raise ValueError(f"the labels have other classes for images of the same names than {images.name} has")
+    if "images" in outcomes.about and set_name(outcomes.about["images"]) != set_name(images.name):
+        warnings.warn(f"the labels are of {outcomes.about['images']}; {images.name} has images of the same names")
+    return found
+
+
+def usual_size(images: ImageSet) -> tuple[int, int]:
+    """(height, width) of the image of median size, of nine that lie evenly among all."""
+    sizes = [images.pixels(int(i)).shape[-3:-1] for i in np.linspace(0, len(images) - 1, 9)]
+    return sorted(sizes, key=max)[4]
 
 
 def quality(outcomes: Outcomes) -> dict[str, dict[str, float]]:

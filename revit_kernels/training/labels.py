@@ -11,23 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from revit_kernels.adaptive import evidence
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.sets import save_arrays
+from revit_kernels.devices import to_device
 from revit_kernels.engines import engine_of
 from revit_kernels.files import is_empty, write_whole
 from revit_kernels.models.checkpoints import fingerprint
 from revit_kernels.modules.lengths import tokens_of
 from revit_kernels.training.distillation import packed_logits
 
+SAID = {"predicted", "confidence", "margin", "entropy"}  # what every shard holds
 SHARD = 1024  # images after which what was found is written, to go on from
-
-
-def _to_device(pixels: Tensor | list[Tensor], device) -> Tensor | list[Tensor]:
-    return pixels.to(device) if isinstance(pixels, Tensor) else [p.to(device) for p in pixels]
 
 
 @torch.inference_mode()
@@ -39,7 +36,7 @@ def _ask(
     tokens = sum(tokens_of(model, grid) for grid in model.menu)
     found: dict[str, list[np.ndarray]] = {}
     for indices, pixels in read_batches(images, members, max(1, batch_tokens // tokens)):
-        pixels = _to_device(pixels, device)
+        pixels = to_device(pixels, device)
         logits = packed_logits(model, pixels, *layout, channels_last=True).transpose(0, 1)
         columns = {"predicted": logits.argmax(-1).int()}  # logits: (images, lengths, classes)
         columns |= dict(zip(("confidence", "margin", "entropy"), evidence.summary(logits).unbind(-1)))
@@ -132,9 +129,10 @@ def _kept(path: Path | None) -> dict[str, np.ndarray] | None:
         return None
     try:
         with np.load(path) as kept:
-            return {name: kept[name] for name in kept.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            found = {name: kept[name] for name in kept.files}
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile):
         return None
+    return found if SAID <= found.keys() else None
 
 
 def _begin(folder: Path, settings: dict) -> None:

@@ -65,11 +65,11 @@ class Augmented(Dataset):
                 torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed walks the stack for CUDA
                 pixels = self.augment(pixels.movedim(-1, -3)).movedim(-3, -1)  # the same for all frames of a clip
         if tuple(pixels.shape[-3:-1]) != self.size:
-            pixels = _fit(pixels, self.size, self.interpolation)
+            pixels = stretched(pixels, self.size, self.interpolation)
         return pixels.contiguous(), int(self.images.targets[index])
 
 
-def _fit(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+def stretched(pixels: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     """The whole image, or every frame, stretched to the size: as the model sees an image at evaluation."""
     planes = pixels.view(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2).float()
     planes = F.interpolate(planes, size, mode=interpolation, antialias=True)

@@ -7,17 +7,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_revit import MENU, held_out, labelled, make_images, make_model, trained
+from torch import nn
 
 from revit_kernels import cli
 from revit_kernels.adaptive.assigner import METADATA, SHARE, TokenLengthAssigner
 from revit_kernels.adaptive.costs import Costs, model_macs
+from revit_kernels.data.datasets import ArraySet
 from revit_kernels.models import checkpoints
 from revit_kernels.training import assigner as training
-from revit_kernels.training.assigner import AssignerRecipe, Targets, quality, train_assigner
-from revit_kernels.training.labels import join
+from revit_kernels.training.assigner import AssignerRecipe, Targets, quality, train_assigner, usual_size
+from revit_kernels.training.labels import collect, join
 
 RECIPE = AssignerRecipe(epochs=3, folds=2)
-WAYS = {"scout": {}, "scout of convolutions": {"convolutions": 2}, "tokens": {"trunk": "tokens"}}
+WAYS = {"scout": {}, "scout of convolutions": {"convolutions": 3}, "tokens": {"trunk": "tokens"}}
 every_way = pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 
 
@@ -105,13 +107,18 @@ def test_training_is_deterministic_and_goes_on_where_it_was_killed(options, tmp_
         train_assigner(trained(), outcomes, images, **arguments, state=state, progress=kill)
     with pytest.raises(ValueError, match="of a run with other settings"):
         train_assigner(trained(), outcomes, images, **arguments | {"recipe": replace(recipe, lr=1e-3)}, state=state)
+    other = replace(outcomes, correct=~outcomes.correct)
+    other.correct[240:] = outcomes.correct[240:]  # images of the same number and names, of which it learns otherwise
+    with pytest.raises(ValueError, match="of a run with other settings"):
+        train_assigner(trained(), other, images, **arguments, state=state)
     epochs = []
     found = train_assigner(trained(), outcomes, images, **arguments, state=state, progress=epochs.append)
     assert epochs[-1] == 240 and sum(epochs) == 240 + 240  # the inputs, and the last epoch
     assert all(torch.equal(whole[k], found.state_dict()[k]) for k in whole) and not state.exists()
-    state.write_bytes(b"half")
-    with pytest.raises(ValueError, match="cannot be read"):
-        train_assigner(trained(), outcomes, images, **arguments, state=state)
+    for damaged in (b"half", b"\x80\x02cos\nsystem\nq\x00.", b"\x80\x02]q\x00."):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read"):
+            train_assigner(trained(), outcomes, images, **arguments, state=state)
 
 
 def test_loss_by_hand():
@@ -183,8 +190,8 @@ def test_work_of_both_trunks_by_hand():
     dense = 64 * 64 + 64 * 6
     assert scout.macs(model) == 16 * 48 * 16 + 16 * 16 * 64 + dense and scout.reused(model) == 0
     size = {"hidden": 64, "width": 16, "grid": (5, 4), "patch": (4, 4)}
-    convolved = TokenLengthAssigner(MENU, classes=3, convolutions=2, **size)  # means of 2 x 2 leave 2 rows of 5, and 2
-    assert convolved.macs(model) == 20 * (48 * 16 + 2 * 9 * 16 * 16) + 4 * 16 * 64 + dense
+    convolved = TokenLengthAssigner(MENU, classes=3, convolutions=3, **size)  # the second leaves 3 rows of 5, and 2
+    assert convolved.macs(model) == 20 * (48 + 9 * 16) * 16 + 6 * 9 * (16 + 32) * 32 + 6 * 32 * 64 + dense
     assert convolved(torch.zeros(3, 9, 9, 3, dtype=torch.uint8)).shape == (3, 6)
     tokens = TokenLengthAssigner(MENU, "tokens", classes=3, hidden=64, width=0, dim=32)
     assert tokens.reused(model) == 5 * 48 * 32  # the class token is counted as it was
@@ -192,6 +199,21 @@ def test_work_of_both_trunks_by_hand():
     deeper = TokenLengthAssigner(MENU, "tokens", classes=3, hidden=64, width=8, dim=32, depth=2)
     assert deeper.reused(model) == model_macs(model, (2, 2), 2)
     assert deeper.macs(model) == deeper.reused(model) + 4 * 32 * 8 + 5 * 8 * 64 + dense
+
+
+def test_batch_norms_are_folded_into_their_convolutions():
+    torch.manual_seed(0)
+    scout = TokenLengthAssigner(MENU, classes=3, convolutions=5, width=8, grid=(5, 4), patch=(4, 4)).normalise()
+    x, before = torch.randint(0, 256, (4, 20, 16, 3), dtype=torch.uint8), set(scout.state_dict())
+    for norm in (m for m in scout.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, -1, 1)
+    with torch.no_grad():
+        scout(x)  # in training mode: running means and variances are of these images
+        expected = scout.eval()(x)
+        found = scout.fold()(x)
+    torch.testing.assert_close(found, expected)
+    assert any("norm" in name for name in before) and not any("norm" in name for name in scout.state_dict())
 
 
 @pytest.mark.parametrize("name, products", [("vit_small_patch16_224", 2), ("vit_giant_patch14_dinov2", 3)])
@@ -208,7 +230,7 @@ def test_work_of_blocks_by_hand(name, products):
 def test_loss_that_is_not_finite():
     images, outcomes = labelled()
     with pytest.raises(RuntimeError, match="smaller --lr"):
-        train_assigner(trained(), outcomes, images, "scout", replace(RECIPE, lr=float("inf")))
+        train_assigner(trained(), outcomes, images, "scout", replace(RECIPE, lr=1e30))
 
 
 @pytest.mark.parametrize("damage", ["json", "tensor", "config", "outcomes"])
@@ -240,7 +262,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: images)
     model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
     command = ["train-assigner", model, "--labels", labels, "--data", "held", "--dtype", "float32", "--epochs", "2"]
-    command += ["--convolutions", "1", "--crop", "pad", "--flip"]
+    command += ["--convolutions", "2", "--crop", "pad", "--flip"]
     assert cli.main([*command, "--output", output]) == 0
     told = capsys.readouterr().err
     assert "whether 2x2 is right with AUC" in told and "of a full-length pass, measured on" in told
@@ -276,8 +298,23 @@ def test_wrong_use(tmp_path):
         train_assigner(trained(), replace(outcomes, probabilities=None), images)
     with pytest.raises(ValueError, match="crop and flip need the trunk 'scout'"):
         train_assigner(trained(), outcomes, images, "tokens", replace(RECIPE, flip=True))
-    with pytest.raises(ValueError, match=r"convolutions, .* need the trunk 'scout'"):
-        train_assigner(trained(), outcomes, images, "tokens", RECIPE, convolutions=1)
+    for wrong, match in (
+        ({"trunk": "tokens", "convolutions": 1}, "convolutions need the trunk 'scout'"),
+        ({"convolutions": -1}, "convolutions must be 0 to 8, got -1"),
+        ({"depth": 1}, "depth needs the trunk 'tokens', got 1 with the trunk 'scout'"),
+        ({"trunk": "tokens", "depth": 4}, "depth must be 0 to 3, got 4"),
+        ({"hidden": 100_000}, "hidden must be 1 to 16384, got 100000"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TokenLengthAssigner.for_model(trained(), **wrong)
+    with pytest.raises(ValueError, match="lr must be above 0 and finite, got nan"):
+        replace(RECIPE, lr=float("nan"))
+    with pytest.raises(ValueError, match="other classes for images of the same names"):
+        train_assigner(trained(), replace(outcomes, targets=(outcomes.targets + 1) % 3), images)
+    with pytest.raises(ValueError, match="200 images cannot be divided into 201 folds"):
+        train_assigner(trained(), outcomes.apart()[1], images, recipe=replace(RECIPE, folds=201))
+    with pytest.warns(UserWarning, match="the labels are of tiny; held has images of the same names"):
+        train_assigner(trained(), replace(outcomes, about={"images": "tiny"}), images, recipe=replace(RECIPE, epochs=1))
     with pytest.raises(ValueError, match="crop must be one of"):
         train_assigner(trained(), outcomes, images, recipe=replace(RECIPE, crop="all"))
     with pytest.raises(ValueError, match="trunk must be"):
@@ -290,6 +327,33 @@ def test_wrong_use(tmp_path):
     checkpoints.save_checkpoint(trained(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="holds no token-length assigner"):
         TokenLengthAssigner.load(tmp_path / "model.safetensors")
+
+
+def test_labels_of_what_the_full_length_says_need_no_classes(tmp_path, monkeypatch):
+    """Images of other classes, labelled against the longest length, train an assigner."""
+    images, _ = labelled()
+    others = ArraySet("others", ("x", "y"), images.targets % 2, images.array)
+    outcomes = replace(collect(trained(), others, against="full", probabilities=True), held_out=np.arange(440) >= 240)
+    outcomes.save(tmp_path / "labels.parquet")
+    checkpoints.save_checkpoint(trained(), tmp_path / "revit.safetensors")
+    monkeypatch.setattr("revit_kernels.cli.clips.open_set", lambda *args, **kwargs: others)
+    model, labels, output = (str(tmp_path / name) for name in ("revit.safetensors", "labels.parquet", "a.safetensors"))
+    command = ["train-assigner", model, "--labels", labels, "--data", "others", "--dtype", "float32", "--epochs", "1"]
+    assert cli.main([*command, "--output", output]) == 0
+    assert TokenLengthAssigner.load(output).outcomes.about["against"] == "full"
+
+
+def test_one_small_image_does_not_decide_what_it_sees():
+    images = make_images(9)
+    pixels = images.pixels
+    images.pixels = lambda index: pixels(index)[:3, :5] if index == 0 else pixels(index)
+    assert usual_size(images) == (16, 16)
+
+
+def test_answers_beyond_half_precision_are_refused(assigner):
+    huge = replace(assigner.outcomes, mixed=np.full_like(assigner.outcomes.mixed, 1e5))
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="not finite in float16: give a smaller lr"):
+        assigner.calibrate(huge)
 
 
 def test_belongs_to_its_model(assigner):

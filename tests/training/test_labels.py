@@ -1,5 +1,6 @@
 """Token-length labels: the rules, extraction in one packed forward, resuming, files, and whose they are."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from tiny_revit import MENU, held_out, make_images, make_model, trained
 from revit_kernels import cli
 from revit_kernels.adaptive import outcomes as file_of_outcomes
 from revit_kernels.adaptive.outcomes import Outcomes, label_of, name_of
+from revit_kernels.cli.label import check_folds
 from revit_kernels.data.division import folds, hold_out
 from revit_kernels.models.checkpoints import save_checkpoint
 from revit_kernels.training import labels
@@ -230,8 +232,31 @@ def test_division():
     assert np.array_equal(held, hold_out(targets, 0.2, 3)[1]) and not np.array_equal(held, hold_out(targets, 20, 4)[1])
     of_fold = folds(targets, 5, 0)
     assert all(np.bincount(targets[of_fold == f]).tolist() == [12, 6, 2] for f in range(5))
-    with pytest.raises(ValueError, match="can be held out"):
-        hold_out(targets, 100, 0)
+    for count in (100, float("inf"), float("nan"), -3):
+        with pytest.raises(ValueError, match="can be held out"):
+            hold_out(targets, count, 0)
+    few = folds(np.arange(30) // 3, 5, 0)  # three images of each class
+    assert np.bincount(few).tolist() == [6] * 5
+    with pytest.raises(ValueError, match="30 images cannot be divided into 31 folds"):
+        folds(np.arange(30) // 3, 31, 0)
+
+
+def test_models_of_folds_label_what_they_have_not_learnt(tmp_path):
+    files = []
+    for fold in ("1/2", "2/2"):
+        folder = tmp_path / fold[0]
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps({"fold": fold, "seed": 0}))
+        files.append(str(folder / "model.safetensors"))
+    check_folds(files, 0)
+    for wrong, seed, match in (
+        (files[::-1], 0, r"model 1 of 2 must have left out fold 1/2 .* left out fold 2/2 with --seed 0"),
+        (files[:1] * 2, 0, "model 2 of 2 must"),
+        (files, 3, "with --seed 3, but"),
+        ([*files, files[0]], 0, "model 1 of 3 must have left out fold 1/3"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            check_folds(wrong, seed)
 
 
 def test_command(tmp_path, monkeypatch, capsys):
