@@ -221,6 +221,8 @@ def headline() -> str:
     worth = re.search(r"\*\*(.+?)\*\*", found["verdict"][0])[1]
     told = re.search(r"by itself \((.+?) of the images\): .+?, (\S+x) .*full length, (.+)\.", found["verdict"][-1])
     alone = f"; {told[2]}, {told[3]}, where its assigner may answer by itself ({told[1]} of them)" if told else ""
+    lost = losing(results)
+    lost = f"\nOn {results['device']} the library is slower than\n{lost}." if lost else ""
     device = f"{about['device']}, {about['threads']} threads, {about['dtype']}, {about['date']}"
     padded, dense, compiled = (ratio[rival] for rival in ("naflex", "bucketed", "openvino"))
     return f"""\
@@ -232,8 +234,7 @@ def headline() -> str:
 
 {picture("mixed_batches", "Speed of a mixed batch against rivals")}
 
-Medians of paired runs of {dates}; [all rows](docs/performance.md), those that lose too:
-{losing(results)}.
+Medians of paired runs of {dates}; [all rows](docs/performance.md).{lost}
 
 {picture("accuracy_speed", "Accuracy against measured speed of lengths and policies")}
 
@@ -250,7 +251,7 @@ def losing(results: dict) -> str:
             if row["speedup"] < 0.99 and not rival.startswith("ours"):
                 what = title.partition(":")[0].partition(",")[0].lower()
                 of = ", ".join(part for part in (case(parameters, row), row["dtype"]) if not part.isdigit())
-                lost.append((row["speedup"], f"**{row['speedup']:.2f}x** of {rival} in {what} ({of})"))
+                lost.append((row["speedup"], f"{rival} in {what} ({of}; **{row['speedup']:.2f}x**)"))
     return "; ".join(text for _, text in sorted(lost))
 
 

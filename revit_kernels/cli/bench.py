@@ -54,7 +54,7 @@ def _timm(model, name: str):
     try:
         return timm_model(model)
     except ImportError:
-        raise ValueError("the rival is timm's model: pip install 'revit_kernels[timm]'") from None
+        raise ValueError("the rival is timm's model: pip install timm") from None
     except Exception as error:
         why = " ".join(str(error).split())
         raise ValueError(f"timm has no model to compare {name} with: {why}") from None

@@ -1,5 +1,6 @@
 """`revit evaluate`."""
 
+import argparse
 import shlex
 import sys
 from functools import partial
@@ -18,11 +19,18 @@ from revit_kernels.training.labels import fit_images
 
 
 def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+    """The words between commas, each once."""
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
+    if not words:
+        raise argparse.ArgumentTypeError("must name at least one")
+    return words
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(word) for word in _words(text)]
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers between commas, got {text!r}") from None
 
 
 def add(commands):
@@ -51,7 +59,7 @@ def add(commands):
         type=_words,
         default=["1.5x", "2x", "2.5x", "3x", "full-0.2"],
         metavar="BUDGET,...",
-        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length); "
+        help="2x (speed), 80tokens, 95%% (accuracy), full-0.3 (points below full length), full; "
         "default: 1.5x,2x,2.5x,3x,full-0.2",
     )
     evaluate.add_argument(

@@ -222,7 +222,7 @@ def _on_cluster(args, settings: Settings, paths: list[str], problems: list[str],
     try:
         from revit_kernels.serving.ray_data import Cluster
     except ImportError as error:
-        raise ValueError(f"--ray needs Ray: pip install 'revit_kernels[ray]' ({error})") from None
+        raise ValueError(f"--ray needs Ray: pip install 'ray[data,serve]' pyarrow ({error})") from None
     cluster = Cluster(
         paths,
         os.path.realpath(args.output),

@@ -10,6 +10,7 @@ from revit_kernels.cli.arguments import add_device, add_dtype
 from revit_kernels.devices import choose_device, choose_dtype
 from revit_kernels.dispatch import BACKENDS, OPS, refusal
 from revit_kernels.engines.packed import refusal as block_refusal
+from revit_kernels.engines.packed_clips import refusal as clip_refusal
 from revit_kernels.grids import grid_text
 from revit_kernels.models.registry import SHIPPED, create_model, model_file, registry, resolve
 from revit_kernels.modules.lengths import cells
@@ -87,7 +88,7 @@ def describe(model, name: str, parameters: int, blocks: int) -> list[tuple[str, 
 def fused(model, device, dtype) -> list[tuple[str, str]]:
     """(title, text) lines on the kernels that run the model here."""
     lines = [("here", f"{device}, {str(dtype).removeprefix('torch.')}")]
-    why = block_refusal(model) if model.per_frame is None else "it is a model of clips"
+    why = block_refusal(model) if model.per_frame is None else clip_refusal(model)
     lines.append(("  blocks", "all in one call of an engine" if why is None else f"op by op: {why}"))
     if device.type == "cpu" and model.per_frame is None:
         why = block_refusal(model, "int8")

@@ -101,7 +101,7 @@ def run(args) -> int:
         from revit_kernels.serving.ray_serve import listening, parts
         from revit_kernels.serving.ray_start import connect, keep
     except ImportError as error:
-        raise ValueError(f"`revit serve` needs Ray Serve: pip install 'revit_kernels[ray]' ({error})") from None
+        raise ValueError(f"`revit serve` needs Ray Serve: pip install 'ray[data,serve]' pyarrow ({error})") from None
     arguments = application(args)
     parts(arguments)  # report wrong arguments here, not in a worker
     of_the_model = {name: arguments[name] for name in Settings.__dataclass_fields__ if name in arguments}

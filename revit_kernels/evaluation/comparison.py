@@ -133,7 +133,9 @@ def _of_the_model(e: Evaluation) -> list[str]:
         lines = [f"Use {_named(e, best)}: **{_speed(e, best)}**."] if best is not e.full else []
         if not ones:
             alike = "Every policy came out as one length for all images, at every budget."
-            return lines + [alike if e.fixed else "Only the lengths alone were measured, no policy."]
+            alike = alike if e.fixed else "Only the lengths alone were measured, no policy."
+            others = dict.fromkeys(one.name for one in e.policies if one.name not in ("oracle", "fixed"))
+            return lines + [f"Of policies only {' and '.join(others)} was measured." if others else alike]
         lines = lines or [f"Use full length, {_named(e, best)}: no shorter length loses at most {limit}."]
         other = min(ones, key=lambda one: max(one.lost(e.full)[0], ALLOWED) - one.speed(e.full) / 1e6)
         lines[0] += (
@@ -143,8 +145,8 @@ def _of_the_model(e: Evaluation) -> list[str]:
         lines.append(_placed(against_static(e, other), "the lengths alone and mixes of two of them"))
         return lines
     lines = [
-        f"Use {_named(e, best)}: **{_speed(e, best)}**. It is the fastest of {len(ones)} policies that lose at most "
-        f"{limit} and are more accurate than lengths alone."
+        f"Use {_named(e, best)}: **{_speed(e, best)}**. Of {len(ones)} policies it is the fastest that loses at most "
+        f"{limit} and is more accurate than lengths alone."
     ]
     lossless = recommended(e, 0.0)
     if lossless is not best and lossless is not e.full:

@@ -19,6 +19,7 @@ from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import ASSIGNED, POLICIES, Fixed, Oracle, ScoutCascade
 from revit_kernels.data.datasets import ImageSet
+from revit_kernels.data.image_set import set_name
 from revit_kernels.engines import engine_of
 from revit_kernels.evaluation.measured import Bench, Measured
 from revit_kernels.grids import grid_text
@@ -71,10 +72,20 @@ class Evaluation:
 
 
 def check_apart(outcomes: Outcomes | None, images: ImageSet, use: str) -> None:
-    """Raise ValueError where some of the images are among those of the outcomes. use: what these are for"""
+    """Raise ValueError where some of the images are among those of the outcomes. use: what these are for
+
+    Images of the same names in sets of different names are a warning: they may be others.
+    """
     both = set(outcomes.keys) & set(images.keys) if outcomes is not None else ()
-    if both:
+    if not both:
+        return
+    source = outcomes.about.get("images", images.name)
+    if set_name(source) == set_name(images.name):
         raise ValueError(f"{len(both)} of the test images are among those {use} ({min(both)}, ...): take others")
+    warnings.warn(
+        f"{len(both)} of the test images have the names of images of {source} {use} ({min(both)}, ...): "
+        "if they are the same pictures, take others"
+    )
 
 
 def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes | None, say=None) -> tuple[str, ...]:
@@ -91,6 +102,8 @@ def choose(policies: Sequence[str] | None, budgets, assigner, held_out: Outcomes
             lacking[name] = "an assigner"
         elif name in ASSIGNED and held_out is not None and held_out.assigner is None:
             lacking[name] = "held-out outcomes with the assigner's answers: those in the assigner's file have them"
+        elif name == ScoutCascade.name and assigner.trunk != "scout":
+            lacking[name] = "an assigner of the trunk 'scout'"
         elif name not in ("fixed", "oracle") and held_out is None:
             lacking[name] = "held-out outcomes to solve its budgets from: an assigner's, or labels"
     if policies is None:
@@ -154,6 +167,8 @@ def evaluate(
     check_apart(None if assigner is None else assigner.outcomes, images, "that the assigner was calibrated on")
     if held_out is not None:
         held_out.require(model)
+        if not len(held_out):
+            raise ValueError("none of the labels are of images that were held out: budgets cannot be solved from them")
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
     for name, adaptive in configurations:

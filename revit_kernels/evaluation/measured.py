@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from revit_kernels.adaptive.costs import model_macs
 from revit_kernels.adaptive.model import AdaptiveViT
@@ -16,6 +15,7 @@ from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Fixed, Oracle, Policy, Random
 from revit_kernels.data.datasets import ImageSet, read_batches
 from revit_kernels.data.division import hold_out
+from revit_kernels.devices import to_device
 from revit_kernels.modules.lengths import tokens_of
 
 BRIEF = 0.25  # seconds that full length takes each time that it is timed, at least
@@ -142,8 +142,7 @@ class Bench:
     def _read(self, images, indices, batch, progress) -> list:
         batches = []
         for members, pixels in read_batches(images, indices, batch):
-            there = pixels.to(self.device) if isinstance(pixels, Tensor) else [p.to(self.device) for p in pixels]
-            batches.append((members, there))
+            batches.append((members, to_device(pixels, self.device)))
             progress(len(members))
         return batches
 

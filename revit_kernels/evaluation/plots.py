@@ -79,7 +79,7 @@ def _frontier(e: Evaluation, cost: Callable[[Measured], float]) -> tuple[np.ndar
     return costs, np.array([sum(share * points[i][1] for i, share in mix.items()) for mix in mixes])
 
 
-def _scatter(e: Evaluation, path: Path, cost: Callable[[Measured], float], place: Callable, label: str):
+def _scatter(e: Evaluation, cost: Callable[[Measured], float], place: Callable, label: str):
     """Accuracy against what `place` makes of a cost."""
     figure, axes = _pyplot().subplots(figsize=(8, 5.5))
     costs, accuracy = _frontier(e, cost)
@@ -119,7 +119,6 @@ def _speed(e: Evaluation, path: Path) -> None:
     rate = e.full.rate  # times the ratios of the rounds, which drift of the machine does not touch
     figure, axes = _scatter(
         e,
-        path,
         lambda one: 1 / one.speed(e.full),
         lambda time: rate / time,
         f"images a second, measured on {e.about.get('device', 'this device')}",
@@ -129,9 +128,7 @@ def _speed(e: Evaluation, path: Path) -> None:
 
 
 def _macs(e: Evaluation, path: Path) -> None:
-    figure, _ = _scatter(
-        e, path, lambda one: one.macs / 1e6, lambda macs: macs, "million multiply-accumulates of an image"
-    )
+    figure, _ = _scatter(e, lambda one: one.macs / 1e6, lambda macs: macs, "million multiply-accumulates of an image")
     _save(figure, path)
 
 

@@ -144,9 +144,10 @@ def _assigner(e: Evaluation) -> list[str]:
         f"assigner costs {100 * e.costs.assigner / e.costs.per_length[0]:.1f} % of a full-length pass, measured alone "
         f"({100 * e.assigner_macs / e.macs[0]:.1f} % of its multiply-accumulates)."
     )
+    kinds = ("assigner", "confidence", "evidence", "calibration_error")
     rows = [
-        [name, *(f"{found[key]:.3f}" for key in ("assigner", "confidence", "evidence", "calibration_error"))]
-        for name, found in quality(e.outcomes).items()
+        [name, *("" if found[kind] is None else f"{found[kind]:.3f}" for kind in kinds)]
+        for name, found in _told(e).items()
     ]
     head = ["length", "assigner", "confidence", "both", "assigner's calibration error"]
     return ["## Decisions", "", text, "", *_rows(head, rows), ""]
@@ -222,6 +223,12 @@ def markdown(e: Evaluation, pictures: list[tuple[str, str]], command: str = "") 
     return "\n".join([*lines, "", "## How it was made", "", *_made(e, command)]) + "\n"
 
 
+def _told(e: Evaluation) -> dict:
+    """`quality` with None where there is no such number: a length is right on all images, or on none."""
+    found = quality(e.outcomes)
+    return {length: {k: None if np.isnan(v) else v for k, v in of.items()} for length, of in found.items()}
+
+
 def as_json(e: Evaluation, command: str = "") -> dict:
     """Everything in the report, and the seconds of every round."""
     groups = _groups(e)
@@ -282,7 +289,7 @@ def as_json(e: Evaluation, command: str = "") -> dict:
         "accuracy_of_lengths": e.outcomes.correct.mean(0).tolist(),
         "labels": [float((e.outcomes.label == row).mean()) for row in range(len(e.menu))],
         "images_by_label": {name: int(mask.sum()) for name, mask in groups},
-        "decisions": None if e.outcomes.assigner is None else quality(e.outcomes),
+        "decisions": None if e.outcomes.assigner is None else _told(e),
         "fixed": [{"policy": name, "budget": budget, "row": row} for name, budget, row in e.fixed],
         "calibration": [calibrated(*curve) for curve in e.calibration()],
         "static": [one(m) for m in e.static],
@@ -317,7 +324,8 @@ def write(e: Evaluation, images, folder, command: str = "") -> Path:
     try:
         with workshop(folder, "report") as inside:
             pictures = plots.draw(e, images, inside)
-            (inside / "report.json").write_text(json.dumps(as_json(e, command), indent=1) + "\n", encoding="utf-8")
+            numbers = json.dumps(as_json(e, command), indent=1, allow_nan=False)
+            (inside / "report.json").write_text(numbers + "\n", encoding="utf-8")
             text = markdown(e, pictures, command)
             (inside / "report.md").write_text(text, encoding="utf-8")
             with tempfile.TemporaryDirectory(dir=inside) as drawn:

@@ -101,7 +101,7 @@ def test_verdict_either_way():
     """The first sentence says what to use, whichever way the numbers fall."""
     better = verdict(synthetic(949, 2.0))
     assert better[0].startswith("Use cascade at a budget of 2x: **2.00x (2.00 to 2.00 over 3 rounds) the images per")
-    assert "0.10 ± 0.10 points lost**. It is the fastest of 1 policies" in better[0]
+    assert "0.10 ± 0.10 points lost**. Of 1 policies it is the fastest" in better[0]
     assert "it is 4.90 ± 0.68 points above the lengths alone and mixes of two of them." in better[1]
     assert "it is 4.90 ± 0.68 points above random lengths." in better[2]
     e = synthetic(949, 2.0)
@@ -133,6 +133,8 @@ def test_verdict_either_way():
     assert verdict(alone)[1:] == ["Only the lengths alone were measured, no policy."]
     alone.fixed = [("cascade", "2x", 1)]
     assert verdict(alone)[1:] == ["Every policy came out as one length for all images, at every budget."]
+    alone.policies = [measured("random", some(900), [2.0] * 3, Random((0.0, 0.5, 0.5)), "2x", row=1)]
+    assert verdict(alone)[1:] == ["Of policies only random was measured."]
 
 
 def test_a_mix_that_chance_explains_does_not_pay():
@@ -153,7 +155,10 @@ def test_reports_of_synthetic_numbers():
     own.fixed.append(("assigner", "3x", 2))
     text = report.markdown(own, [])
     assert "**mine 2x**: a function of the user's\n" in text and "**assigner 3x**: came out as all at 2x2" in text
-    json.dumps(report.as_json(own))
+    json.dumps(report.as_json(own), allow_nan=False)
+    own.outcomes = replace(own.outcomes, correct=np.ones_like(own.outcomes.correct), assigner=own.outcomes.confidence)
+    own.outcomes = replace(own.outcomes, mixed=np.zeros((1000, 3, 4), np.float32))
+    assert report.as_json(own)["decisions"]["2x2"]["assigner"] is None and "nan" not in report.markdown(own, [])
 
 
 def test_reliability():
@@ -191,6 +196,10 @@ def test_budgets_are_not_solved_from_test_images():
     check_apart(outcomes, make_images(9, name="other"), "")
     with pytest.raises(ValueError, match="2 of the test images are among those of x"):
         check_apart(outcomes.take([3, 7]), images, "of x")
+    with pytest.warns(UserWarning, match="2 of the test images have the names of images of elsewhere of x"):
+        check_apart(replace(outcomes.take([3, 7]), about={"images": "elsewhere"}), images, "of x")
+    with pytest.raises(ValueError, match="none of the labels are of images that were held out"):
+        evaluate(trained(), make_images(9, name="other"), held_out=outcomes.take(np.arange(0)))
 
 
 def test_policies_that_cannot_be_had():
