@@ -40,8 +40,9 @@ class Engine:
     `engine.refusal` says so, and the engine runs the model as it is: that is no snapshot then.
 
     model:    a VarLenViT
-    quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI), activations quantized per token; or
-              "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model itself is left as it is
+    quantize: None; "int8": products of the blocks in int8 (CPUs with AVX512-VNNI and AVX512-BF16), activations
+              quantized per token; or "fp8": in e4m3 (GPUs from compute capability 8.9; emulated elsewhere). The model
+              itself is left as it is
     stale:    what to do in a call where the model went through `train()`, or the versions, memory, identities or
               requires_grad of its parameters, numbers and texts among its modules' attributes, or hooks on these, show
               a change: "raise" StaleEngine, or "refresh". A write through `.data` (PEFT merges so: of a model that was

@@ -278,7 +278,7 @@ def _timm_model(name: str, kwargs: dict):
         import timm
     except ImportError:
         raise ValueError(
-            f"the pretrained weights of {name} come through timm: install it (pip install 'revit_kernels[timm]'), "
+            f"the pretrained weights of {name} come through timm: install it (pip install timm), "
             "or pass checkpoint_path"
         ) from None
     try:

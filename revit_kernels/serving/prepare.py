@@ -225,7 +225,7 @@ def _adaptive(settings: Settings, model, always_plain: bool) -> AdaptiveViT | No
     policy = settings.policy or ("cascade" if assigner is None or outcomes is not None else "assigner+cascade")
     if policy == "oracle":
         raise ValueError("--policy oracle asks the truth: it is for `revit evaluate`")
-    budget = settings.budget or "full"
+    budget = "full" if settings.budget is None else settings.budget
     return AdaptiveViT(model, policy, assigner=assigner, outcomes=outcomes, budget=budget).eval()
 
 

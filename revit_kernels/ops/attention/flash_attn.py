@@ -2,7 +2,7 @@
 
 How to have each beside torch's own 2, which needs nothing; `python -m revit_kernels` says which one runs:
 
-    4, CuTe    pip install "revit_kernels[flash]": wheels; it compiles its kernels at first use
+    4, CuTe    pip install flash-attn-4: wheels; it compiles its kernels at first use
     3, Hopper  pip install --no-deps xformers==0.0.34 nvidia-cuda-runtime-cu12: wheels; xformers asks for torch 2.10,
                but its FlashAttention keeps to torch's stable ABI: in 2.11 it loads
     2          pip install --no-build-isolation flash-attn: source only, to be compiled with nvcc
