@@ -2,10 +2,10 @@
 """What each part of the method is worth, and each way of training it: small ReViTs, each with one thing changed,
 several seeds, with spread.
 
-    python recipes/ablation.py [--of parts|training] [--data fashion-mnist] [--output FILE] [--seeds 3]
+    python recipes/ablation.py [--of parts|training] [--data fashion-mnist] [--output FILE] [--seeds 3] [--float32]
 
-The parts take half an hour on 2 cores of a Zen 4 CPU for Fashion-MNIST, ten minutes for scikit-learn's digits. Runs
-that are done are kept, and not run again.
+The parts take half an hour on 2 cores of a Zen 4 CPU for Fashion-MNIST, ten minutes for scikit-learn's digits;
+the ways of training an hour and a half a seed on one core. Runs that are done are kept, and not run again.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from revit_kernels import create_model
 from revit_kernels.adaptive.costs import device_name
+from revit_kernels.cli.arguments import count
 from revit_kernels.data.datasets import open_set
 from revit_kernels.files import write_whole
 from revit_kernels.training.distillation import Objective
@@ -97,22 +98,24 @@ def sets(name: str):
     return open_set(name).split(SETTINGS[name].held_out, seed=0)[0], open_set(name, "test")
 
 
-def train(setting: Setting, variant: Variant, seed: int, images):
+def train(setting: Setting, variant: Variant, seed: int, images, float32: bool = False):
     torch.manual_seed(seed)
     model = create_model("vit_tiny_patch16_224", num_classes=10, **setting.model).make_resizable(
         setting.menu, **variant.resizable
     )
     epochs = variant.times * setting.recipe.epochs
     recipe = replace(setting.recipe, seed=seed, epochs=epochs, objective=variant.objective, **variant.recipe)
+    if float32:
+        recipe = replace(recipe, autocast=False)
     size = setting.model["img_size"]
     return Trainer(model, Augmented(images, (size, size)), recipe).train().eval()
 
 
-def run(name: str, what: str, variant: str, seed: int) -> list[float]:
+def run(name: str, what: str, variant: str, seed: int, float32: bool = False) -> list[float]:
     """Accuracy at each length."""
     torch.set_num_threads(1)
     setting, (images, test) = SETTINGS[name], sets(name)
-    return collect(train(setting, VARIANTS[what][variant], seed, images), test).correct.mean(0).tolist()
+    return collect(train(setting, VARIANTS[what][variant], seed, images, float32), test).correct.mean(0).tolist()
 
 
 def main() -> None:
@@ -120,22 +123,33 @@ def main() -> None:
     arguments.add_argument("--data", default="fashion-mnist", choices=SETTINGS)
     arguments.add_argument("--of", default="parts", choices=VARIANTS, help="the method's parts, or its training")
     arguments.add_argument("--output", help="recipes/reports/ablation_DATA, of the training ablation_training_DATA")
-    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--seeds", type=count, default=3)
     arguments.add_argument("--processes", type=int, default=2, help="runs at a time, of one thread each")
+    arguments.add_argument("--float32", action="store_true", help="several times faster where a CPU has no bf16")
     args = arguments.parse_args()
     kind = "" if args.of == "parts" else f"{args.of}_"
     output = args.output or f"recipes/reports/ablation_{kind}{args.data.replace('-', '_')}"
     path = Path(output).with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = json.loads(path.read_text()) if path.exists() else {"accuracy": {}}
+    done = json.loads(path.read_text()) if path.exists() else {"accuracy": {}, "about": {}}
+    if args.float32 and not SETTINGS[args.data].recipe.autocast:
+        arguments.error(f"--float32 is of sets that are trained in bf16, {args.data} is not")
     jobs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS[args.of]]
     jobs = [(variant, seed) for variant, seed in jobs if str(seed) not in done["accuracy"].get(variant, {})]
+    begun = {seed for found in done["accuracy"].values() for seed in found}
+    for seed in sorted(begun & {str(seed) for _, seed in jobs}):
+        if (seed in done.get("float32", [])) != args.float32:
+            arguments.error(
+                f"seed {seed} was begun in {'bf16' if args.float32 else 'float32'}: a seed has one precision"
+            )
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run, args.data, args.of, *job): job for job in jobs}
+        waiting = {pool.submit(run, args.data, args.of, *job, args.float32): job for job in jobs}
         for future in tqdm(as_completed(waiting), total=len(jobs), unit=" runs", disable=None):
             variant, seed = waiting[future]
             done["accuracy"].setdefault(variant, {})[str(seed)] = future.result()
-            done["about"] = (  # where and when, as it was measured
+            if args.float32:
+                done["float32"] = sorted({*done.get("float32", []), str(seed)})
+            done["about"][str(seed)] = (  # where and when, as its last run was measured
                 f"{device_name('cpu')}, torch {torch.__version__}, python {platform.python_version()}, "
                 f"{date.today().isoformat()}"
             )
@@ -148,20 +162,29 @@ def _spread(values) -> str:
     return f"{values.mean():.2f}" + (f" ± {values.std(ddof=1):.2f}" if len(values) > 1 else "")
 
 
+def _seeds(seeds: list[str]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {' and '.join(seeds)}"
+
+
 def table(done: dict, data: str, what: str) -> str:
     """The Markdown of what was found: means and standard deviations over the seeds that every variant ran with."""
     setting, accuracy = SETTINGS[data], [done["accuracy"].get(variant, {}) for variant in VARIANTS[what]]
     seeds = sorted(set.intersection(*map(set, accuracy)))
     spread = f"mean and standard deviation over {len(seeds)} seeds" if len(seeds) > 1 else "one seed: no spread"
+    precision = " in bf16" if setting.recipe.autocast else ""
+    if float32 := [seed for seed in seeds if seed in done.get("float32", [])]:
+        precision += f" ({_seeds(float32)}: float32)"
+    places = {about: [seed for seed in seeds if done["about"][seed] == about] for about in done["about"].values()}
+    places = [about if len(own) == len(seeds) else f"{about}: {_seeds(own)}" for about, own in places.items() if own]
     size, recipe, menu = setting.model, setting.recipe, [f"{h}x{w}" for h, w in setting.menu]
     lines = [
         "# What each part of the method is worth" if what == "parts" else "# What each way of training is worth",
         "",
         f"A ReViT of {size['depth']} blocks of {size['embed_dim']} on {setting.about}, {recipe.epochs:g} times through "
-        f"the images in batches of {recipe.batch}{' in bf16' if recipe.autocast else ''}, {setting.held_out:,} of them "
+        f"the images in batches of {recipe.batch}{precision}, {setting.held_out:,} of them "
         f"held out, tested on the set's test images; {spread}. "
         "The recipe is one of minutes on small images: it shows the order of things here, not elsewhere. "
-        f"{done['about']}.",
+        f"{'; '.join(places)}.",
         "",
         "| variant | " + " | ".join(f"accuracy at {grid}, %" for grid in menu) + " |",
         "|---|" + "---|" * len(menu),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from revit_kernels.adaptive.costs import COUNTED, device_name, measure_costs
+from revit_kernels.adaptive.costs import device_name, measure_costs
 from revit_kernels.adaptive.model import AdaptiveViT
 from revit_kernels.adaptive.outcomes import Outcomes
 from revit_kernels.adaptive.policies import Fixed
@@ -38,7 +38,8 @@ def measure(model, assigners: dict, test, costs) -> list[dict]:
     """A row for each length alone, and for each policy, seed and budget. assigners: of seeds"""
     engine = model.engine()
     rows = [("fixed", None, "", AdaptiveViT(engine, Fixed(row))) for row in range(len(model.menu))]
-    for name in POLICIES:
+    scout = all(assigner.trunk == "scout" for assigner in assigners.values())
+    for name in (name for name in POLICIES if scout or name != "scout+cascade"):
         for seed, assigner in list(assigners.items())[: 1 if name == "cascade" else None]:
             for budget in BUDGETS:
                 adaptive = AdaptiveViT(engine, name, assigner=assigner, budget=budget, costs=costs)
@@ -99,7 +100,7 @@ def table(done: dict) -> str:
         "| above lengths alone at the budget |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in POLICIES:
+    for name in (name for name in POLICIES if any(row["policy"] == name for row in rows)):
         for budget in BUDGETS:
             of = [row for row in rows if row["policy"] == name and row["budget"] == budget]
             speed = [row["speed"] for row in of]
@@ -135,9 +136,7 @@ def main() -> None:
             found = train_assigner(model, outcomes, images, args.trunk, AssignerRecipe(seed=seed))
             assigners[seed] = found.to(parameter.device, parameter.dtype)
         first = next(iter(assigners.values()))
-        costs = first.costs_for(model)
-        if costs.device == COUNTED:
-            costs = measure_costs(model.engine(), first, rounds=25, batch=128)
+        costs = measure_costs(model.engine(), first, rounds=25, batch=128)
         rows += measure(model, assigners, test, costs)
     about = f"{device_name(parameter.device)}, {torch.get_num_threads()} threads, {date.today().isoformat()}"
     about += f". {args.trained}" if args.trained else ""

@@ -12,7 +12,7 @@ revit train vit_small_patch14_dinov2 --checkpoint samples/vit_small_patch14_dino
 revit label "$run/model.safetensors" --data cifar10 --held-out 5000 --probabilities \
     --output "$run/labels.parquet"
 revit train-assigner "$run/model.safetensors" --labels "$run/labels.parquet" --data cifar10 \
-    --convolutions 2 --crop pad --flip --resume --output "$run/assigner.safetensors"
+    --convolutions 5 --crop pad --flip --epochs 24 --resume --output "$run/assigner.safetensors"
 revit evaluate "$run/model.safetensors" --assigner "$run/assigner.safetensors" --data cifar10 \
     --policies random,assigner,cascade,assigner+cascade,oracle --budgets 2x,2.2x,2.4x,full-0.3 \
     --timed 768 --output "$run/report"

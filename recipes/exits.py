@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from revit_kernels.adaptive.calibration import auc
 from revit_kernels.adaptive.costs import device_name, model_macs
 from revit_kernels.data.datasets import open_set
 from revit_kernels.files import write_whole
@@ -52,6 +53,8 @@ def train_head(x: Tensor, targets: Tensor, teacher: Tensor, seed: int, epochs: i
     torch.manual_seed(seed)
     head = nn.Sequential(nn.LayerNorm(x.shape[1]), nn.Linear(x.shape[1], teacher.shape[1]))
     optimiser = torch.optim.AdamW(head.parameters(), 3e-3, weight_decay=0.01)
+    if len(x) < batch:
+        raise ValueError(f"a head needs at least {batch} images, got {len(x)}")
     steps = epochs * (len(x) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
     for step in range(steps):
@@ -65,14 +68,6 @@ def train_head(x: Tensor, targets: Tensor, teacher: Tensor, seed: int, epochs: i
         optimiser.step()
         schedule.step()
     return head
-
-
-def auc(score: np.ndarray, right: np.ndarray) -> float:
-    """The chance that a right answer scores above a wrong one."""
-    ranks = np.empty(len(score))
-    ranks[np.argsort(score)] = np.arange(1, len(score) + 1)
-    good = right.sum()
-    return float((ranks[right].sum() - good * (good + 1) / 2) / max(good * (len(right) - good), 1))
 
 
 class Stage:
