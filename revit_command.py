@@ -1,5 +1,6 @@
 """The `revit` command from its first moment: an interrupt while its libraries are imported is one line, too."""
 
+import atexit
 import gc
 import os
 import signal
@@ -18,13 +19,14 @@ def _catch(handler) -> None:
 def main() -> int:
     """Run the command; returns its exit status."""
     _catch(_interrupted)
+    atexit.register(_catch, signal.SIG_IGN)  # last of all: Python drops handlers before it ends, but keeps this one
     from revit_kernels import cli
 
     try:
         _catch(signal.default_int_handler)
         status = cli.main()
+        _catch(_interrupted)
     except KeyboardInterrupt:  # a second one, while the first was told of
         _interrupted(None, None)
-    _catch(_interrupted)
     gc.freeze()  # or Python looks through all of torch's objects once more before it exits, which takes a second
     return status
