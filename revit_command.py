@@ -23,10 +23,11 @@ def main() -> int:
     from revit_kernels import cli
 
     try:
-        _catch(signal.default_int_handler)
-        status = cli.main()
-        _catch(_interrupted)
+        try:
+            _catch(signal.default_int_handler)
+            return cli.main()
+        finally:  # after --help, too, which ends by SystemExit
+            _catch(_interrupted)
+            gc.freeze()  # or Python looks through all of torch's objects once more as it exits, which takes a second
     except KeyboardInterrupt:  # a second one, while the first was told of
         _interrupted(None, None)
-    gc.freeze()  # or Python looks through all of torch's objects once more before it exits, which takes a second
-    return status

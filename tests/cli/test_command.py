@@ -246,6 +246,17 @@ def test_an_interrupt_at_any_moment_of_the_start(seconds):
     assert interrupted or (process.returncode, errors) == (0, ""), (process.returncode, errors)
 
 
+def test_an_interrupt_after_the_command():
+    """Before Python's exit functions it is told of, after them it is ignored; --help ends by SystemExit."""
+    before = "from revit_command import main\ntry: main()\nfinally: os.kill(os.getpid(), 2)"
+    after = f"import atexit; atexit.register(os.kill, os.getpid(), 2); {STARTED}"  # registered first, called last
+    caught = "import os, signal; signal.signal(2, signal.default_int_handler)"  # tests may run in the background
+    for code, expected in ((before, (130, "revit: interrupted\n")), (after, (0, ""))):
+        command = [sys.executable, "-c", f"{caught}; {code}", "costs", "--help"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert (found.returncode, found.stderr) == expected
+
+
 def test_a_job_in_the_background_is_not_interrupted():
     code = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {STARTED}"
     with subprocess.Popen([sys.executable, "-c", code, "--version"], stdout=subprocess.PIPE, text=True) as process:
